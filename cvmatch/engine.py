@@ -1,0 +1,162 @@
+"""Ray: start it, run actors over rows, refuse what would hang, resume streams.
+
+The rules here answer measured traps of Ray 2.60; each one says which.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray._private import ray_constants, state
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.checkpoint import CheckpointConfig
+
+from cvmatch import storage
+
+NO_PROGRESS_S = 300.0
+"""Seconds without a finished block after which a stream fails (Ray waits 1800)."""
+
+READERS = 1.0
+"""CPUs that a stream needs beside its pools, to read and to write."""
+
+FILTER = 1.0
+"""CPU of the actor that leaves out finished rows when a stream resumes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Actors that run one stage of a stream."""
+
+    size: int = 1
+    """Actors."""
+    max_size: int | None = None
+    """Largest number of actors; more than `size` lets Ray add some under load. None: `size`."""
+    batch: int = 16
+    """Rows a call."""
+    cpus: float = 0.5
+    """Logical CPUs an actor; below 1 so that readers find room."""
+    gpus: float = 0.0
+    """GPUs an actor; 0.5 puts two on one."""
+    label: str | None = None
+    """Value of the node label `pool` (cluster.yaml) to run on; None: anywhere."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.batch < 1 or self.largest < self.size:
+            raise ValueError(
+                f"Pool: expected size >= 1, batch >= 1 and max_size >= size, got size {self.size}, "
+                f"batch {self.batch}, max_size {self.max_size}."
+            )
+
+    @property
+    def largest(self) -> int:
+        """Actors at most."""
+        return self.size if self.max_size is None else self.max_size
+
+
+def start(logical_cpus: int = 8, dashboard: bool = False) -> None:
+    """Join the cluster of RAY_ADDRESS (`ray job submit` sets it), else start Ray on this machine.
+
+    `logical_cpus` (of a local Ray) is bookkeeping: with fewer than about six, pools starve their
+    readers, however many cores there are. Only searches over Train workers need the `dashboard`.
+    A second call in a process changes nothing but the settings of Ray Data.
+    """
+    if not ray.is_initialized():
+        # Read when ray is imported, so the variable alone would be too late here: a driver under
+        # `uv run` would make every worker build an environment of its own.
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+        quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            # "local": never join a Ray that somebody else runs on this machine.
+            ray.init("local", num_cpus=logical_cpus, include_dashboard=dashboard, **quiet)
+    context = DataContext.get_current()
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def map_actors(rows: Dataset, actor: type, pool: Pool, **constructor: Any) -> Dataset:
+    """Run `actor(**constructor)` over batches (dict of arrays, maybe read-only) in a pool."""
+    return rows.map_batches(
+        actor,
+        fn_constructor_kwargs=constructor,
+        batch_size=pool.batch,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(min_size=pool.size, max_size=pool.largest),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+        label_selector={"pool": pool.label} if pool.label else None,
+    )
+
+
+def preflight(*pools: Pool) -> None:
+    """Check that the pools of one stream leave CPUs for its readers and fit the GPUs.
+
+    Raises:
+        ValueError: they do not; the stream would hang without a word.
+    """
+    resuming = DataContext.get_current().checkpoint_config is not None
+    spare = READERS + (FILTER if resuming else 0.0)
+    cpus = sum(pool.largest * pool.cpus for pool in pools)
+    gpus = sum(pool.largest * pool.gpus for pool in pools)
+    require(
+        cpus + spare, gpus, f"{len(pools)} pools ({cpus:g} CPUs) and {spare:g} to read and write"
+    )
+
+
+def require(cpus: float, gpus: float, what: str) -> None:
+    """Check that the cluster, as large as its autoscaler may make it, has the resources.
+
+    Raises:
+        ValueError: it has not; says how many, and what to change.
+    """
+    have_cpus, have_gpus = capacity("CPU"), capacity("GPU")
+    if cpus > have_cpus + 1e-6:
+        raise ValueError(
+            f"{what} need {cpus:g} CPUs, the cluster has {have_cpus:g}: it would hang. Use smaller "
+            "pools or fewer workers, or less CPU for each (--pool.cpus, --fit.cpus-per-worker); "
+            "a local Ray counts logical CPUs (engine.start)."
+        )
+    if gpus > have_gpus + 1e-6:
+        raise ValueError(
+            f"{what} need {gpus:g} GPUs, the cluster has {have_gpus:g}: it would wait for ever. "
+            "Use a share of a GPU for each actor (--pool.gpus 0.25), or none."
+        )
+
+
+def capacity(resource: str) -> float:
+    """How much of a resource the cluster has, or may get from its autoscaler."""
+    now = ray.cluster_resources().get(resource, 0.0)
+    later = state.state.get_max_resources_from_cluster_config() or {}
+    return max(now, float(later.get(resource, 0.0)))
+
+
+@contextlib.contextmanager
+def resumable(path: str, column: str = "pair_id") -> Iterator[None]:
+    """Streams made inside resume where a killed run of them stopped (Read -> ... -> Write plans).
+
+    `path` keeps the ids of written rows, and must be the same next time; `column` is the unique id.
+    Finished rows stay recorded, so that a finished stream that is run again does nothing.
+    """
+    context = DataContext.get_current()
+    before = context.checkpoint_config
+    context.checkpoint_config = CheckpointConfig(
+        column, storage.absolute(path), delete_checkpoint_on_success=False
+    )
+    try:
+        yield
+    finally:
+        context.checkpoint_config = before
+
+
+def device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

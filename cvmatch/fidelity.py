@@ -1,0 +1,111 @@
+"""Rows with A, C, S(A) and the true map -> how faithful generator and segmenter are.
+
+Always against shuffled rows too: a dead condition scores the same for both.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from cvmatch import images, metrics, schema
+
+_NCC = 16  # side of the pictures that generation is retrieved by, as in world.md
+_CHUNK = 1024  # pictures a side of one block of correlations
+
+
+def generation(
+    rows: Iterable[Mapping[str, Any]], bootstrap: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """How well A (`synthetic`) shows its tile C (`aerial`), against the tile of the row before.
+
+    PSNR in dB, SSIM and luminance correlation (NCC) at A's size; and recall of C among all tiles by
+    the NCC with A at 16 x 16, no model in between. Empty where no row has both pictures.
+    """
+    values: dict[str, list[Tensor]] = {}
+    small: list[Tensor] = []
+    before = None
+    for row in rows:
+        if not (row[schema.SYNTHETIC] and row[schema.AERIAL]):
+            continue
+        drawn = images.decode(row[schema.SYNTHETIC])
+        pair = [_planes(row[name], drawn.shape[:2]) for name in (schema.SYNTHETIC, schema.AERIAL)]
+        small.append(F.adaptive_avg_pool2d(torch.cat(pair), _NCC))
+        others = {"": pair[1], "_shuffled": before}
+        for suffix, true in others.items():
+            if true is not None and true.shape == pair[0].shape:
+                for metric in (metrics.psnr, metrics.ssim, metrics.ncc):
+                    values.setdefault(metric.__name__ + suffix, []).append(metric(pair[0], true))
+        before = pair[1]
+    if not small:
+        return {}
+    result = {name: torch.cat(some).mean().item() for name, some in values.items()}
+    predicted, true = torch.stack(small).unbind(1)
+    return result | _retrieved(predicted, true, bootstrap, seed)
+
+
+def segmentation(
+    rows: Iterable[Mapping[str, Any]],
+    num_classes: int = 5,
+    column: str = schema.SYNTHETIC_CLASSES,
+) -> dict[str, Any]:
+    """Agreement of predicted ids (`column`) with the true map (`classes`) at its own resolution.
+
+    S(A) by default, and `_shuffled` with the true map of the row before; for true aerials pass rows
+    that a segmenter filled from `aerial`. Empty where no row has both maps.
+    """
+    total = shuffled = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    pixels, before = 0, None
+    for row in rows:
+        if not (row[column] and row[schema.CLASSES]):
+            continue
+        truth = images.classes_of(images.decode(row[schema.CLASSES]), num_classes)
+        ids = torch.from_numpy(images.decode_ids(row[column], truth.shape).copy())
+        true = torch.from_numpy(truth)
+        total = total + metrics.confusion(ids, true, num_classes)
+        if before is not None and before.shape == ids.shape:
+            shuffled = shuffled + metrics.confusion(ids, before, num_classes)
+        pixels, before = pixels + true.numel(), true
+    if not pixels:
+        return {}
+    mean, per_class = metrics.miou(total)
+    return {
+        "miou": mean,
+        "miou_shuffled": metrics.miou(shuffled)[0],
+        "accuracy": (total.diagonal().sum() / total.sum()).item(),
+        "ignored": 1 - total.sum().item() / pixels,
+        "iou": dict(zip(schema.LABELS, per_class, strict=False)),
+        "confusion": total.tolist(),
+    }
+
+
+def _retrieved(predicted: Tensor, true: Tensor, bootstrap: int, seed: int) -> dict[str, float]:
+    """Recall of each true picture among all by NCC, a block of correlations at a time."""
+    ranked = []
+    for begin in range(0, len(true), _CHUNK):
+        part = predicted[begin : begin + _CHUNK]
+        blocks = [_correlated(part, other) for other in true.split(_CHUNK)]
+        own = torch.arange(begin, begin + len(part))
+        ranked.append(metrics.ranks(torch.cat(blocks, dim=1), own))
+    rank = torch.cat(ranked)
+    result = {"gallery": float(len(true))}
+    for name, share in (("recall@1", 1e-9), ("recall@1%", 0.01), ("recall@10%", 0.1)):
+        result[name], k = metrics.recall_share(share, rank, len(true))
+        low, high = metrics.bootstrap((rank < k).float(), bootstrap, seed)
+        result |= {f"{name}_k": float(k), f"{name}_low": low, f"{name}_high": high}
+    return result
+
+
+def _correlated(predicted: Tensor, true: Tensor) -> Tensor:
+    """`metrics.retrieval_by_ncc` of unequal numbers of pictures."""
+    rows = max(len(predicted), len(true))
+    one, other = (F.pad(p, (0, 0, 0, 0, 0, 0, 0, rows - len(p))) for p in (predicted, true))
+    return metrics.retrieval_by_ncc(one, other)[: len(predicted), : len(true)]
+
+
+def _planes(data: bytes, size: tuple[int, ...]) -> Float[Tensor, "1 3 h w"]:
+    pixels = torch.from_numpy(images.decode(data, (size[0], size[1])).copy())
+    return pixels.permute(2, 0, 1)[None].float() / 255

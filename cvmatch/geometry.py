@@ -1,0 +1,117 @@
+"""Geometry that ties a panorama to its tile: polar view, roll, crops by azimuth, rays on the map.
+
+Convention (CVUSA, verified on real pairs): the tile is north up; the panorama's middle column looks
+north, column 0 south, a quarter west, and azimuth grows clockwise with the column. The polar view
+of a tile has the same columns.
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+GROUND_FOV = 224 / 616 * 180
+"""Vertical field of view of CVUSA's 1232 x 224 panoramas, in degrees (65.45)."""
+
+
+def polar_grid(height: int, width: int) -> Float[Tensor, "height width 2"]:
+    """Where each pixel of the polar view lies on the tile, as grid_sample's (x, y) in [-1, 1].
+
+    Formula of SAFA (Shi et al. 2019): r = S/2 * (h-1-i)/h, theta = 2 pi j/w, row = S/2 + r cos theta,
+    col = S/2 - r sin theta. The bottom row is the camera, the top row the tile's inscribed circle.
+    Pixel i covers [i, i + 1) here and is centred on i in SAFA's code: half a pixel apart, in return
+    for which a quarter turn of the tile is an exact roll of its polar view.
+    """
+    radius = (height - 1 - torch.arange(height, dtype=torch.float32)) / height
+    theta = 2 * math.pi * torch.arange(width, dtype=torch.float32) / width
+    x = -radius[:, None] * torch.sin(theta)
+    y = radius[:, None] * torch.cos(theta)
+    return torch.stack([x, y], dim=-1)
+
+
+def polar(
+    tile: Float[Tensor, "batch channel size size"], height: int, width: int, mode: str = "bilinear"
+) -> Float[Tensor, "batch channel height width"]:
+    """Polar view of tiles, columns as in the panorama; `mode` is "nearest" for class maps."""
+    grid = polar_grid(height, width).to(tile)[None].expand(len(tile), -1, -1, -1)
+    return F.grid_sample(tile, grid, mode=mode, padding_mode="border", align_corners=False)
+
+
+def polar_image(
+    tile: UInt8[np.ndarray, "size size ..."], height: int, width: int, nearest: bool = False
+) -> UInt8[np.ndarray, "height width ..."]:
+    """`polar` for one picture (RGB) or one map of ids (two axes; use `nearest`)."""
+    pixels = torch.from_numpy(np.atleast_3d(tile).astype(np.float32)).permute(2, 0, 1)[None]
+    view = polar(pixels, height, width, "nearest" if nearest else "bilinear")[0]
+    return view.permute(1, 2, 0).round().byte().numpy().reshape(height, width, *tile.shape[2:])
+
+
+def ray_grid(size: int) -> Float[Tensor, "size size 2"]:
+    """Where each cell of a north-up map lies in (column, row) of a polar picture, in [-1, 1].
+
+    x is the azimuth (-1 and 1 are south, 0 is north), y the distance from the centre: -1 at the
+    inscribed circle, 1 at the camera; corners beyond the circle clamp. Inverse of `polar_grid`.
+    """
+    centre = (torch.arange(size, dtype=torch.float32) + 0.5) * 2 / size - 1
+    south, east = torch.meshgrid(centre, centre, indexing="ij")
+    azimuth = torch.atan2(east, -south)  # clockwise from north
+    radius = torch.sqrt(east**2 + south**2).clamp(max=1)
+    return torch.stack([azimuth / math.pi, 1 - 2 * radius], dim=-1)
+
+
+def lay_rays(
+    rays: Float[Tensor, "batch channel radius column"], size: int
+) -> Float[Tensor, "batch channel size size"]:
+    """Lay values along rays out as a north-up map; rows run from far (0) to the camera (last).
+
+    The azimuth wraps: the first column stands again behind the last, so that south has no seam.
+    """
+    columns = rays.shape[-1]
+    wrapped = torch.cat([rays[..., -1:], rays, rays[..., :1]], dim=-1)
+    grid = ray_grid(size).to(rays)
+    # Column j looks along 2 pi j / w (its left edge), as in `polar_grid`; +1 for the wrapped column.
+    column = (grid[..., 0] + 1) / 2 * columns + 1
+    x = (column + 0.5) / (columns + 2) * 2 - 1
+    y = grid[..., 1] - 1 / rays.shape[-2]  # row i lies at its lower edge, (h - 1 - i) / h
+    grid = torch.stack([x, y], dim=-1)[None].expand(len(rays), -1, -1, -1)
+    return F.grid_sample(wrapped, grid, padding_mode="border", align_corners=False)
+
+
+def roll(
+    panorama: Float[Tensor, "batch channel height width"], quarter_turns: int
+) -> Float[Tensor, "batch channel height width"]:
+    """The panorama of a tile turned by `torch.rot90(tile, quarter_turns)` (counter-clockwise)."""
+    return torch.roll(panorama, -quarter_turns * panorama.shape[-1] // 4, dims=-1)
+
+
+def crop_starts(width: int, crop: int, crops: int) -> list[int]:
+    """First columns of `crops` windows of `crop` columns, evenly spaced around the azimuth."""
+    return [round(index * width / crops - crop / 2) % width for index in range(crops)]
+
+
+def azimuth_crops(
+    panorama: Float[Tensor, "batch channel height width"], crops: int
+) -> Float[Tensor, "batch crops channel height height"]:
+    """Square windows around the azimuth; the first is centred on south (column 0) and wraps."""
+    height, width = panorama.shape[-2:]
+    columns = torch.arange(height)
+    windows = [
+        panorama[..., (start + columns) % width] for start in crop_starts(width, height, crops)
+    ]
+    return torch.stack(windows, dim=1)
+
+
+def field_of_view(
+    panorama: Float[Tensor, "batch channel height width"], degrees: float, heading: float = 0.0
+) -> Float[Tensor, "batch channel height part"]:
+    """The part of a panorama that a camera of `degrees` sees when it looks along `heading`.
+
+    Both in degrees; heading clockwise from north. 360 keeps all columns and only turns.
+    """
+    width = panorama.shape[-1]
+    part = max(1, round(width * degrees / 360))
+    first = round(width * (0.5 + heading / 360) - part / 2)
+    return panorama[..., (first + torch.arange(part)) % width]

@@ -1,0 +1,146 @@
+"""Embed rows with a trained matcher: `u` of tiles, `embedding` and `v` of queries."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from ray.data import Dataset
+from torch import Tensor
+
+from cvmatch import engine, images, schema
+from cvmatch.match.model import JointFeatureLearningNet, Level, Query
+
+U = "u"
+EMBEDDING = "embedding"
+V = "v"
+
+_PICTURES = (
+    schema.GROUND,
+    schema.AERIAL,
+    schema.CLASSES,
+    schema.SYNTHETIC,
+    schema.SYNTHETIC_CLASSES,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Embed tiles or queries with a trained matcher."""
+
+    model: str = "models/matcher"
+    """Local directory that train_matcher published."""
+    level: Level = "G+A+S"
+    """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
+    pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32))
+    """Actors."""
+
+
+class EmbedTile:
+    """`aerial` (encoded) -> `u` (hidden, float16); pictures are dropped.
+
+    A row with `error`, or with a picture that cannot be decoded, gets zeros.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.device = engine.device()
+        self.model = JointFeatureLearningNet.load(model, self.device)
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One batch; failed rows keep the reason in `error`."""
+        config = self.model.config
+        side = (config.square, config.square)
+        decoders = {schema.AERIAL: lambda data: images.decode(data, side)}
+        good, errors, (aerial,) = _decoded(batch, decoders, "embed tile")
+        u = np.zeros((len(errors), config.hidden), dtype=np.float16)
+        if good:
+            u[good] = self.model.tile(_planes(aerial, self.device)).cpu().half().numpy()
+        return _kept(batch) | {U: u, schema.ERROR: errors}
+
+
+class EmbedQuery:
+    """`ground`, `synthetic`, `synthetic_classes` -> `embedding` (unit norm) and `v`, both float32.
+
+    Reads what `level` names, and drops pictures. A row with `error`, or
+    with a picture that cannot be decoded, gets zeros.
+    """
+
+    def __init__(self, model: str, level: Level) -> None:
+        self.device = engine.device()
+        self.model = JointFeatureLearningNet.load(model, self.device)
+        self.level = level
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One batch; failed rows keep the reason in `error`."""
+        config = self.model.config
+        side = (config.square, config.square)
+        every = {
+            "G": (schema.GROUND, lambda data: images.decode(data, config.panorama)),
+            "A": (schema.SYNTHETIC, lambda data: images.decode(data, side)),
+            "S": (schema.SYNTHETIC_CLASSES, lambda data: images.decode_ids(data, side)),
+        }
+        letters = self.level.split("+")
+        decoders = dict(every[letter] for letter in letters)
+        good, errors, pictures = _decoded(batch, decoders, "embed query")
+        embedding = np.zeros((len(errors), config.embed), dtype=np.float32)
+        v = np.zeros((len(errors), config.hidden), dtype=np.float32)
+        if good:
+            query = self._query(dict(zip(letters, pictures, strict=True)))
+            embedding[good], v[good] = query.embedding.cpu().numpy(), query.v.cpu().numpy()
+        return _kept(batch) | {EMBEDDING: embedding, V: v, schema.ERROR: errors}
+
+    def _query(self, pictures: dict[str, list[np.ndarray]]) -> Query:
+        ground, synthetic = (
+            _planes(pictures[letter], self.device) if letter in pictures else None
+            for letter in ("G", "A")
+        )
+        ids = pictures.get("S")
+        classes = None if ids is None else torch.from_numpy(np.stack(ids)).to(self.device)
+        return self.model.query(ground, synthetic, classes)
+
+
+def embed_tiles(rows: Dataset, config: Embed) -> Dataset:
+    """Rows with `aerial` -> the same, no pictures, with `u`."""
+    return engine.map_actors(rows, EmbedTile, config.pool, model=config.model)
+
+
+def embed_queries(rows: Dataset, config: Embed) -> Dataset:
+    """Rows with what `config.level` reads -> the same, no pictures, with `embedding` and `v`."""
+    return engine.map_actors(rows, EmbedQuery, config.pool, model=config.model, level=config.level)
+
+
+def _decoded(
+    batch: dict[str, np.ndarray],
+    decoders: dict[str, Callable[[bytes], np.ndarray]],
+    stage: str,
+) -> tuple[list[int], np.ndarray, tuple[list[np.ndarray], ...]]:
+    """Rows that are whole, every row's error, and the whole rows' pictures of each column."""
+    schema.require(batch, [*decoders, schema.ERROR], stage)
+    errors = np.array(batch[schema.ERROR], dtype=object)
+    good: list[int] = []
+    pictures: dict[str, list[np.ndarray]] = {column: [] for column in decoders}
+    for index in range(len(errors)):
+        if errors[index]:
+            continue
+        column = ""
+        try:
+            row = {}
+            for column, decode in decoders.items():
+                row[column] = decode(batch[column][index] or b"")
+        except images.BadImage as error:
+            errors[index] = f"{stage}: {column}: {error}"
+            continue
+        good.append(index)
+        for name, picture in row.items():
+            pictures[name].append(picture)
+    return good, errors, tuple(pictures.values())
+
+
+def _kept(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: values for name, values in batch.items() if name not in _PICTURES}
+
+
+def _planes(pictures: list[np.ndarray], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255

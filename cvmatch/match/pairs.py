@@ -1,0 +1,84 @@
+"""The rows that the matcher trains on: what jobs/synthesize.py wrote -> tensors."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import ray.data
+from pyarrow import fs, parquet
+from ray.data import Dataset
+
+from cvmatch import draws, images, manifest, schema, storage
+
+_COLUMNS = (
+    schema.PAIR_ID,
+    schema.GROUND,
+    schema.AERIAL,
+    schema.SYNTHETIC,
+    schema.SYNTHETIC_CLASSES,
+    schema.ERROR,
+)
+
+
+def synthesized(location: str) -> Dataset:
+    """Rows that jobs/synthesize.py wrote.
+
+    Raises:
+        FileNotFoundError: no finished output there.
+    """
+    manifest.read(location)
+    filesystem, path = storage.resolve(location)
+    return ray.data.read_parquet(path, filesystem=filesystem, columns=list(_COLUMNS))
+
+
+def pair_ids(location: str) -> tuple[str, ...]:
+    """Sorted ids of the synthesized rows without error.
+
+    Raises:
+        ValueError: there are none.
+    """
+    filesystem, path = storage.resolve(location)
+    found: list[str] = []
+    for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
+        if info.path.endswith(".parquet"):
+            columns = [schema.PAIR_ID, schema.ERROR]
+            rows = parquet.read_table(info.path, columns=columns, filesystem=filesystem)
+            found += [row[schema.PAIR_ID] for row in rows.to_pylist() if not row[schema.ERROR]]
+    if not found:
+        raise ValueError(
+            f"{location}: expected Parquet rows without error, found none. Run jobs/synthesize.py, "
+            "or read the reasons in the column `error`."
+        )
+    return tuple(sorted(found))
+
+
+def decode(rows: Dataset, panorama: tuple[int, int], square: int) -> Dataset:
+    """Synthesized rows -> uint8 tensors and `key`; rows with `error` are left out.
+
+    `panorama` (height, width) is the size of G, `square` the side of the maps. A row without
+    `error` whose pictures cannot be decoded stops the training: synthesis has read or made them.
+    """
+    stage: Any = functools.partial(decode_batch, panorama=panorama, square=square)
+    return rows.map_batches(stage, batch_format="numpy", batch_size=None)
+
+
+def decode_batch(
+    batch: dict[str, np.ndarray], panorama: tuple[int, int], square: int
+) -> dict[str, np.ndarray]:
+    """One batch of `decode`: `ground`, `aerial`, `synthetic` (CHW), `classes` (ids, HW), `key`."""
+    good = [index for index, error in enumerate(batch[schema.ERROR]) if not error]
+    side = (square, square)
+
+    def pictures(column: str, size: tuple[int, int]) -> np.ndarray:
+        decoded = [images.decode(batch[column][index], size) for index in good]
+        return np.array(decoded, dtype=np.uint8).reshape(-1, *size, 3).transpose(0, 3, 1, 2)
+
+    classes = [images.decode_ids(batch[schema.SYNTHETIC_CLASSES][i], side) for i in good]
+    keys = [draws.key(str(batch[schema.PAIR_ID][index])) for index in good]
+    return {
+        "ground": np.ascontiguousarray(pictures(schema.GROUND, panorama)),
+        "aerial": np.ascontiguousarray(pictures(schema.AERIAL, side)),
+        "synthetic": np.ascontiguousarray(pictures(schema.SYNTHETIC, side)),
+        "classes": np.array(classes, dtype=np.uint8).reshape(-1, *side),
+        "key": np.array(keys, dtype=np.int64),
+    }

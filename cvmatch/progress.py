@@ -1,0 +1,103 @@
+"""Progress of long work that others do: a bar on a terminal, else a log line every ten seconds."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINE_S = 10.0
+"""Seconds between log lines."""
+
+BAR_S = 0.5
+"""Seconds between updates of the bar."""
+
+_log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def watch(
+    label: str, total: int, done: Callable[[], int], note: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
+    """Show how much of `total` is done while the block runs.
+
+    `done` and `note` (a few words, such as the loss) are called from a thread, so they must only
+    read. `total` = 0 means unknown.
+    """
+    finished = threading.Event()
+    console = Console(stderr=True)
+    show = _bar if console.is_terminal else _lines
+    thread = threading.Thread(
+        target=show, args=(label, total, done, note, finished, console), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+def line(label: str, total: int, done: int, seconds: float, note: str = "", before: int = 0) -> str:
+    """One log line: `synthesize  320/1280  41/s  0:23 left  loss 0.31`.
+
+    The rate is of this run's `seconds`, so it leaves out what was done `before` it (a resumed run).
+    """
+    rate = (done - before) / seconds if seconds > 0 else 0.0
+    parts = [label, f"{done}/{total}" if total else str(done)]
+    if rate > 0:
+        parts.append(f"{rate:.3g}/s")
+    if rate > 0 and total > done:
+        left = round((total - done) / rate)
+        parts.append(f"{left // 60}:{left % 60:02d} left")
+    return "  ".join([*parts, note] if note else parts)
+
+
+def _lines(
+    label: str,
+    total: int,
+    done: Callable[[], int],
+    note: Callable[[], str],
+    finished: threading.Event,
+    _: Console,
+) -> None:
+    began, before = time.monotonic(), done()  # a resumed run begins above zero
+    last = False
+    while not last:
+        last = finished.wait(LINE_S)
+        seconds = time.monotonic() - began
+        _log.info("%s", line(label, total, done(), seconds, note(), before))
+
+
+def _bar(
+    label: str,
+    total: int,
+    done: Callable[[], int],
+    note: Callable[[], str],
+    finished: threading.Event,
+    console: Console,
+) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=total or None, completed=done(), note="")
+        last = False
+        while not last:
+            last = finished.wait(BAR_S)
+            bar.update(task, completed=done(), note=note())

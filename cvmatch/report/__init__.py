@@ -1,0 +1,20 @@
+"""Results and pictures in, one self-contained HTML page or a contact sheet out."""
+
+from cvmatch.report.charts import Curve
+from cvmatch.report.page import Page, Trial, html, provenance, report
+from cvmatch.report.scores import Score, scores
+from cvmatch.report.sheet import Example, Tile, retrieval_sheet
+
+__all__ = [
+    "Curve",
+    "Example",
+    "Page",
+    "Score",
+    "Tile",
+    "Trial",
+    "html",
+    "provenance",
+    "report",
+    "retrieval_sheet",
+    "scores",
+]

@@ -1,0 +1,138 @@
+"""Numbers of results.json in, table rows with chance levels and plain words out."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Number = float | int  # beartype does not take an int for a float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One row of a table of results."""
+
+    group: str
+    """What it belongs to, such as "retrieval / 360-north / G+A+S"."""
+    name: str
+    """Its key in results.json."""
+    value: Number
+    """As in results.json: shares in [0, 1]."""
+    interval: tuple[Number, Number] | None = None
+    """95 % interval, in the unit of `value`."""
+    chance: Number | None = None
+    """What a guess scores, in the unit of `value`; None where there is no such thing."""
+    share: bool = False
+    """Whether to show it in percent."""
+    meaning: str = ""
+    """What it says, in plain words."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Keys that `pattern` matches whole: {first} is "among the first 5", {gallery} a number."""
+
+    pattern: str
+    meaning: str
+    share: bool = False
+    chance: float | None = None
+
+
+_KINDS = (
+    _Kind(r"recall@(?P<k>\d+)", "the right tile comes {first} of {gallery}", True),
+    _Kind(r"recall@(?P<percent>[\d.]+)%", "the right tile comes {first} of {gallery}", True),
+    _Kind(r"near_recall@(?P<near>\d+)", "it comes {first} of the tiles nearby ({gallery})", True),
+    _Kind(r"(one_of_ten_)?top(?P<ten>\d+)", "it comes {first} of 10: itself and 9 random", True),
+    _Kind(r"(?P<middle>median_rank)", "half of the panoramas have their tile here or before"),
+    _Kind(r"distance_m", "from the first answer to the right place, in metres, median"),
+    _Kind(r"distance_m_mean", "the same, mean"),
+    _Kind(r"exact_top1_kept", "first answers of exhaustive search that two stages keep", True),
+    _Kind(r"exact_top10_kept", "of its first ten answers", True),
+    _Kind(r"shortlist", "tiles that the first stage hands to the second"),
+    _Kind(r"exact", "exhaustive search, in ms for one panorama, already embedded"),
+    _Kind(r"two-stage", "shortlist and re-ranking, in ms for one panorama, already embedded"),
+    _Kind(r"miou", "overlap of predicted and true classes, mean over the classes", True),
+    _Kind(r"accuracy", "pixels of the right class", True),
+    _Kind(r"ignored", "pixels of no class, which nothing counts", True),
+    _Kind(r"psnr", "likeness of generated and true tile, pixel by pixel, in dB; higher is better"),
+    _Kind(r"ssim", "likeness of generated and true tile in structure, at most 1"),
+    _Kind(r"ncc", "correlation of brightness of generated and true tile, at most 1", False, 0.0),
+    _Kind(r"lpips", "perceived difference of generated and true tile; lower is better"),
+    _Kind(r"fid", "distance between the sets of generated and true tiles; lower is better"),
+)
+
+_SHUFFLED = "the same against another place's tile: worse, if the model looks at its panorama"
+_PARTS = re.compile(r".*(_low|_high|_k|_chance)|(near_)?gallery|near_queries")
+
+
+def scores(results: Mapping[str, Any], gallery: Number = 0) -> list[Score]:
+    """Rows of the numbers in a tree of results, as `evaluate` gives it, in its order.
+
+    Keys beside a name belong to its row: "gallery" (tiles searched, also for trees below),
+    "<name>_low" and "<name>_high" (95 % interval), "<name>_k", "<name>_chance"; "<name>_shuffled"
+    is a row of its own. Text, lists, booleans and None are no scores and are left out.
+    """
+    return list(_walk(results, (), gallery))
+
+
+def _walk(tree: Mapping[str, Any], above: tuple[str, ...], gallery: Number) -> Iterator[Score]:
+    gallery = tree.get("gallery", gallery)
+    deeper = []
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            deeper.append((name, value))
+        elif _is_number(value) and not _PARTS.fullmatch(name):
+            yield _score(" / ".join(above), name, tree, gallery)
+    for name, value in deeper:  # last, so that a group's rows stay together
+        yield from _walk(value, (*above, name), gallery)
+
+
+def _score(group: str, name: str, tree: Mapping[str, Any], gallery: Number) -> Score:
+    base = name.removesuffix("_shuffled")
+    in_iou = group.endswith("iou")
+    kind = _Kind("", "overlap of predicted and true pixels of this class", True) if in_iou else None
+    shown, chance = {"first": "", "gallery": ""}, None
+    for candidate in () if in_iou else _KINDS:
+        if match := re.fullmatch(candidate.pattern, base):
+            kind, chance = candidate, candidate.chance
+            shown, guess = _chance(match.groupdict(), tree, gallery)
+            chance = guess if guess is not None else chance
+    interval = (tree.get(f"{name}_low"), tree.get(f"{name}_high"))
+    given = tree.get(f"{name}_chance")
+    words = kind.meaning.format(**shown) if kind else ""
+    return Score(
+        group=group,
+        name=name,
+        value=tree[name],
+        interval=interval if all(map(_is_number, interval)) else None,
+        chance=given if _is_number(given) else chance,
+        share=kind is not None and kind.share,
+        meaning=words if base == name else _SHUFFLED,
+    )
+
+
+def _chance(
+    found: Mapping[str, str | None], tree: Mapping[str, Any], gallery: Number
+) -> tuple[dict[str, str], float | None]:
+    """Words of a recall, and what a guess scores: k of the gallery, or the middle place."""
+    places, words = gallery, f"{gallery:,.0f}" if gallery else "all"
+    if ten := found.get("ten"):
+        k, places = int(ten), 10
+    elif near := found.get("near"):
+        k, places = int(near), tree.get("near_gallery", 0)
+        words = f"{places:.1f} on average" if places else "not counted"
+    elif percent := found.get("percent"):  # as metrics.recall_share counts
+        k = max(1, int(float(percent) / 100 * gallery + 1e-9))
+    elif found.get("middle"):
+        return {}, (gallery + 1) / 2 if gallery else None
+    elif number := found.get("k"):
+        k = int(number)
+    else:
+        return {}, None
+    first = "first" if k == 1 else f"among the first {k:,}"
+    return {"first": first, "gallery": words}, min(1.0, k / places) if places else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isinf(value)

@@ -1,0 +1,72 @@
+"""The rows between stages: their columns, and the palette of the class maps.
+
+Pictures travel as encoded bytes (PNG or JPEG) and are decoded once, by the actor that needs pixels.
+Every row is keyed by `pair_id`; a failed row carries its reason in `error` instead of raising, since
+Ray would drop its whole block or restart the actor for ever (Ray 2.60, measured).
+"""
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+VERSION = 1
+"""Version of the rows on disk; a stage refuses rows of another version."""
+
+PAIR_ID = "pair_id"
+GROUND = "ground"
+AERIAL = "aerial"
+CLASSES = "classes"
+LATITUDE = "latitude"
+LONGITUDE = "longitude"
+SYNTHETIC = "synthetic"
+SYNTHETIC_CLASSES = "synthetic_classes"
+ERROR = "error"
+
+PAIRS = pa.schema(
+    [
+        pa.field(PAIR_ID, pa.string(), nullable=False),  # CVUSA's seven digits
+        pa.field(GROUND, pa.binary()),  # 360-degree panorama G, north in the middle column
+        pa.field(AERIAL, pa.binary()),  # satellite tile C, north up
+        pa.field(CLASSES, pa.binary()),  # class map of C in PALETTE's colours; null where none
+        pa.field(LATITUDE, pa.float64()),  # degrees north of the tile; null where unknown
+        pa.field(LONGITUDE, pa.float64()),  # degrees east of the tile; null where unknown
+        pa.field(ERROR, pa.string()),  # why the row failed; null for a good row
+    ]
+)
+"""What `ingest` gives."""
+
+SYNTHESIZED = PAIRS.insert(4, pa.field(SYNTHETIC, pa.binary())).insert(
+    5, pa.field(SYNTHETIC_CLASSES, pa.binary())
+)
+"""What `generate` and `segment` add: A as a PNG, and S as a PNG of class ids (mode L)."""
+
+LABELS = ("impervious", "clutter", "tree", "building", "low vegetation", "car")
+"""Names of the classes by id, as in ISPRS Potsdam and Vaihingen."""
+
+PALETTE = (
+    (255, 255, 255),
+    (255, 0, 0),
+    (0, 255, 0),
+    (0, 0, 255),
+    (0, 255, 255),
+    (255, 255, 0),
+)
+"""Colours (RGB) of the classes by id. CVUSA's published subset leaves yellow, the cars, out."""
+
+IGNORE = 255
+"""Class id of pixels that no loss or metric counts."""
+
+
+def require(present: Iterable[str], needed: Iterable[str], where: str) -> None:
+    """Check that rows carry what a stage reads.
+
+    Raises:
+        ValueError: a needed column is absent; names `where`, what is there and what is missing.
+    """
+    have = set(present)
+    missing = sorted(set(needed) - have)
+    if missing:
+        raise ValueError(
+            f"{where}: expected columns {missing}, got only {sorted(have)}. "
+            "Run the stage that adds them first (see the table of stages in README.md)."
+        )

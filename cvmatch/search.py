@@ -1,0 +1,218 @@
+"""Panoramas + an index -> ranked tiles with scores and positions, in this process, without Ray.
+
+The pictures go through the same actors as in the offline stages, so that decoding, resizing and
+noise are the same; but one query must not wait for Ray to start.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float, Int64
+
+from cvmatch import images, schema, storage
+from cvmatch.generate.infer import GenerateAerial
+from cvmatch.index import EXHAUSTIVE, Index
+from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
+from cvmatch.match.model import Level, Query
+from cvmatch.segment.infer import SegmentAerial
+
+Mode = Literal["auto", "exact", "two-stage"]
+
+_BATCH = 16  # panoramas a step
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFiles:
+    """Find the tiles of panorama files."""
+
+    panorama: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Location of a 360-degree panorama, north in the middle; repeat the flag for more."""
+    index: str = "data/index"
+    """Local directory of the index."""
+    top_k: int = 10
+    """Tiles to give for each panorama."""
+    generator: str = ""
+    """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
+    segmenter: str = ""
+    """Local directory of a segmenter, to search with its class map too; empty: none."""
+    steps: int = 12
+    """Solver steps of the generator."""
+    guidance: float = 2.0
+    """Guidance scale of the generator; 1: none."""
+    mode: Mode = "auto"
+    """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
+    shortlist: int = 0
+    """Tiles that a two-stage search re-ranks; 0 takes the index's own number."""
+    seed: int = 0
+    """Of the generator's noise."""
+
+    def __post_init__(self) -> None:
+        if not self.panorama or self.top_k < 1:
+            raise ValueError(
+                f"search: expected at least one --panorama FILE and top_k >= 1, got "
+                f"{len(self.panorama)} and {self.top_k}."
+            )
+        if self.segmenter and not self.generator:
+            raise ValueError(
+                "search: --segmenter segments the synthetic aerial: give --generator too."
+            )
+
+    @property
+    def level(self) -> Level:
+        """What the queries consist of."""
+        if not self.generator:
+            return "G"
+        return "G+A+S" if self.segmenter else "G+A"
+
+
+class Ranked(NamedTuple):
+    """Best tiles of each query, best first."""
+
+    rows: Int64[np.ndarray, "query k"]
+    """Rows of the index; -1 behind the end, where a shortlist held fewer than k tiles."""
+    scores: Float[np.ndarray, "query k"]
+    """Exact joint scores, in [-1, 1]; -inf where there is no tile."""
+
+
+def search(config: SearchFiles) -> Iterator[dict[str, Any]]:
+    """One row for each panorama and rank, by panorama: JSON-able, best tile first.
+
+    Raises:
+        ValueError: panoramas that cannot be read, all named, before any work; or see `Index.open`.
+    """
+    pictures = _pictures(config.panorama)
+    index = Index.open(config.index)
+    return _search(config, pictures, index, _actors(config, index))
+
+
+def rank(
+    index: Index, query: Query, top_k: int = 10, mode: Mode = "auto", shortlist: int = 0
+) -> Ranked:
+    """The best `top_k` tiles (or all, where there are fewer) by the exact joint score.
+
+    exact: of all tiles. two-stage: of the `shortlist` tiles (0: the index's number) whose own
+    embedding is nearest to the query's. Equal scores are ordered by row.
+    """
+    if mode == "exact" or (mode == "auto" and len(index) <= EXHAUSTIVE):
+        return _exact(index, query, top_k)
+    return _two_stage(index, query, top_k, shortlist)
+
+
+def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
+    """What `EmbedQuery` gave for a batch, on the device of the index's model."""
+    device = next(index.matcher.parameters()).device
+    return Query(*(torch.from_numpy(batch[name]).to(device) for name in (EMBEDDING, V)))
+
+
+def _search(
+    config: SearchFiles, pictures: list[bytes], index: Index, actors: list[Any]
+) -> Iterator[dict[str, Any]]:
+    for begin in range(0, len(pictures), _BATCH):
+        places = config.panorama[begin : begin + _BATCH]
+        batch = _rows(places, pictures[begin : begin + _BATCH])
+        for actor in actors:
+            batch = actor(batch)
+        failed = [error for error in batch[schema.ERROR] if error]
+        if failed:
+            raise ValueError(f"search: {len(failed)} panoramas failed: {'; '.join(failed)}")
+        ranked = rank(index, query_of(batch, index), config.top_k, config.mode, config.shortlist)
+        for place, rows, scores in zip(places, ranked.rows, ranked.scores, strict=True):
+            yield from _answers(index, place, config.level, rows, scores)
+
+
+@torch.inference_mode()
+def _exact(index: Index, query: Query, top_k: int) -> Ranked:
+    best = torch.empty(len(query.v), 0)
+    rows = torch.empty(len(query.v), 0, dtype=torch.int64)
+    begin = 0
+    for part in index.scores(query):
+        score, row = part.topk(min(top_k, part.shape[1]))
+        best = torch.cat([best, score.float().cpu()], dim=1)
+        rows = torch.cat([rows, row.cpu() + begin], dim=1)
+        begin += part.shape[1]
+    return _sorted(rows.numpy(), best.numpy(), top_k)
+
+
+@torch.inference_mode()
+def _two_stage(index: Index, query: Query, top_k: int, shortlist: int) -> Ranked:
+    near = index.nearest(query, max(shortlist or index.manifest["shortlist"], top_k))
+    scores = np.full(near.shape, -np.inf, dtype=np.float32)
+    for at, rows in enumerate(near):
+        one = Query(*(value[at : at + 1] for value in query))
+        found = rows >= 0
+        exact = index.matcher.scores(one, index.take(rows[found]))
+        scores[at, found] = exact[0].float().cpu().numpy()
+    return _sorted(near, scores, top_k)
+
+
+def _sorted(rows: np.ndarray, scores: np.ndarray, top_k: int) -> Ranked:
+    order = np.lexsort((rows, -scores))[:, :top_k]
+    return Ranked(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
+
+
+def _actors(config: SearchFiles, index: Index) -> list[Any]:
+    actors: list[Any] = []
+    if config.generator:
+        model = os.path.abspath(os.path.expanduser(config.generator))
+        actors.append(GenerateAerial(model, config.steps, config.guidance, config.seed))
+    if config.segmenter:
+        actors.append(SegmentAerial(config.segmenter))
+    return [*actors, EmbedQuery(index.heads, config.level)]
+
+
+def _pictures(places: tuple[str, ...]) -> list[bytes]:
+    """Content of the files, each of which decodes."""
+    found, bad = [], []
+    for place in places:
+        try:
+            found.append(storage.read_bytes(place))
+            images.open_image(found[-1])
+        except (OSError, images.BadImage) as error:
+            bad.append(f"{place}: {error}")
+    if bad:
+        raise ValueError(
+            f"search: {len(bad)} of {len(places)} panoramas cannot be read, nothing was done.\n  "
+            + "\n  ".join(bad)
+            + "\nMend these files, or leave them out."
+        )
+    return found
+
+
+def _rows(places: tuple[str, ...], pictures: list[bytes]) -> dict[str, np.ndarray]:
+    """A batch as `ingest` gives it. The file's stem is the id, which the generator's noise follows:
+    a panorama of a data set gets the same synthetic aerial here as there."""
+    batch = {
+        schema.PAIR_ID: [os.path.splitext(os.path.basename(place))[0] for place in places],
+        schema.GROUND: pictures,
+        schema.ERROR: [None] * len(places),
+    }
+    return {name: _objects(values) for name, values in batch.items()}
+
+
+def _objects(values: list[Any]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)  # numpy would strip zero bytes at the end of bytes
+    array[:] = values
+    return array
+
+
+def _answers(
+    index: Index, place: str, level: Level, rows: np.ndarray, scores: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    kept = rows[rows >= 0]
+    columns = (schema.PAIR_ID, schema.LATITUDE, schema.LONGITUDE)
+    tiles = index.tiles.select(columns).take(kept).to_pylist()
+    for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1):
+        yield {
+            "query": place,
+            "rank": number,
+            "tile": tile[schema.PAIR_ID],
+            "score": float(score),
+            "latitude": tile[schema.LATITUDE],
+            "longitude": tile[schema.LONGITUDE],
+            "level": level,
+        }

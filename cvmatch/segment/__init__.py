@@ -1,0 +1,1 @@
+"""Segmentation: an aerial picture -> a map of land-cover classes (SegFormer)."""

@@ -1,0 +1,118 @@
+"""Locations as `str` URIs (never `Path`, which turns `s3://x` into `s3:/x`): open, list, publish.
+
+A location is a local path or anything that pyarrow.fs reads (`s3://`, `gs://`, ...). A file appears
+whole or not at all: local files are written aside and renamed; object stores commit on close.
+"""
+
+import json
+import os
+import re
+import urllib.parse
+import uuid
+from typing import Any
+
+from pyarrow import fs
+
+_OBJECT_STORES = ("s3", "gcs", "abfs")
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def absolute(location: str) -> str:
+    """`location` so that it means the same in every process: Ray's workers change directory."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+
+
+def resolve(location: str) -> tuple[fs.FileSystem, str]:
+    """The file system of `location`, and the path in it."""
+    return fs.FileSystem.from_uri(absolute(location))
+
+
+def join(location: str, *parts: str) -> str:
+    """`location/part/...`."""
+    return "/".join([location.rstrip("/"), *parts])
+
+
+def inside(root: str, relative: str) -> str:
+    """`root/relative`, where `relative` comes from a file that we did not write.
+
+    Where `root` is a URI, `relative` is quoted, so that no `%2e%2e` in it turns into `..`.
+
+    Raises:
+        ValueError: the path is absolute, names a drive, leaves `root`, or is empty.
+    """
+    parts = [part for part in relative.replace("\\", "/").split("/") if part != "."]
+    if not any(parts) or "\0" in relative:
+        raise ValueError(f"path {relative!r} names no file below the data root {root}")
+    if not parts[0] or parts[0].endswith(":") or ".." in parts or _DRIVE.match(relative):
+        raise ValueError(f"path {relative!r} leaves the data root {root}")
+    parts = [part for part in parts if part]
+    return join(root, *(map(urllib.parse.quote, parts) if "://" in root else parts))
+
+
+def exists(location: str) -> bool:
+    """Whether a file or directory is there."""
+    filesystem, path = resolve(location)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def names(location: str, directories: bool = False) -> list[str]:
+    """Sorted names of the entries (or only `directories`) of a directory; empty where it is not."""
+    filesystem, path = resolve(location)
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    kinds = (fs.FileType.Directory,) if directories else tuple(fs.FileType)
+    return sorted(info.base_name for info in found if info.type in kinds)
+
+
+def read_bytes(location: str) -> bytes:
+    """A file's content. Raises FileNotFoundError, naming it, where there is none."""
+    filesystem, path = resolve(location)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def read_text(location: str) -> str:
+    """A UTF-8 file's content."""
+    return read_bytes(location).decode()
+
+
+def read_json(location: str) -> Any:
+    """A JSON file's content."""
+    return json.loads(read_bytes(location))
+
+
+def write_bytes(location: str, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part of it."""
+    filesystem, path = resolve(location)
+    if filesystem.type_name in _OBJECT_STORES:
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+        return
+    filesystem.create_dir(os.path.dirname(path), recursive=True)
+    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    with filesystem.open_output_stream(aside) as stream:
+        stream.write(data)
+    filesystem.move(aside, path)
+
+
+def write_text(location: str, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    write_bytes(location, text.encode())
+
+
+def write_json(location: str, value: Any) -> None:
+    """Write a JSON file with sorted keys, whole or not at all."""
+    write_text(location, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def make_directory(location: str) -> str:
+    """Create a directory and its parents; gives `location` back."""
+    filesystem, path = resolve(location)
+    filesystem.create_dir(path, recursive=True)
+    return location
+
+
+def remove(location: str) -> None:
+    """Delete a directory and all in it, or nothing where there is none."""
+    filesystem, path = resolve(location)
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)

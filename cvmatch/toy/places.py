@@ -1,0 +1,49 @@
+"""Pictures to pre-train on: worlds of the `pretrain` family, rendered by all cores, kept in memory."""
+
+import logging
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cvmatch.world import Sizes, pairs, world_seed
+
+log = logging.getLogger(__name__)
+
+SIZES = Sizes(aerial=128, panorama=(64, 256))
+"""Pixels of the toy data sets' pictures."""
+
+CAMERAS = 24
+"""Pairs of a world."""
+
+
+class Places(NamedTuple):
+    """Pairs as arrays, RGB in [0, 255]; classes are ids 0 to 5."""
+
+    aerial: UInt8[np.ndarray, "pair 128 128 3"]
+    classes: UInt8[np.ndarray, "pair 128 128"]
+    panorama: UInt8[np.ndarray, "pair 64 256 3"]
+
+
+def places(worlds: int, seed: int) -> Places:
+    """All pairs of `worlds` worlds that no data set contains (70 ms of one core a pair)."""
+    spawn = multiprocessing.get_context("spawn")
+    parts = []
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        for part in pool.map(partial(_world, seed), range(worlds)):
+            parts.append(part)
+            log.info("places: world %d of %d", len(parts), worlds)
+    return Places(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _world(seed: int, index: int) -> Places:
+    found = list(pairs(world_seed(seed, index, "pretrain"), CAMERAS, SIZES))
+    return Places(
+        np.stack([pair.aerial for pair in found]),
+        np.stack([pair.classes for pair in found]),
+        np.stack([pair.panorama for pair in found]),
+    )

@@ -1,0 +1,272 @@
+"""Pre-train the toy base models: each function gives one model, from pictures in memory.
+
+The pretext tasks stand in for the public ones: reconstruction (VAE), denoising without condition
+(UNet), attributes of a picture instead of its caption (CLIP), six-class maps instead of ADE20K
+(SegFormer), shares of classes by direction instead of ImageNet's labels (tower). None of them
+matches a panorama with a tile.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
+
+from cvmatch import geometry
+from cvmatch.schema import LABELS
+from cvmatch.towers import Tower, TowerSpec, normalise
+
+log = logging.getLogger(__name__)
+
+TILE = 64
+"""Side of the tiles that the VAE, the UNet and CLIP see, in pixels."""
+
+SECTORS = 32
+"""Directions in which the tower tells shares of classes."""
+
+RINGS = 3
+"""Distances, from the camera to the tile's edge, in which CLIP tells them."""
+
+CROPS = 4
+"""Square windows that cover a toy panorama exactly."""
+
+
+def pretrain_tower(
+    aerial: UInt8[Tensor, "pair 3 height width"],
+    panorama: UInt8[Tensor, "pair 3 rows columns"],
+    shares: Float[Tensor, "pair rings sectors label"],
+    steps: int,
+) -> Tower:
+    """A VGG-type tower that tells the shares of classes by direction, in both views."""
+    spec = TowerSpec(arch="vgg", layers=(24, "M", 48, "M", 64, "M", 96), grid=(2, 16), dim=128)
+    tower = Tower(spec)
+    heads = nn.ModuleList(nn.Conv1d(96, len(LABELS), 1) for _ in range(2))
+    target = shares.mean(dim=1)
+
+    def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
+        views = (
+            geometry.polar(aerial[rows].float() / 255, *panorama.shape[-2:]),
+            panorama[rows].float() / 255,
+        )
+        total = torch.zeros(())
+        for view, head in zip(views, heads, strict=True):
+            found = tower.net.features(normalise(_tinted(view)))  # pyright: ignore
+            columns = F.adaptive_avg_pool2d(found, (1, SECTORS))[:, :, 0]
+            total = total + _soft_entropy(head(columns).transpose(1, 2), target[rows])
+        return total
+
+    _optimise([*tower.parameters(), *heads.parameters()], loss, len(aerial), steps, 16, 1e-3)
+    return tower
+
+
+def pretrain_vae(aerial: UInt8[Tensor, "pair 3 64 64"], features: nn.Module, steps: int) -> AutoencoderKL:
+    """An AutoencoderKL of factor 4, for absolute and perceptual (`features`) error."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=TILE,
+        mid_block_add_attention=False,
+    )
+    shallow = nn.Sequential(*list(features.children())[:7]).requires_grad_(False)
+
+    def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
+        image = _turned(aerial[rows]).float() / 127.5 - 1
+        latent = vae.encode(image).latent_dist  # pyright: ignore
+        again = vae.decode(latent.sample()).sample  # pyright: ignore
+        seen, wanted = (shallow(normalise(x / 2 + 0.5)) for x in (again, image))
+        perceptual = F.l1_loss(seen, wanted) / wanted.abs().mean()
+        return F.l1_loss(again, image) + 0.2 * perceptual + 1e-5 * latent.kl().mean()
+
+    _optimise(vae.parameters(), loss, len(aerial), steps, 16, 2e-3)
+    latents = encode(vae, aerial[:512])
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return vae
+
+
+@torch.inference_mode()
+def encode(
+    vae: AutoencoderKL, aerial: UInt8[Tensor, "pair 3 64 64"]
+) -> Float[Tensor, "pair 4 16 16"]:
+    """Latent means, not scaled."""
+    parts = [
+        vae.encode(part.float() / 127.5 - 1).latent_dist.mode()  # pyright: ignore
+        for part in aerial.split(64)
+    ]
+    return torch.cat(parts)
+
+
+def pretrain_unet(
+    latents: Float[Tensor, "pair 4 16 16"], scaling_factor: float, steps: int
+) -> tuple[UNet2DConditionModel, DDPMScheduler]:
+    """A UNet that denoises latents of tiles without condition (its tokens are zero)."""
+    unet = UNet2DConditionModel(
+        sample_size=TILE // 4,
+        block_out_channels=(48, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    ).to(memory_format=torch.channels_last)  # pyright: ignore
+    scheduler = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+    )
+    average = _Average(unet)
+
+    def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
+        clean = latents[rows] * scaling_factor
+        noise, step = torch.randn_like(clean), torch.randint(1000, rows.shape)
+        target = scheduler.get_velocity(clean, noise, step)  # pyright: ignore
+        noisy = scheduler.add_noise(clean, noise, step)  # pyright: ignore
+        tokens = clean.new_zeros(len(rows), 4, unet.config["cross_attention_dim"])
+        return F.mse_loss(unet(noisy, step, tokens).sample, target)
+
+    _optimise(unet.parameters(), loss, len(latents), steps, 32, 1e-3, average.update)
+    average.copy_to(unet)
+    return unet, scheduler
+
+
+def pretrain_clip(
+    aerial: UInt8[Tensor, "pair 3 64 64"],
+    panorama: UInt8[Tensor, "pair 3 64 256"],
+    shares: Float[Tensor, "pair rings sectors label"],
+    steps: int,
+) -> CLIPVisionModel:
+    """A CLIP vision tower that tells attributes (shares of classes by distance) of both views."""
+    config = CLIPVisionConfig(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=TILE,
+        patch_size=8,
+    )
+    clip = CLIPVisionModel(config)
+    head = nn.Linear(96, RINGS * len(LABELS))
+    crops = geometry.azimuth_crops(panorama, CROPS)
+    half = SECTORS // CROPS // 2
+    by_crop = torch.roll(shares, half, dims=2).unflatten(2, (CROPS, -1)).mean(dim=3)
+
+    def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
+        crop = int(torch.randint(CROPS, ()))
+        pictures = torch.cat([_turned(aerial[rows]), crops[rows, crop]]).float() / 255
+        told = head(clip(normalise(_tinted(pictures))).pooler_output)
+        target = torch.cat([shares[rows].mean(dim=2), by_crop[rows, :, crop]])
+        return _soft_entropy(told.unflatten(1, (RINGS, -1)), target)
+
+    _optimise([*clip.parameters(), *head.parameters()], loss, len(aerial), steps, 32, 1e-3)
+    return clip
+
+
+def pretrain_segformer(
+    aerial: UInt8[Tensor, "pair 3 128 128"], classes: UInt8[Tensor, "pair 128 128"], steps: int
+) -> SegformerForSemanticSegmentation:
+    """A small SegFormer of six classes."""
+    config = SegformerConfig(
+        num_labels=len(LABELS),
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[16, 32, 64, 128],
+        num_attention_heads=[1, 1, 2, 4],
+        decoder_hidden_size=64,
+        classifier_dropout_prob=0.0,
+    )
+    model = SegformerForSemanticSegmentation(config)
+
+    def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
+        both = torch.cat([aerial[rows], classes[rows][:, None]], dim=1)
+        turned = _turned(both)
+        logits = model(normalise(_tinted(turned[:, :3].float() / 255))).logits
+        whole = F.interpolate(logits, turned.shape[-2:], mode="bilinear")
+        return F.cross_entropy(whole, turned[:, 3].long())
+
+    _optimise(model.parameters(), loss, len(aerial), steps, 16, 1e-3)
+    return model
+
+
+def class_shares(
+    classes: UInt8[Tensor, "pair 128 128"],
+) -> Float[Tensor, "pair rings sectors label"]:
+    """Shares of the classes by distance (far first) and direction (from south, clockwise)."""
+    parts = []
+    for part in classes.split(64):
+        view = geometry.polar(part[:, None].float(), 2 * RINGS * 8, 4 * SECTORS, "nearest")[:, 0]
+        one_hot = F.one_hot(view.long(), len(LABELS)).permute(0, 3, 1, 2).float()
+        parts.append(F.adaptive_avg_pool2d(one_hot, (RINGS, SECTORS)).permute(0, 2, 3, 1))
+    return torch.cat(parts)
+
+
+class _Average:
+    """Running mean of a model's weights, which samples better than the last ones."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.998) -> None:
+        self.model, self.decay = model, decay
+        self.mean = {name: value.clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in self.model.state_dict().items():
+            self.mean[name].lerp_(value, 1 - decay)
+
+    def copy_to(self, model: nn.Module) -> None:
+        model.load_state_dict(self.mean)
+
+
+def _optimise(
+    parameters: Iterable[nn.Parameter],
+    loss: Callable[[Tensor], Tensor],
+    rows: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """AdamW with a warm-up of 5 % of the steps and a cosine down to zero."""
+    weights = list(parameters)
+    optimizer = torch.optim.AdamW(weights, rate, weight_decay=1e-4)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
+    recent = 0.0
+    for step in range(steps):
+        value = loss(torch.randint(rows, (batch,)))
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        plan.step()
+        after(step)
+        recent += (value.item() - recent) / min(step + 1, 50)
+        if (step + 1) % 50 == 0:
+            log.info("step %d of %d, loss %.4f", step + 1, steps, recent)
+
+
+def _turned(tile: UInt8[Tensor, "batch channel size size"]) -> UInt8[Tensor, "batch channel size size"]:
+    turned = torch.rot90(tile, int(torch.randint(4, ())), (-2, -1))
+    return turned.flip(-1) if torch.rand(()) < 0.5 else turned
+
+
+def _tinted(image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """Gain and tint of each picture drawn anew (sigma 15 and 5 %): colour is no shortcut."""
+    gain = 1 + 0.15 * torch.randn(len(image), 1, 1, 1) + 0.05 * torch.randn(len(image), 3, 1, 1)
+    return (image * gain).clamp(0, 1)
+
+
+def _soft_entropy(logits: Float[Tensor, "*batch label"], target: Float[Tensor, "*batch label"]) -> Tensor:
+    return -(target * logits.log_softmax(-1)).sum(-1).mean()

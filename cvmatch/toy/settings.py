@@ -1,0 +1,156 @@
+"""The settings that make the whole pipeline run on a laptop: small pictures, toy base models."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cvmatch import toy
+from cvmatch.engine import Pool
+from cvmatch.evaluate import Evaluate
+from cvmatch.generate.condition import Conditioning
+from cvmatch.generate.infer import Generate
+from cvmatch.generate.train import TrainGenerator
+from cvmatch.index import BuildIndex
+from cvmatch.ingest import Ingest
+from cvmatch.match.train import TrainMatcher
+from cvmatch.segment.infer import Segment
+from cvmatch.segment.train import TrainSegmenter
+from cvmatch.synthesize import Synthesize
+from cvmatch.training import Fit
+from cvmatch.tune import Tune
+from cvmatch.world import MakeWorld
+
+PANORAMA = (64, 256)
+"""Height and width of the toy panoramas and polar views, in pixels."""
+
+Preset = Literal["tiny", "demo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Run the whole pipeline on an embedded data set of procedural places."""
+
+    output: str = "demo"
+    """Local directory of everything that the demo makes."""
+    preset: Preset = "demo"
+    """demo: 960 + 320 pairs, minutes. tiny: 24 + 12 pairs, to see that everything runs."""
+    workers: int = 2
+    """Ray Train workers of each training; 0 trains in this process."""
+    seed: int = 0
+    """Seed of worlds, weights and noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of each stage of the demo."""
+
+    world: MakeWorld
+    segmenter: TrainSegmenter
+    generator: TrainGenerator
+    synthesize: tuple[Synthesize, Synthesize]
+    """Training pairs, held-out pairs."""
+    tune: Tune
+    trial: TrainMatcher
+    """What all trials of the search share."""
+    matcher: TrainMatcher
+    index: BuildIndex
+    evaluate: Evaluate
+
+
+def settings(config: Demo) -> Settings:
+    """Settings of the stages, all below `config.output`."""
+    at, tiny = config.output, config.preset == "tiny"
+    train, val = (Ingest(root=f"{at}/world", split=split) for split in ("train", "val"))
+
+    def fit(name: str, epochs: int, batch: int, schedule: str = "cosine") -> Fit:
+        return Fit(
+            epochs=1 if tiny else epochs,
+            batch=4 if tiny else batch,
+            schedule=schedule,  # pyright: ignore[reportArgumentType]
+            workers=config.workers,
+            seed=config.seed,
+            storage=f"{at}/runs",
+            name=name,
+            cache=True,
+        )
+
+    matcher = TrainMatcher(
+        pairs=f"{at}/synthesized/train",
+        val=f"{at}/synthesized/val",
+        tower=toy.TOWER,
+        panorama=PANORAMA,
+        polar=PANORAMA,
+        square=64,
+        hidden=128,
+        embed=128,
+        lr_towers=1e-3,
+        lr_heads=1e-3,
+        output=f"{at}/models/matcher",
+        fit=fit("matcher", 10, 32),
+    )
+    return Settings(
+        world=MakeWorld(output=f"{at}/world", preset=config.preset, seed=config.seed),
+        segmenter=TrainSegmenter(
+            data=train,
+            val=val,
+            base=toy.SEGFORMER,
+            size=128,
+            lr=3e-4,
+            lr_head=1e-3,
+            output=f"{at}/models/segmenter",
+            fit=fit("segmenter", 2, 16),
+        ),
+        generator=TrainGenerator(
+            data=train,
+            val=val,
+            diffusion=toy.DIFFUSION,
+            clip=toy.CLIP,
+            perceptual=toy.TOWER,
+            conditioning=Conditioning(panorama_width=PANORAMA[1], crops=4),
+            lr=5e-4,
+            pretrain_rays=1 if tiny else 5,
+            output=f"{at}/models/generator",
+            fit=fit("generator", 5, 32),
+        ),
+        synthesize=(_synthesize(at, train), _synthesize(at, val)),
+        tune=_tune(at, tiny, config.seed),
+        trial=matcher,
+        matcher=matcher,
+        index=BuildIndex(
+            tiles=val,
+            model=f"{at}/models/matcher",
+            queries=f"{at}/synthesized/val",
+            output=f"{at}/index",
+            pool=Pool(batch=32, cpus=1),
+            shortlist=5 if tiny else 50,
+            seed=config.seed,
+        ),
+        evaluate=Evaluate(
+            queries=f"{at}/synthesized/val",
+            index=f"{at}/index",
+            output=f"{at}/evaluation",
+            seed=config.seed,
+        ),
+    )
+
+
+def _synthesize(at: str, data: Ingest) -> Synthesize:
+    return Synthesize(
+        data=data,
+        generate=Generate(model=f"{at}/models/generator", steps=5, pool=Pool(size=2, batch=16)),
+        segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16)),
+        output=f"{at}/synthesized/{data.split}",
+    )
+
+
+def _tune(at: str, tiny: bool, seed: int) -> Tune:
+    return Tune(
+        stage="matcher",
+        space=toy.SPACE,
+        trials=2 if tiny else 3,
+        concurrent=2,
+        epochs=1 if tiny else 2,
+        storage=f"{at}/runs",
+        name="tune",
+        output=f"{at}/tuned",
+        seed=seed,
+    )

@@ -1,0 +1,10 @@
+"""The one training loop: a Task and two streams of rows -> a run with a checkpoint for each epoch.
+
+`fit` runs the same loop in Ray Train's workers (`Fit.workers` >= 1; DDP; about 30 s to start) or in
+this process (`workers` = 0, at once). A run is its name and storage: the same again resumes it.
+"""
+
+from cvmatch.training.start import fit, listening, publish
+from cvmatch.training.task import Fit, Task
+
+__all__ = ["Fit", "Task", "fit", "listening", "publish"]

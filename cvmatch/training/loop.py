@@ -1,0 +1,291 @@
+"""What each training worker runs: epochs of steps, validation, a checkpoint, a report.
+
+`start` starts it, in Ray Train's workers or in this process. What differs between the two is a
+`Place`: rank, shards, where to go on, and how an epoch is committed.
+"""
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from cvmatch import draws, storage
+from cvmatch.training import runs
+from cvmatch.training.meters import Means, Meter, tensors
+from cvmatch.training.task import Fit, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all workers of a run are told."""
+
+    build: Callable[[], Task]
+    fit: Fit
+    steps: int
+    """Steps of an epoch of one worker."""
+    validate: bool
+    directory: str
+    """Absolute location of the run directory."""
+    resume: int
+    """Epochs done by earlier starts of the run."""
+
+
+class Place(Protocol):
+    """Where a worker runs."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def shard(self, name: str) -> Any:
+        """This worker's rows of `train` or `val`, with `iter_torch_batches`."""
+        ...
+
+    def commit(self, metrics: dict[str, Any], directory: str) -> None:
+        """Hand over an epoch's metrics, and on rank 0 the directory of its checkpoint."""
+        ...
+
+    def latest(self) -> Checkpoint | None:
+        """Where to go on."""
+        ...
+
+
+class Worker:
+    """A worker of Ray Train."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.train.get_context()
+        self.job, self.rank, self.world = job, context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        torch.set_num_threads(max(1, int(job.fit.cpus_per_worker)))
+
+    def shard(self, name: str) -> Any:
+        """This worker's rows."""
+        return ray.train.get_dataset_shard(name)
+
+    def commit(self, metrics: dict[str, Any], directory: str) -> None:
+        """Report; Ray copies the checkpoint and calls the callbacks in the controller."""
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint(directory) if self.rank == 0 else None,
+            checkpoint_dir_name=runs.name_of(metrics["epoch"]),
+        )
+
+    def latest(self) -> Checkpoint | None:
+        """Ray's own after a restart of the workers; else that of earlier starts."""
+        return ray.train.get_checkpoint() or resumed(self.job)
+
+
+def resumed(job: Job) -> Checkpoint | None:
+    """The checkpoint that earlier starts of the run left."""
+    if not job.resume:
+        return None
+    return Checkpoint(storage.join(job.directory, runs.name_of(job.resume)))
+
+
+def run(job: Job, place: Place) -> None:
+    """Train from the latest checkpoint to the last epoch."""
+    torch.manual_seed(job.fit.seed)
+    trainee = Trainee(job, place)
+    meter = Meter(job.directory, job.steps, job.fit.epochs, writes=place.rank == 0)
+    for epoch in range(trainee.load(place.latest()), job.fit.epochs):
+        # Dropout and the like, which draw from torch's generator, are the same after a resume.
+        torch.manual_seed(draws.stream(job.fit.seed, epoch, f"torch {place.rank}"))
+        metrics: dict[str, Any] = {"epoch": epoch + 1}
+        metrics |= trainee.train(epoch, meter)
+        if job.validate:
+            metrics |= trainee.validate()
+        trainee.adjust(metrics)
+        with tempfile.TemporaryDirectory() as directory:
+            if place.rank == 0:
+                trainee.save(directory, epoch + 1)
+                with open(os.path.join(directory, runs.CURVE), "w", encoding="utf-8") as file:
+                    json.dump(meter.take(), file)
+            place.commit(metrics, directory)
+
+
+class Trainee:
+    """A task with its optimizer and schedule, on one worker."""
+
+    def __init__(self, job: Job, place: Place) -> None:
+        self.job, self.fit, self.place = job, job.fit, place
+        task = job.build()
+        if not isinstance(task, nn.Module):
+            raise TypeError(f"build gave {type(task).__name__}, expected an nn.Module")
+        self.task = task.to(place.device)
+        self.model: Any = self.task
+        if place.world > 1:
+            # Losses with terms that act now and then, and learned nulls, leave weights unused.
+            options = {"find_unused_parameters": True}
+            self.model = ray.train.torch.prepare_model(task, parallel_strategy_kwargs=options)
+        self.weights = [p for p in self.task.parameters() if p.requires_grad]
+        groups = trainable(task, self.task)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=job.fit.weight_decay)
+        self.schedule = schedule(self.optimizer, job.fit, job.steps)
+        on_gpu = place.device.type == "cuda"
+        self.bf16 = job.fit.precision == "bf16" or (job.fit.precision == "auto" and on_gpu)
+
+    def train(self, epoch: int, meter: Meter) -> dict[str, float]:
+        """One epoch of steps; the row-weighted means over all workers, as `train/...`."""
+        self.model.train()
+        means, steps = Means(), self.job.steps
+        number = torch.tensor(epoch)
+        count = 0
+        for batch in self._batches("train", epoch):
+            if count == steps:  # the last row alone, which no statistic of a batch can use
+                break
+            first = count - count % self.fit.accumulate
+            group = min(self.fit.accumulate, steps - first)
+            count += 1
+            moves = count == first + group
+            with contextlib.nullcontext() if moves else self._unsynced():
+                losses = self._forward({**batch, "epoch": number})
+                (losses["loss"] / group).backward()
+            if moves:
+                self._move()
+            means.add(losses, len(batch["key"]))
+            meter.tick(epoch * steps + count, losses["loss"].detach())
+        if count != steps:
+            raise RuntimeError(f"epoch {epoch} had {count} steps, its rows were counted as {steps}")
+        found = {f"train/{k}": v.item() for k, v in means.reduce(self.place.world).items()}
+        if not math.isfinite(found["train/loss"]):
+            raise FloatingPointError(
+                f"train/loss is {found['train/loss']} in epoch {epoch + 1}: lower the learning "
+                "rates, or set --fit.clip-norm or --fit.precision fp32."
+            )
+        return found
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The task's summary of the means over all validation rows, as `val/...`."""
+        self.task.eval()
+        means, number = Means(), torch.tensor(0)
+        for batch in self._batches("val", None):
+            # Not through DDP, which would wait for the other workers.
+            with self._autocast():
+                means.add(self.task({**batch, "epoch": number}), len(batch["key"]))
+        summary = self.task.summary(means.reduce(self.place.world))
+        return {f"val/{name}": float(value) for name, value in summary.items()}
+
+    def adjust(self, metrics: dict[str, Any]) -> None:
+        """Note the learning rates; with plateau, lower them where the validation loss stalls."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            metrics[f"lr/{index}" if index else "lr"] = float(group["lr"])
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(metrics["val/loss"])
+
+    def save(self, directory: str, epoch: int) -> None:
+        """Write `model/` for inference and `state.pt` to resume from."""
+        model = os.path.join(directory, runs.MODEL)
+        os.makedirs(model)
+        self.task.save(model)
+        frozen = {name for name, p in self.task.named_parameters() if not p.requires_grad}
+        weights = {k: v for k, v in self.task.state_dict().items() if k not in frozen}
+        state = {
+            "epoch": epoch,
+            "model": weights,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        torch.save(state, os.path.join(directory, runs.STATE))
+
+    def load(self, checkpoint: Checkpoint | None) -> int:
+        """Go on from a checkpoint; gives the epochs that are done."""
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as directory:
+            path = os.path.join(directory, runs.STATE)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        have = {name for name, p in self.task.named_parameters() if p.requires_grad}
+        given = self.task.load_state_dict(state["model"], strict=False)
+        wrong = sorted(have.intersection(given.missing_keys)) + given.unexpected_keys
+        if wrong:
+            raise ValueError(
+                f"{checkpoint.path} is of another model: weights {wrong[:5]} do not fit. Choose "
+                "another --fit.name, or the settings that the run began with."
+            )
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        return state["epoch"]
+
+    def _batches(self, name: str, epoch: int | None) -> Iterator[dict[str, Tensor]]:
+        """Batches of this worker's rows on its device; shuffled by epoch in training."""
+        order = {}
+        if epoch is not None and self.fit.shuffle:
+            seed = draws.stream(self.fit.seed, epoch, f"order {self.place.rank}") % 2**32
+            size = max(self.fit.shuffle, self.fit.share)
+            order = {"local_shuffle_buffer_size": size, "local_shuffle_seed": seed}
+        batches = self.place.shard(name).iter_torch_batches(
+            batch_size=self.fit.share, collate_fn=tensors, **order
+        )
+        for batch in batches:
+            yield {k: v.to(self.place.device, non_blocking=True) for k, v in batch.items()}
+
+    def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        with self._autocast():
+            return self.model(batch)
+
+    def _move(self) -> None:
+        if self.fit.clip_norm:
+            nn.utils.clip_grad_norm_(self.weights, self.fit.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.schedule, LambdaLR):
+            self.schedule.step()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _unsynced(self) -> contextlib.AbstractContextManager:
+        return self.model.no_sync() if self.place.world > 1 else contextlib.nullcontext()
+
+
+def trainable(task: Task, module: nn.Module) -> list[dict[str, Any]]:
+    """The task's groups without frozen weights.
+
+    Raises:
+        ValueError: a weight that is not frozen is in no group, so it would never move.
+    """
+    groups = [
+        {**group, "params": [p for p in group["params"] if p.requires_grad]}
+        for group in task.groups()
+    ]
+    grouped = {id(p) for group in groups for p in group["params"]}
+    named = module.named_parameters()
+    lost = [name for name, p in named if p.requires_grad and id(p) not in grouped]
+    if lost:
+        raise ValueError(
+            f"{type(module).__name__}.groups(): expected every weight that is not frozen, got none "
+            f"of {lost[:5]}. Put them in a group, or freeze them with requires_grad_(False)."
+        )
+    return [group for group in groups if group["params"]]
+
+
+def schedule(
+    optimizer: torch.optim.Optimizer, fit: Fit, steps: int
+) -> LambdaLR | ReduceLROnPlateau:
+    """The learning rates' schedule; `steps` are those of one epoch."""
+    if fit.schedule == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=0.1, patience=fit.patience)
+    moves = math.ceil(steps / fit.accumulate) * fit.epochs
+    warm = round(fit.warmup * moves)
+
+    def factor(move: int) -> float:
+        if move < warm:
+            return (move + 1) / (warm + 1)
+        if fit.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (move - warm) / max(1, moves - warm)))
+
+    return LambdaLR(optimizer, factor)

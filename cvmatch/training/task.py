@@ -1,0 +1,103 @@
+"""What is trained (`Task`) and how (`Fit`)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a model is trained."""
+
+    epochs: int = 10
+    """Passes over the training rows."""
+    batch: int = 8
+    """Rows of a step, over all workers."""
+    accumulate: int = 1
+    """Steps whose gradients are averaged before the weights move."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0: not clipped."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (AdamW)."""
+    schedule: Literal["constant", "cosine", "plateau"] = "cosine"
+    """Learning rate: constant, cosine to zero, or a tenth whenever the validation loss stalls."""
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises from zero (not with plateau)."""
+    patience: int = 3
+    """Epochs without a better validation loss before plateau lowers the rate."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast on a GPU, fp32 on a CPU."""
+    workers: int = 0
+    """Ray Train workers (DDP); 0: train in this process, without the 30 s of their start."""
+    cpus_per_worker: float = 1.0
+    """Logical CPUs of a worker."""
+    gpus_per_worker: int = 0
+    """GPUs of a worker: 0 or 1. (With `workers` = 0 a GPU is used if there is one.)"""
+    label: str = ""
+    """Value of the node label `pool` (cluster.yaml) to run workers on; empty: anywhere."""
+    seed: int = 0
+    """Seed of weights, order of rows and all draws."""
+    shuffle: int = 1024
+    """Rows that a worker holds decoded to shuffle them; 0: the order of the data set."""
+    storage: str = "runs"
+    """Directory or URI of runs, shared by all nodes."""
+    name: str = ""
+    """Name of the run: the same name and storage resume it. Empty: a new run every time."""
+    keep: int = 2
+    """Checkpoints kept, beside the latest."""
+    best: str = ""
+    """Metric whose best checkpoint is published, such as val/loss; empty: the last."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether small or large values of `best` are good."""
+    max_failures: int = 2
+    """Restarts of the workers, from the last checkpoint, before the run fails."""
+    cache: bool = False
+    """Keep the decoded rows in the object store, for data that fits in memory."""
+
+    def __post_init__(self) -> None:
+        shares = max(self.workers, 1)
+        if self.batch < 1 or self.batch % shares:
+            raise ValueError(
+                f"fit: expected a batch that {shares} workers can share evenly, got {self.batch}. "
+                f"Try --fit.batch {max(shares, round(self.batch / shares) * shares)}."
+            )
+        if min(self.epochs, self.accumulate, self.keep) < 1 or self.workers < 0:
+            raise ValueError(
+                f"fit: expected epochs, accumulate and keep >= 1 and workers >= 0, got {self}."
+            )
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"fit: warmup is a share of the steps in [0, 1), got {self.warmup}.")
+
+    @property
+    def share(self) -> int:
+        """Rows of a step of one worker."""
+        return self.batch // max(self.workers, 1)
+
+
+class Task(Protocol):
+    """What a stage adds to training: an `nn.Module` with these methods.
+
+    Every random choice comes from `draws` by `batch["key"]` and `batch["epoch"]` (0-d int64, on the
+    CPU; 0 in validation, so that epochs compare), so a resumed run repeats them.
+    """
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss` and its parts: means over the rows of the batch.
+
+        In evaluation mode tensors with axes may be among them (a confusion matrix a row). There,
+        workers see different numbers of batches, so it must not call collectives.
+        """
+        ...
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for AdamW: `params` and `lr`."""
+        ...
+
+    def save(self, directory: str) -> None:
+        """Write the model directory that inference loads."""
+        ...
+
+    def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """Means over all validation rows -> scalars to log (`confusion` -> mIoU)."""
+        ...

@@ -1,0 +1,203 @@
+"""A directory of files that never change, and CURRENT, which names the version that readers open.
+
+Everything is written aside, hashed, made durable and renamed into place; a version's manifest lists
+each of its files with size and hash, and CURRENT is replaced last. So an interrupted publication
+leaves the old version readable, and a reader keeps the one that it opened. Local directories only:
+readers memory-map the files.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+FORMAT = 1
+"""Version of the layout; a directory of another one is refused."""
+
+SMALL = 16 * 2**20
+"""Bytes up to which a file is hashed at each opening; of a larger one only the size is checked."""
+
+MANIFEST = "manifest.json"
+
+Files = dict[str, dict[str, Any]]
+"""Path below the root -> {"bytes": size, "sha256": hex}."""
+
+
+def local(uri: str) -> str:
+    """The local directory that `uri` means.
+
+    Raises:
+        ValueError: an object store or another machine, which cannot be memory-mapped.
+    """
+    path = uri.removeprefix("file://")
+    if "://" in path:
+        raise ValueError(
+            f"index {uri}: expected a local directory, since searches memory-map its files, got a "
+            "remote location. Copy it first (for instance `aws s3 sync` or `gcloud storage rsync`) "
+            "and pass the copy."
+        )
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def place(root: str, aside: str, name: str) -> Files:
+    """Move a finished file or directory to `root/name`, a name of its content; gives its files.
+
+    What stands there under that name already is kept if it is whole, else put right.
+    """
+    target = os.path.join(root, name)
+    files = files_of(aside, name)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.exists(target):
+        if files_of(target, name) == files:
+            return files
+        os.replace(target, f"{aside}.damaged")
+    for path in _walk(aside):
+        _sync(path)
+    os.replace(aside, target)
+    _sync(os.path.dirname(target))
+    return files
+
+
+def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> dict[str, Any]:
+    """Make a version of `info` (which holds "files") the current one; gives its manifest.
+
+    `beside`: small files that are kept with the manifest.
+    """
+    folder = os.path.join(root, "versions")
+    os.makedirs(folder, exist_ok=True)
+    number = 1 + max((int(name[1:]) for name in os.listdir(folder)), default=0)
+    version = f"v{number:06d}"
+    os.mkdir(os.path.join(folder, version))  # fails if another publication took the number
+    for name, data in beside.items():
+        write(os.path.join(folder, version, name), data)
+    full = {
+        **info,
+        "format": FORMAT,
+        "version": version,
+        "parent": current(root),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": info["files"]
+        | {
+            path: entry
+            for name in beside
+            for path, entry in files_of(
+                os.path.join(folder, version, name), f"versions/{version}/{name}"
+            ).items()
+        },
+    }
+    full["sha256"] = _digest(full)
+    text = json.dumps(full, indent=2, sort_keys=True) + "\n"
+    write(os.path.join(folder, version, MANIFEST), text.encode())
+    write(os.path.join(root, "CURRENT"), f"{version}\n".encode())
+    return full
+
+
+def current(root: str) -> str | None:
+    """Name of the current version; None where nothing was published yet."""
+    path = os.path.join(root, "CURRENT")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def read(root: str, version: str = "") -> dict[str, Any]:
+    """The manifest of `version`, by default of the current one.
+
+    Raises:
+        FileNotFoundError: nothing published there, or no such version.
+        ValueError: another format, or a manifest that was changed.
+    """
+    name = version or current(root)
+    path = os.path.join(root, "versions", name or "", MANIFEST)
+    if name is None or not os.path.exists(path):
+        have = (
+            os.listdir(folder)
+            if os.path.isdir(folder := os.path.dirname(os.path.dirname(path)))
+            else []
+        )
+        raise FileNotFoundError(
+            f"index {root}: expected version {name or 'named in CURRENT'}, found "
+            f"{sorted(have) or 'no index'}. Build it: jobs/build_index.py --output {root}"
+        )
+    with open(path, encoding="utf-8") as file:
+        info = json.load(file)
+    if info.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: expected format {FORMAT}, got {info.get('format')}. Build the index again "
+            "with this version of cvmatch, or read it with the one that wrote it."
+        )
+    if info["sha256"] != (digest := _digest(info)):
+        raise ValueError(
+            f"{path}: expected sha256 {info['sha256']}, got {digest}: the manifest was changed. "
+            f"Build the index again: jobs/build_index.py --output {root}"
+        )
+    return info
+
+
+def check(root: str, files: Files, deep: bool = False) -> None:
+    """Check the size of each file, and the hash of each small one; `deep`: of all.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is truncated or changed; says what was expected.
+    """
+    for name, wanted in files.items():
+        path = os.path.join(root, name)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"index {root}: {name} is missing. Copy or build it again.")
+        got: dict[str, Any] = {"bytes": os.path.getsize(path)}
+        if got["bytes"] == wanted["bytes"] and (deep or wanted["bytes"] <= SMALL):
+            got["sha256"] = _hash(path)
+        if any(got[field] != wanted[field] for field in got):
+            raise ValueError(
+                f"index {root}: {name} is damaged: expected {wanted}, got {got}. Copy it again, or "
+                f"build the index again: jobs/build_index.py --output {root}"
+            )
+
+
+def files_of(path: str, name: str) -> Files:
+    """Size and hash of a file, or of each file below a directory, by `name` and path below it."""
+    found = {}
+    for file in _walk(path):
+        below = os.path.relpath(file, path)
+        key = name if below == "." else f"{name}/{below}"
+        found[key] = {"bytes": os.path.getsize(file), "sha256": _hash(file)}
+    return found
+
+
+def write(path: str, data: bytes) -> None:
+    """Write a file so that it is there whole, after a power cut too, or not at all."""
+    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(aside, "wb") as file:
+        file.write(data)
+    _sync(aside)
+    os.replace(aside, path)
+    _sync(os.path.dirname(path))
+
+
+def _walk(path: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    return sorted(os.path.join(d, name) for d, _, names in os.walk(path) for name in names)
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(info: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in info.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,14 @@
+"""Embed all tiles of a gallery and publish them as the next version of an index."""
+
+import json
+import logging
+
+from cvmatch.config import parse
+from cvmatch.index import BuildIndex, build
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = parse(BuildIndex)
+    info = build(config)
+    shown = ("version", "rows", "hidden", "ann", "shortlist", "recall", "rejected")
+    print(json.dumps({"index": config.output, **{name: info.get(name) for name in shown}}))

@@ -1,0 +1,39 @@
+"""Run the whole pipeline on an embedded data set: `python jobs/demo.py` (see the README)."""
+
+import logging
+
+from cvmatch import config, engine, evaluate, index, storage, synthesize, tune
+from cvmatch.generate import train as generator
+from cvmatch.match import train as matcher
+from cvmatch.segment import train as segmenter
+from cvmatch.toy import demo
+from cvmatch.toy.settings import Demo, settings
+from cvmatch.world import make_world
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    asked = config.parse(Demo)
+    plan, step, runs = settings(asked), demo.Steps(), {}
+    with step("world"):
+        engine.start()
+        counts = make_world(plan.world)
+    with step("segmenter"):
+        runs["segmenter"] = segmenter.train(plan.segmenter)
+    with step("generator"):
+        runs["generator"] = generator.train(plan.generator)
+    with step("synthesize"):
+        made = [synthesize.synthesize(part) for part in plan.synthesize]
+    with step("tune"):
+        tuned = tune.search(plan.tune, plan.trial)
+    with step("matcher"):
+        runs["matcher"] = matcher.train(config.override(plan.matcher, tuned.params))
+    with step("index"):
+        index.build(plan.index)
+    with step("evaluate"):
+        measured = evaluate.evaluate(plan.evaluate)
+    with step("search"):
+        examples = demo.look_up(asked, plan)
+    numbers = demo.results(counts, runs, tuned, measured, step.seconds)
+    page = demo.write(asked, numbers, examples, runs, tuned)
+    print(demo.table(numbers))
+    print(f"results  {storage.absolute(asked.output)}/results.json\nreport   {storage.absolute(page)}")

@@ -1,0 +1,12 @@
+"""Find the tiles of panoramas: JSON lines of query, rank, tile, score, latitude, longitude."""
+
+import json
+import logging
+
+from cvmatch.config import parse
+from cvmatch.search import SearchFiles, search
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for found in search(parse(SearchFiles)):
+        print(json.dumps(found))

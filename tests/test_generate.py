@@ -1,0 +1,606 @@
+"""The generator: conditioning, losses with gradient, sampling by key, and the real sizes."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.functional.image.lpips as reference
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torchvision.models.vgg import cfgs, make_layers
+from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip import CLIPConfig, CLIPTextConfig
+
+from cvmatch import draws, images, schema
+from cvmatch.generate import infer, loss, parts
+from cvmatch.generate.condition import Conditioning
+from cvmatch.generate.model import Generator, widen
+from cvmatch.generate.pairs import decode_batch, sample_grid
+from cvmatch.generate.perceptual import Lpips, published_weights
+from cvmatch.generate.rays import Rays, token_places
+from cvmatch.generate.train import GeneratorTask, RaysTask, TrainGenerator
+
+PANORAMA = (64, 256)
+TOY = Conditioning(panorama_width=256, crops=4)
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+
+
+def _clip_sizes() -> dict[str, int]:
+    return {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+        "projection_dim": 32,
+    }
+
+
+def _write(directory: str, prediction: str = "epsilon") -> None:
+    _unet().save_pretrained(os.path.join(directory, "diffusion", "unet"))
+    _vae().save_pretrained(os.path.join(directory, "diffusion", "vae"))
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
+    scheduler.save_pretrained(os.path.join(directory, "diffusion", "scheduler"))
+    clip = os.path.join(directory, "clip")
+    CLIPVisionModel(CLIPVisionConfig(**_clip_sizes())).save_pretrained(clip)
+    processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64)
+    processor.save_pretrained(clip)
+
+
+def _base(directory: str, conditioning: Conditioning = TOY) -> Generator:
+    return Generator.base(
+        os.path.join(directory, "diffusion"), os.path.join(directory, "clip"), conditioning
+    )
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    directory = str(tmp_path_factory.mktemp("base"))
+    _write(directory)
+    return directory
+
+
+@pytest.fixture
+def generator(toy: str) -> Generator:
+    torch.manual_seed(1)
+    return _base(toy)
+
+
+@pytest.fixture(scope="module")
+def perceptual() -> Lpips:
+    torch.manual_seed(2)
+    return Lpips(make_layers([8, "M", 16, "M"], batch_norm=False))
+
+
+def _batch(rows: int, first: int = 0, epoch: int = 0) -> dict[str, torch.Tensor]:
+    keys = [draws.key(f"{first + row:07d}") for row in range(rows)]
+    key = torch.tensor(keys, dtype=torch.int64)
+    pixels = draws.uniform(key, 7, 3, 8, 8)
+    tile = torch.nn.functional.interpolate(pixels, (64, 64), mode="bilinear")
+    ground = torch.nn.functional.interpolate(pixels, PANORAMA, mode="bilinear")
+    return {
+        "ground": (ground * 255).byte(),
+        "aerial": (tile * 255).byte(),
+        "key": key,
+        "epoch": torch.tensor(epoch),
+    }
+
+
+def _ground(rows: int, first: int = 0) -> torch.Tensor:
+    return _batch(rows, first)["ground"].float() / 255
+
+
+def _train(
+    generator: Generator, perceptual: Lpips | None = None, **changes: object
+) -> GeneratorTask:
+    options = {
+        "conditioning": generator.conditioning,
+        "image_every": 1,
+        "image_signal": 0.0,
+    } | changes
+    return GeneratorTask(generator, TrainGenerator(**options), perceptual).train()
+
+
+# Conditioning
+
+
+def test_unet_widened_for_the_map_answers_as_the_base_unet(toy: str, generator: Generator):
+    base = UNet2DConditionModel.from_pretrained(os.path.join(toy, "diffusion", "unet")).eval()
+    condition = generator.condition(_ground(2))
+    noisy, step = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
+    expected = base(noisy, step, encoder_hidden_states=condition.tokens).sample
+    assert condition.map is not None
+    assert condition.map.abs().max() > 0.01  # the map is there, and does not matter yet
+    assert torch.equal(generator.eval().predict(noisy, step, condition), expected)
+
+
+def test_unet_with_more_inputs_than_the_mode_needs_is_refused(generator: Generator):
+    with pytest.raises(ValueError, match="20 input channels, expected at most 4"):
+        widen(generator.unet, 4)
+
+
+def test_condition_has_all_tokens_of_all_crops(toy: str, generator: Generator):
+    assert generator.condition(_ground(2)).tokens.shape == (2, 4 * (64 + 1), 64)
+    pooled = _base(toy, Conditioning(mode="pooled", panorama_width=256, crops=4))
+    assert pooled.condition(_ground(2)).tokens.shape == (2, 1, 64)
+    assert pooled.condition(_ground(2)).map is None
+
+
+def test_condition_of_stored_states_equals_that_of_the_panorama(generator: Generator):
+    ground = _ground(2)
+    stored = generator.condition(ground, generator.states(ground))
+    assert torch.equal(stored.tokens, generator.condition(ground).tokens)
+
+
+def test_condition_of_another_panorama_size_says_which_is_expected(generator: Generator):
+    with pytest.raises(ValueError, match=r"expected panoramas of \(64, 256\)"):
+        generator.condition(torch.zeros(1, 3, 64, 128))
+
+
+def test_conditioning_with_crops_that_leave_a_gap_is_refused(toy: str):
+    with pytest.raises(ValueError, match=r"--conditioning\.crops 4"):
+        _base(toy, Conditioning(panorama_width=256, crops=3))
+
+
+def test_token_places_look_south_west_north_east_at_the_crop_centres():
+    azimuth, elevation = token_places(64, 256, 4, 8)
+    heading = azimuth.view(4, 65)[:, 0].rad2deg() % 360
+    torch.testing.assert_close(heading, torch.tensor([180.0, 270.0, 0.0, 90.0]))
+    first = azimuth.view(4, 65)[0, 1:].view(8, 8)
+    torch.testing.assert_close(first.diff(dim=1), torch.full((8, 7), 8 / 256 * 2 * torch.pi))
+    rows = elevation.view(4, 65)[0, 1:].view(8, 8)[:, 0]
+    torch.testing.assert_close(rows[[0, -1]], torch.tensor([0.875, -0.875]))
+
+
+def test_rays_of_a_turned_panorama_are_the_turned_map():
+    torch.manual_seed(0)
+    rays, ground = Rays(4).eval(), _ground(2)
+    turned = rays(torch.roll(ground, -64, dims=-1), 16)
+    torch.testing.assert_close(turned, rays(ground, 16).rot90(1, (-2, -1)), atol=1e-4, rtol=1e-3)
+
+
+def test_rays_bright_northern_columns_change_only_the_northern_part_most():
+    torch.manual_seed(0)
+    rays, ground = Rays(4).eval(), torch.full((1, 3, *PANORAMA), 0.5)
+    changed = ground.clone()
+    changed[..., 120:136] = 1.0  # around the middle column: north
+    difference = (rays(changed, 16) - rays(ground, 16)).abs().mean(dim=1)[0]
+    assert difference[:4, 6:10].mean() > 2 * difference[-4:, 6:10].mean()
+
+
+def test_dropped_condition_is_the_null_and_an_empty_map(generator: Generator):
+    with torch.no_grad():
+        generator.conditioner.null.copy_(torch.arange(64.0))
+    condition = generator.condition(_ground(2))
+    half = generator.conditioner.dropped(condition, torch.tensor([True, False]))
+    assert half.map is not None
+    assert torch.equal(half.tokens[0], condition.tokens[0])
+    assert torch.equal(half.tokens[1], torch.arange(64.0).expand(260, 64))
+    assert half.map[0].abs().sum() > 0
+    assert half.map[1].abs().sum() == 0
+
+
+def test_clip_of_a_whole_checkpoint_gives_the_vision_tower(tmp_path):
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=32,
+    )
+    both = CLIPConfig(
+        text_config=text.to_dict(),
+        vision_config=CLIPVisionConfig(**_clip_sizes()).to_dict(),
+        projection_dim=32,
+    )
+    whole = CLIPModel(both).eval()
+    whole.save_pretrained(tmp_path)
+    vision = CLIPVisionModel.from_pretrained(tmp_path, use_safetensors=True).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    expected = whole.vision_model(pixels).last_hidden_state
+    torch.testing.assert_close(vision(pixels).last_hidden_state, expected)
+    assert CLIPVisionConfig.from_pretrained(tmp_path).image_size == 64
+
+
+# Noise, velocity and their closed forms
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_clean_of_the_true_answer_is_the_latent(tmp_path, prediction: str):
+    _write(str(tmp_path), prediction)
+    model = _base(str(tmp_path))
+    latent, noise = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)
+    step = torch.tensor([5, 400, 800])
+    noisy, target = model.noise.add(latent, noise, step), model.noise.target(latent, noise, step)
+    torch.testing.assert_close(noisy, model.noise.scheduler.add_noise(latent, noise, step))
+    if prediction == "v_prediction":
+        torch.testing.assert_close(target, model.noise.scheduler.get_velocity(latent, noise, step))
+    torch.testing.assert_close(model.noise.clean(noisy, target, step), latent, atol=1e-4, rtol=1e-3)
+
+
+def test_scheduler_that_predicts_the_sample_is_refused(tmp_path):
+    _write(str(tmp_path), "sample")
+    with pytest.raises(ValueError, match="expected 'epsilon' or 'v_prediction'"):
+        _base(str(tmp_path))
+
+
+# Losses
+
+
+@pytest.mark.parametrize("term", ["noise", "clip", "vae", "map", "contrast"])
+def test_loss_each_term_alone_has_gradient_into_what_it_trains(
+    generator: Generator, perceptual: Lpips, term: str
+):
+    weights = {f"w_{name}": 0.0 for name in ("noise", "clip", "vae", "map", "contrast")}
+    task = _train(generator, perceptual, **weights | {f"w_{term}": 1.0})
+    task(_batch(4))["loss"].backward()
+    trained = generator.conditioner.rays if term in ("map", "contrast") else generator.unet
+    gradient = [weight.grad for weight in trained.parameters() if weight.grad is not None]
+    total = sum(part.abs().sum() for part in gradient)
+    assert torch.isfinite(total)
+    assert total > 1e-6
+    assert all(weight.grad is None for weight in generator.clip.parameters())
+    assert all(weight.grad is None for weight in generator.vae.parameters())
+
+
+def test_loss_gradient_reaches_projection_and_rays_once_the_map_has_weight(generator: Generator):
+    task = _train(generator, w_clip=0.0, w_vae=0.0, w_map=0.0, w_contrast=0.0, drop=0.0)
+    task(_batch(4))["loss"].backward()
+    conditioner = generator.conditioner
+    assert conditioner.project.weight.grad.abs().sum() > 0
+    assert conditioner.rays.leave.weight.grad.abs().sum() == 0  # zero-initialised: a step later
+    assert generator.unet.conv_in.weight.grad[:, 4:].abs().sum() > 0
+    with torch.no_grad():
+        generator.unet.conv_in.weight[:, 4:] += 0.01
+    task(_batch(4))["loss"].backward()
+    assert conditioner.rays.leave.weight.grad.abs().sum() > 0
+
+
+def test_loss_every_trained_weight_takes_part_in_every_step(
+    generator: Generator, perceptual: Lpips
+):
+    task = _train(generator, perceptual, image_every=2)
+    for _ in range(2):  # DDP hangs or raises where a worker leaves a weight out
+        task.zero_grad()
+        task(_batch(2))["loss"].backward()
+        groups = [weight for group in task.groups() for weight in group["params"]]
+        assert all(weight.grad is not None for weight in groups)
+    trained = {id(weight) for weight in task.parameters() if weight.requires_grad}
+    assert trained == {id(weight) for weight in groups}
+
+
+def test_loss_attention_only_trains_cross_attention_and_the_input(generator: Generator):
+    task = _train(generator, w_vae=0.0, train_unet="attention")
+    trained = [n for n, weight in generator.unet.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all(".attn2." in name or name.startswith("conv_in.") for name in trained)
+    assert len(task.groups()[0]["params"]) == len(trained)
+
+
+def test_loss_image_terms_act_every_few_steps_on_a_few_rows(
+    generator: Generator, perceptual: Lpips
+):
+    task = _train(generator, perceptual, image_every=2, image_rows=2)
+    names = [set(task(_batch(3))) for _ in range(3)]
+    assert [{"clip", "vae"} <= found for found in names] == [True, False, True]
+
+
+def test_image_rows_leave_out_rows_of_little_signal():
+    signal, draw = torch.tensor([0.1, 0.9, 0.5, 0.4]), torch.tensor([0.0, 0.7, 0.2, 0.9])
+    rows, strength = loss.image_rows(signal, draw, 2, 0.3)
+    assert rows.tolist() == [2, 1]
+    torch.testing.assert_close(strength, torch.tensor([0.5, 0.9]))
+    rows, strength = loss.image_rows(signal, draw, 2, 0.6)
+    assert rows.tolist() == [1, 0]
+    torch.testing.assert_close(strength, torch.tensor([0.9, 0.0]))
+
+
+def test_loss_of_a_row_does_not_depend_on_its_batch(generator: Generator):
+    task = _train(generator, w_clip=0.0, w_vae=0.0, w_contrast=0.0, image_every=1)
+    whole = task(_batch(4, epoch=3))["noise"]
+    rows = [task(_batch(1, first=row, epoch=3))["noise"] for row in range(4)]
+    torch.testing.assert_close(torch.stack(rows).mean(), whole, atol=1e-5, rtol=1e-4)
+    other = task(_batch(4, epoch=4))["noise"]
+    assert (other - whole).abs() > 1e-4  # another epoch draws other noise
+
+
+def test_loss_with_stored_latents_and_states_equals_the_live_one(generator: Generator):
+    task, batch = _train(generator, w_clip=0.0, w_vae=0.0), _batch(2)
+    live = task(batch)["loss"]
+    batch["latent"] = generator.encode(batch["aerial"].float() / 255)
+    batch["states"] = generator.states(batch["ground"].float() / 255)
+    torch.testing.assert_close(task(batch)["loss"], live)
+
+
+def test_loss_training_on_one_batch_makes_the_right_panorama_better_than_a_shuffled_one(
+    generator: Generator,
+):
+    torch.manual_seed(3)
+    task = _train(generator, w_clip=0.0, w_vae=0.0, lr=2e-3, drop=0.0, w_noise=1.0)
+    optimizer = torch.optim.Adam(task.groups())
+    for epoch in range(60):
+        optimizer.zero_grad()
+        task(_batch(8, epoch=epoch))["loss"].backward()
+        optimizer.step()
+    with torch.no_grad():
+        means = task.eval()(_batch(8))
+    assert means["loss_shuffled"] > means["loss_correct"]
+    assert task.summary(means)["gap"] > 0.01
+
+
+def test_loss_validation_is_the_same_every_time(generator: Generator):
+    task = _train(generator, w_vae=0.0).eval()
+    with torch.no_grad():
+        first, second = task(_batch(2, epoch=0)), task(_batch(2, epoch=5))
+    assert torch.equal(first["loss_correct"], second["loss_correct"])
+    assert set(first) == {"loss", "loss_correct", "loss_shuffled", "map", "contrast"}
+
+
+def test_map_terms_of_the_true_tile_are_best():
+    tile = _batch(6)["aerial"].float() / 255
+    drawn = torch.nn.functional.adaptive_avg_pool2d(tile * 2 - 1, 16)
+    right, wrong = loss.map_terms(drawn, tile), loss.map_terms(drawn.roll(1, 0), tile)
+    assert right["map"] < 1e-6 < wrong["map"]
+    assert right["contrast"] < 0.1
+    assert wrong["contrast"] > 2
+
+
+def test_rays_task_learns_and_its_weights_fit_the_generator(generator: Generator, tmp_path):
+    torch.manual_seed(0)
+    task = RaysTask(TrainGenerator(conditioning=TOY), 16)
+    optimizer = torch.optim.Adam(task.groups())
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        losses.append(task(_batch(4))["loss"])
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    task.save(str(tmp_path))
+    from_task = task.rays.state_dict()
+    generator.conditioner.rays.load_state_dict(from_task)
+
+
+def test_lpips_equals_torchmetrics_with_the_same_random_weights():
+    torch.manual_seed(0)
+    features = make_layers(cfgs["D"], batch_norm=False)
+    theirs = reference._LPIPS(pretrained=True, net="vgg", pnet_rand=True)
+    numbered = {
+        name.split(".")[-2] + "." + name.split(".")[-1]: name for name in theirs.net.state_dict()
+    }
+    theirs.net.load_state_dict(
+        {long: features.state_dict()[short] for short, long in numbered.items()}
+    )
+    ours = Lpips(features, published_weights())
+    first, second = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    expected = theirs(first, second, normalize=True).flatten()
+    assert expected.min() > 0
+    torch.testing.assert_close(ours(first, second), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_lpips_of_equal_pictures_is_zero_and_of_others_is_not(perceptual: Lpips):
+    picture = torch.rand(2, 3, 32, 32)
+    assert perceptual(picture, picture).abs().max() == 0
+    assert perceptual(picture, picture.flip(0)).min() > 0
+
+
+# Sampling
+
+
+def _draw(generator: Generator, rows: int = 2, first: int = 0, **options: object) -> torch.Tensor:
+    batch = _batch(rows, first)
+    options = {"steps": 3} | options
+    return generator.eval().sample(batch["ground"].float() / 255, batch["key"], **options)
+
+
+def _informative(generator: Generator) -> None:
+    """Give the random toy a condition that matters, as training would."""
+    with torch.no_grad():
+        generator.conditioner.project.weight.mul_(20)
+        generator.unet.conv_in.weight[:, 4:] += 0.05
+        generator.conditioner.rays.leave.weight.mul_(20)
+
+
+def test_sample_is_a_picture_of_the_tiles_size(generator: Generator):
+    picture = _draw(generator)
+    assert picture.shape == (2, 3, 64, 64)
+    assert 0 <= picture.min() < picture.max() <= 1
+
+
+def test_sample_does_not_depend_on_the_batch(generator: Generator):
+    _informative(generator)
+    whole = _draw(generator, 4)
+    alone = torch.cat([_draw(generator, 1, first=row) for row in range(4)])
+    torch.testing.assert_close(alone, whole, atol=1e-3, rtol=0)
+    assert (whole[0] - whole[1]).abs().max() > 0.01
+
+
+def test_sample_with_another_seed_or_key_differs(generator: Generator):
+    ground, keys = _ground(1), _batch(1)["key"]
+    first = generator.eval().sample(ground, keys, steps=3)
+    assert torch.equal(first, generator.sample(ground, keys, steps=3))
+    assert (first - generator.sample(ground, keys, steps=3, seed=1)).abs().max() > 0.01
+    assert (first - generator.sample(ground, keys + 1, steps=3)).abs().max() > 0.01
+
+
+def test_sample_goes_through_the_trained_projection(generator: Generator):
+    _informative(generator)
+    before = _draw(generator)
+    with torch.no_grad():
+        generator.conditioner.project.weight.neg_()
+    assert (_draw(generator) - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["pooled", "tokens", "tokens+geometry"])
+def test_sample_of_another_panorama_differs(toy: str, mode: str):
+    torch.manual_seed(1)
+    generator = _base(toy, Conditioning(mode=mode, panorama_width=256, crops=4)).eval()
+    with torch.no_grad():
+        generator.conditioner.project.weight.mul_(20)
+    ground, keys = _ground(2), _batch(2)["key"]
+    right = generator.sample(ground, keys, steps=3)
+    shuffled = generator.sample(ground.roll(1, 0), keys, steps=3)
+    assert (right - shuffled).abs().max() > 1e-3
+
+
+def test_sample_guidance_moves_away_from_the_null(generator: Generator):
+    _informative(generator)
+    one, two = _draw(generator, guidance=1.0), _draw(generator, guidance=2.0)
+    zero = _draw(generator, guidance=0.0)
+    assert (one - two).abs().max() > 0.01
+    with torch.no_grad():  # at guidance 0 the condition has no say
+        generator.conditioner.project.weight.neg_()
+    torch.testing.assert_close(_draw(generator, guidance=0.0), zero)
+
+
+# Files
+
+
+def test_generator_saved_and_loaded_draws_the_same(generator: Generator, tmp_path):
+    _informative(generator)
+    expected = _draw(generator)
+    generator.save(str(tmp_path))
+    loaded = Generator.load(str(tmp_path))
+    assert loaded.conditioning == TOY
+    assert not loaded.training
+    torch.testing.assert_close(_draw(loaded), expected)
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ["unet", "vae", "scheduler", "clip", "conditioner.json", "conditioner.safetensors"]
+    )
+
+
+def test_generator_load_of_a_base_model_says_what_is_expected(toy: str):
+    with pytest.raises(ValueError, match="train_generator"):
+        Generator.load(os.path.join(toy, "diffusion"))
+
+
+@pytest.mark.parametrize("flag", ["--diffusion", "--clip"])
+def test_generator_base_out_of_reach_names_the_flag(
+    toy: str, flag: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    names = {"--diffusion": os.path.join(toy, "diffusion"), "--clip": os.path.join(toy, "clip")}
+    names[flag] = "nobody/no-such-model"
+    with pytest.raises(ValueError, match=f"{flag} nobody/no-such-model"):
+        Generator.base(names["--diffusion"], names["--clip"], TOY)
+
+
+def test_sizes_come_from_the_config_files(toy: str):
+    found = parts.sizes(os.path.join(toy, "diffusion"), os.path.join(toy, "clip"), 256)
+    assert found == parts.Sizes(panorama=PANORAMA, tile=64, latent=16)
+
+
+# Rows
+
+
+def _rows() -> dict[str, np.ndarray]:
+    batch = _batch(3)
+    ground = [images.encode(picture.permute(1, 2, 0).numpy()) for picture in batch["ground"]]
+    aerial = [images.encode(picture.permute(1, 2, 0).numpy()) for picture in batch["aerial"]]
+    ground[1] = ground[1][:100]  # truncated
+    return {
+        schema.PAIR_ID: np.array(["0000000", "0000001", "0000002"], dtype=object),
+        schema.GROUND: np.array(ground, dtype=object),
+        schema.AERIAL: np.array(aerial, dtype=object),
+        schema.ERROR: np.array([None, None, "ingest: no tile"], dtype=object),
+    }
+
+
+def test_generate_aerial_bad_rows_keep_their_reason_and_the_rest_go_on(
+    generator: Generator, tmp_path
+):
+    generator.save(str(tmp_path))
+    actor = infer.GenerateAerial(str(tmp_path), steps=2, guidance=2.0, seed=0)
+    out = actor(_rows())
+    assert list(out[schema.PAIR_ID]) == ["0000000", "0000001", "0000002"]
+    assert [value is None for value in out[schema.SYNTHETIC]] == [False, True, True]
+    assert out[schema.ERROR][0] is None
+    assert out[schema.ERROR][1].startswith("generate: ground: cannot be decoded")
+    assert out[schema.ERROR][2] == "ingest: no tile"
+    expected = _draw(generator, 1, steps=2)[0].permute(1, 2, 0).numpy() * 255
+    drawn = images.decode(out[schema.SYNTHETIC][0])
+    assert np.abs(drawn - expected).max() < 1.5
+
+
+def test_decode_batch_leaves_failed_rows_out_and_keys_the_rest():
+    rows = {name: values[[0, 2]] for name, values in _rows().items()}
+    out = decode_batch(rows, parts.Sizes(PANORAMA, 32, 8))
+    assert out["key"].tolist() == [draws.key("0000000")]
+    assert out["ground"].shape == (1, 3, *PANORAMA)
+    assert out["aerial"].shape == (1, 3, 32, 32)
+    np.testing.assert_array_equal(out["ground"], _batch(1)["ground"].numpy())
+    nothing = decode_batch({k: v[1:] for k, v in rows.items()}, parts.Sizes(PANORAMA, 32, 8))
+    assert nothing["ground"].shape == (0, 3, *PANORAMA)
+
+
+def test_decode_batch_stops_at_a_picture_that_ingest_let_through():
+    with pytest.raises(images.BadImage):
+        decode_batch(_rows(), parts.Sizes(PANORAMA, 64, 16))
+
+
+def test_sample_grid_shows_panorama_synthetic_and_true_tile(generator: Generator):
+    batch = {name: value.numpy() for name, value in _batch(2).items() if name != "epoch"}
+    grid = sample_grid(generator.eval(), batch)
+    assert grid.shape == (2 * 64, 256 + 64 + 64, 3)
+    np.testing.assert_array_equal(grid[:64, -64:], batch["aerial"][0].transpose(1, 2, 0))
+    np.testing.assert_array_equal(grid[64:, :256], batch["ground"][1].transpose(1, 2, 0))
+
+
+# The real architecture
+
+
+def _count(model: torch.nn.Module) -> float:
+    return round(sum(weight.numel() for weight in model.parameters()) / 1e6, 1)
+
+
+def test_generator_of_stable_diffusion_and_clip_has_the_published_sizes():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            layers_per_block=2,
+            block_out_channels=(320, 640, 1280, 1280),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+        clip = CLIPVisionModel(CLIPVisionConfig(patch_size=32))
+    assert (_count(unet), _count(vae), _count(clip)) == (859.5, 83.7, 87.5)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    model = Generator(parts.Parts(unet, vae, scheduler, clip, CLIPImageProcessor()), Conditioning())
+    assert (model.tile, model.latent, model.panorama_size) == (512, (4, 64, 64), (224, 1232))
+    assert model.unet.conv_in.weight.shape == (320, 4 + 16, 3, 3)
+    assert model.conditioner.project.weight.shape == (768, 768)
+    assert model.conditioner.places.shape[0] == 6 * (7 * 7 + 1)

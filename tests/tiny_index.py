@@ -1,0 +1,94 @@
+"""A matcher of a few thousand random weights, rows of small pictures, and their parts and index."""
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+
+from cvmatch import images, manifest, schema
+from cvmatch.index import BuildIndex, Index, publish
+from cvmatch.match.infer import EmbedTile
+from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
+from cvmatch.towers import TowerSpec
+
+TOWER = TowerSpec(arch="vgg", layers=(8, "M", 16, "M"), grid=(2, 8), dim=24)
+
+
+def matcher(directory: str, seed: int = 0, hidden: int = 16, embed: int = 16) -> str:
+    torch.manual_seed(seed)
+    config = MatcherConfig(
+        ground=TOWER, aerial=TOWER, classes=TOWER, panorama=(16, 64), polar=(16, 64), square=32,
+        hidden=hidden, embed=embed,
+    )  # fmt: skip
+    model = JointFeatureLearningNet(config)
+    for null in (model.null_ground, model.null_synthetic, model.null_classes):
+        torch.nn.init.normal_(null)
+    model.save(directory)
+    return directory
+
+
+def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Blocks of colour: pictures that differ in more than noise."""
+    coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return coarse.repeat(8, 0).repeat(8, 1)
+
+
+def rows(count: int, seed: int = 0) -> pa.Table:
+    """Synthesized rows "0000000", ...; each 0.01 degrees (1,112 m) north of the one before."""
+    rng = np.random.default_rng(seed)
+    ids = [f"{number:07d}" for number in range(count)]
+    maps = [rng.integers(0, 5, (4, 4), dtype=np.uint8).repeat(8, 0).repeat(8, 1) for _ in ids]
+    return pa.table(
+        {
+            schema.PAIR_ID: ids,
+            schema.GROUND: [images.encode(picture(rng, 16, 64)) for _ in ids],
+            schema.AERIAL: [images.encode(picture(rng, 32, 32)) for _ in ids],
+            schema.CLASSES: [images.encode(images.colours_of(ids)) for ids in maps],
+            schema.SYNTHETIC: [images.encode(picture(rng, 32, 32)) for _ in ids],
+            schema.SYNTHETIC_CLASSES: [images.encode(ids) for ids in maps],
+            schema.LATITUDE: [0.01 * number for number in range(count)],
+            schema.LONGITUDE: [0.0] * count,
+            schema.ERROR: [None] * count,
+        },
+        schema=schema.SYNTHESIZED,
+    )
+
+
+def write(table: pa.Table, directory: str) -> str:
+    os.makedirs(directory, exist_ok=True)
+    parquet.write_table(table, os.path.join(directory, "part-0.parquet"))
+    manifest.write(directory, rows=len(table), config=BuildIndex(), models={}, source="test")
+    return directory
+
+
+def columns(table: pa.Table) -> dict[str, np.ndarray]:
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def parts(table: pa.Table, model: str, directory: str) -> str:
+    """What the pool writes for these rows, as two files, in an order of their own."""
+    embedded = EmbedTile(model)(columns(table))
+    u = pa.FixedSizeListArray.from_arrays(pa.array(embedded["u"].reshape(-1)), embedded["u"].shape[1])
+    names = (schema.PAIR_ID, schema.LATITUDE, schema.LONGITUDE)
+    done = table.select(names).append_column("u", u)
+    done = done.append_column(schema.ERROR, pa.array(embedded[schema.ERROR], pa.string()))
+    return write_parts(done.take(np.random.default_rng(1).permutation(len(done))), directory)
+
+
+def write_parts(done: pa.Table, directory: str) -> str:
+    os.makedirs(directory)
+    half = len(done) // 2
+    parquet.write_table(done[:half], os.path.join(directory, "a.parquet"))
+    parquet.write_table(done[half:], os.path.join(directory, "b.parquet"))
+    return directory
+
+
+def index(folder: str, count: int = 24, **config: object) -> Index:
+    """An index of `rows(count)` under `folder`, built without Ray."""
+    model = matcher(os.path.join(folder, "model"))
+    found = parts(rows(count), model, os.path.join(folder, "parts"))
+    output = os.path.join(folder, "index")
+    publish(found, BuildIndex(model=model, output=output, **config))  # pyright: ignore
+    return Index.open(output)
