@@ -64,8 +64,8 @@ class Evaluate:
             raise ValueError(f"evaluate: fov are degrees in (0, 360], got {self.fov}.")
         if "G" not in self.levels and (self.unknown_heading or self.fov != (360.0,)):
             raise ValueError(
-                "evaluate: A and S are made from the whole, aligned panorama, so that limited views "
-                f"need level G: expected G among levels, got {self.levels}."
+                "evaluate: A and S are made from the whole, aligned panorama, so that limited "
+                f"views need level G: expected G among levels, got {self.levels}."
             )
 
 
@@ -243,7 +243,7 @@ def _require(rows: dict[str, list], letters: set[str]) -> None:
     if lacking:
         raise ValueError(
             f"evaluate: expected {lacking} in every row, got none in some rows of "
-            f"{rows[schema.PAIR_ID]}. Run jobs/synthesize.py on these rows, or ask for --levels G only."
+            f"{rows[schema.PAIR_ID]}. Run jobs/synthesize.py on them, or pass --levels G."
         )
 
 

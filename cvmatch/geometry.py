@@ -20,8 +20,9 @@ GROUND_FOV = 224 / 616 * 180
 def polar_grid(height: int, width: int) -> Float[Tensor, "height width 2"]:
     """Where each pixel of the polar view lies on the tile, as grid_sample's (x, y) in [-1, 1].
 
-    Formula of SAFA (Shi et al. 2019): r = S/2 * (h-1-i)/h, theta = 2 pi j/w, row = S/2 + r cos theta,
-    col = S/2 - r sin theta. The bottom row is the camera, the top row the tile's inscribed circle.
+    Formula of SAFA (Shi et al. 2019): r = S/2 * (h-1-i)/h, theta = 2 pi j/w,
+    row = S/2 + r cos theta, col = S/2 - r sin theta.
+    The bottom row is the camera, the top row the tile's inscribed circle.
     Pixel i covers [i, i + 1) here and is centred on i in SAFA's code: half a pixel apart, in return
     for which a quarter turn of the tile is an exact roll of its polar view.
     """
@@ -72,7 +73,7 @@ def lay_rays(
     columns = rays.shape[-1]
     wrapped = torch.cat([rays[..., -1:], rays, rays[..., :1]], dim=-1)
     grid = ray_grid(size).to(rays)
-    # Column j looks along 2 pi j / w (its left edge), as in `polar_grid`; +1 for the wrapped column.
+    # Column j looks along 2 pi j / w, its left edge, as in `polar_grid`; +1 is the wrapped column.
     column = (grid[..., 0] + 1) / 2 * columns + 1
     x = (column + 0.5) / (columns + 2) * 2 - 1
     y = grid[..., 1] - 1 / rays.shape[-2]  # row i lies at its lower edge, (h - 1 - i) / h

@@ -23,7 +23,7 @@ FORMATS = ("PNG", "JPEG")
 """The formats that are decoded: Pillow's others are more code for a hostile file to reach."""
 
 TOLERANCE = 30.0
-"""Largest distance (L2 in RGB) of a pixel from its palette colour; beyond it the pixel is ignored."""
+"""Largest distance (L2 in RGB) of a pixel from its palette colour; beyond it, it is ignored."""
 
 
 class BadImage(ValueError):
@@ -60,7 +60,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def decode(data: bytes, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels of an encoded picture, resized (antialiased bicubic) to `size` = (height, width)."""
+    """RGB pixels of a picture, resized (antialiased bicubic) to `size` = (height, width)."""
     image = open_image(data).convert("RGB")
     if size is not None and size != (image.height, image.width):
         image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)

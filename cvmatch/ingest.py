@@ -102,6 +102,12 @@ def ingest(config: Ingest) -> Dataset:
     return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
 
 
+def accepted(config: Ingest) -> int:
+    """Number of rows that the last `ingest` of this split gave."""
+    cache = _cache(config, layout.find(config.root))
+    return storage.read_json(storage.join(cache, "ingest.json"))["accepted"]
+
+
 def rejected(config: Ingest) -> list[layout.Reject]:
     """What the last `ingest` of this split left out, with reasons."""
     text = storage.read_text(storage.join(_cache(config, layout.find(config.root)), REJECTED))

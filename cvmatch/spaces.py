@@ -1,4 +1,4 @@
-"""Which settings of a stage a search varies, and the stage's settings and train() by name."""
+"""Which settings of a stage a search varies, and where the stages are."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ SPACES: dict[str, dict[str, dict[str, list]]] = {
         "lr_heads": {"loguniform": [1e-4, 1e-2]},
     },
 }
-"""What is searched by default: dotted field -> {uniform or loguniform: [low, high]} or {choice: ...}."""
+"""Searched by default: dotted field -> {uniform or loguniform: [low, high]} or {choice: [...]}."""
 
 _DRAWS: dict[str, Callable[..., Any]] = {
     "uniform": lambda values: ray.tune.uniform(*values),
@@ -96,12 +96,12 @@ def nested(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings(stage: Stage, location: str = "") -> Any:
     """The stage's settings: its defaults, or those of a YAML file."""
+    # By name, since a search of one stage should not wait for the libraries of the others (10 s).
     module, name = STAGES[stage]
     words = ["--config", location] if location else []
     return configs.parse(getattr(importlib.import_module(module), name), words)
 
 
-def train(stage: Stage) -> Callable[[Any], Result]:
-    """The stage's train()."""
-    # By name, since a trial of one stage should not wait for the libraries of the others (10 s).
-    return importlib.import_module(STAGES[stage][0]).train
+def train(base: Any) -> Callable[[Any], Result]:
+    """The train() beside the class of a stage's settings."""
+    return importlib.import_module(type(base).__module__).train

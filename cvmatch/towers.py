@@ -58,7 +58,10 @@ class TowerSpec:
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> "TowerSpec":
         """The spec of `plain`, where JSON has made lists of tuples."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()
+        }
+        return cls(**fields)
 
 
 class Tower(nn.Module):

@@ -131,8 +131,11 @@ def _experiment(client: "MlflowClient") -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cvmatch")
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
-    # With SQLite the default is ./mlruns of whichever process came first, such as a Ray worker's.
-    place = os.path.abspath("mlartifacts") if client.tracking_uri.startswith("sqlite") else None
+    place = None
+    if client.tracking_uri.startswith("sqlite:///"):
+        # The default is ./mlruns of whichever process came first, such as a Ray worker's.
+        file = client.tracking_uri.removeprefix("sqlite:///")
+        place = os.path.join(os.path.dirname(os.path.abspath(file)), "mlartifacts")
     try:
         return client.create_experiment(name, artifact_location=place)
     except _mlflow().exceptions.MlflowException as error:

@@ -83,7 +83,6 @@ class TuneResult:
 class _Job:
     """What all trials are told."""
 
-    stage: spaces.Stage
     base: Any
     fits: str
     parent: tracking.Run
@@ -130,7 +129,6 @@ def search(config: Tune, base: Any = None) -> TuneResult:
     base = configs.override(base, {"fit.epochs": config.epochs})
     with tracking.start("tune", config) as parent:
         job = _Job(
-            stage=config.stage,
             base=base,
             fits=f"{location}-fits",
             parent=parent,
@@ -159,7 +157,7 @@ def _trial(params: dict[str, Any], job: _Job) -> None:
     report = Report()
     listener = TuneReportCallback() if config.fit.workers else report
     with tracking.inside(job.parent), training.listening(listener):
-        result: Result = spaces.train(job.stage)(config)
+        result: Result = spaces.train(job.base)(config)
     if not (config.fit.workers or report.count):  # it was finished before the search was killed
         ray.tune.report(result.metrics or {})
 

@@ -11,14 +11,17 @@ from torchvision.models.vgg import cfgs, make_layers
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip import CLIPConfig, CLIPTextConfig
 
-from cvmatch import draws, images, schema
+from cvmatch import draws, images, schema, towers
+from cvmatch.engine import Pool
 from cvmatch.generate import infer, loss, parts
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.model import Generator, widen
 from cvmatch.generate.pairs import decode_batch, sample_grid
 from cvmatch.generate.perceptual import Lpips, published_weights
 from cvmatch.generate.rays import Rays, token_places
-from cvmatch.generate.train import GeneratorTask, RaysTask, TrainGenerator
+from cvmatch.generate.train import GeneratorTask, RaysTask, TrainGenerator, train
+from cvmatch.ingest import Ingest, ingest
+from cvmatch.training import Fit
 
 PANORAMA = (64, 256)
 TOY = Conditioning(panorama_width=256, crops=4)
@@ -345,12 +348,12 @@ def test_loss_training_on_one_batch_makes_the_right_panorama_better_than_a_shuff
     torch.manual_seed(3)
     task = _train(generator, w_clip=0.0, w_vae=0.0, lr=2e-3, drop=0.0, w_noise=1.0)
     optimizer = torch.optim.Adam(task.groups())
-    for epoch in range(60):
+    for epoch in range(25):
         optimizer.zero_grad()
-        task(_batch(8, epoch=epoch))["loss"].backward()
+        task(_batch(4, epoch=epoch))["loss"].backward()
         optimizer.step()
     with torch.no_grad():
-        means = task.eval()(_batch(8))
+        means = task.eval()(_batch(4))
     assert means["loss_shuffled"] > means["loss_correct"]
     assert task.summary(means)["gap"] > 0.01
 
@@ -571,6 +574,50 @@ def test_sample_grid_shows_panorama_synthetic_and_true_tile(generator: Generator
     assert grid.shape == (2 * 64, 256 + 64 + 64, 3)
     np.testing.assert_array_equal(grid[:64, -64:], batch["aerial"][0].transpose(1, 2, 0))
     np.testing.assert_array_equal(grid[64:, :256], batch["ground"][1].transpose(1, 2, 0))
+
+
+# The stage on Ray
+
+
+@pytest.mark.ray
+def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root: str, tmp_path):
+    tower = towers.Tower(towers.TowerSpec(arch="vgg", layers=(8, "M", 16, "M"), grid=(1, 1), dim=8))
+    towers.save_tower(tower, str(tmp_path / "tower"))
+    data = Ingest(root=world_root, split="val")
+    config = TrainGenerator(
+        data=data,
+        val=data,
+        diffusion=os.path.join(toy, "diffusion"),
+        clip=os.path.join(toy, "clip"),
+        perceptual=str(tmp_path / "tower"),
+        conditioning=TOY,
+        pretrain_rays=1,
+        samples=2,
+        output=str(tmp_path / "generator"),
+        fit=Fit(epochs=1, batch=6, storage=str(tmp_path / "runs")),
+    )
+    metrics = train(config).metrics or {}
+    names = ["train/noise", "train/clip", "train/vae", "val/loss_correct", "val/loss_shuffled"]
+    assert all(np.isfinite(metrics[name]) and metrics[name] > 0 for name in names)
+    rows = ingest(data)
+    drawn = infer.generate(
+        rows, infer.Generate(model=config.output, steps=2, pool=Pool(batch=8))
+    ).take_all()
+    given = {row[schema.PAIR_ID]: row[schema.GROUND] for row in rows.take_all()}
+    assert len(drawn) == len(given) == 12
+    assert all(row[schema.ERROR] is None for row in drawn)
+    assert len({row[schema.SYNTHETIC] for row in drawn}) == 12
+    # Each picture is that of its own pair, whatever the batches were.
+    row = drawn[7]
+    model = Generator.load(config.output)
+    ground = images.decode(given[row[schema.PAIR_ID]], PANORAMA)
+    alone = model.sample(
+        torch.from_numpy(ground.copy()).permute(2, 0, 1)[None].float() / 255,
+        torch.tensor([draws.key(row[schema.PAIR_ID])]),
+        steps=2,
+    )
+    difference = images.decode(row[schema.SYNTHETIC]) - alone[0].permute(1, 2, 0).numpy() * 255
+    assert np.abs(difference).max() < 1.5
 
 
 # The real architecture

@@ -24,7 +24,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def smooth(size: int) -> torch.Tensor:
-    """A tile that is another picture when turned or mirrored, without detail that sampling loses."""
+    """A tile that turns into another picture when turned or mirrored, without fine detail."""
     rng = np.random.default_rng(3)
     y, x = np.mgrid[:size, :size] / size
     waves = rng.uniform(-2, 2, (6, 2)), rng.uniform(0, 6, 6)

@@ -70,7 +70,7 @@ def test_classes_of_blend_of_two_colours_is_ignored_and_not_class_0(colour):
 
 
 def test_classes_of_impure_mask_loses_no_pixel_to_class_0():
-    """Blue and green halves, resized as the published masks were: the seam is ignored, not white."""
+    """Blue and green halves, resized as the published masks were: the seam is not white."""
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     picture[:, :32], picture[:, 32:] = PALETTE[3], PALETTE[2]
     small = Image.fromarray(picture).resize((37, 37), Image.Resampling.BICUBIC)
@@ -152,7 +152,10 @@ def test_open_image_truncated_file_is_refused(kind, share):
         (claiming(10_000, 10_000), "10000 x 10000 pixels, at most"),
         (encode(noise(4, 4, 3))[:20], "cannot be decoded"),
     ],
-    ids="empty html tiff gif cmyk 16-bit palette alpha 1-bit bomb large header".split(),
+    ids=[
+        *("empty", "html", "tiff", "gif", "cmyk", "16-bit"),
+        *("palette", "alpha", "1-bit", "bomb", "large", "header"),
+    ],
 )
 def test_open_image_unusable_file_is_refused_with_the_reason(data, reason):
     with pytest.raises(BadImage, match=reason):
@@ -176,8 +179,8 @@ def test_open_image_damaged_bytes_decode_or_raise_bad_image(data):
         if place < len(damaged):
             damaged[place] = data.draw(st.integers(0, 255))
     try:
-        pixels = np.asarray(open_image(bytes(damaged)))
-    except BadImage as error:
-        assert str(error)
-    else:
-        assert pixels.size <= MAX_PIXELS * 3
+        image = open_image(bytes(damaged))
+    except BadImage:
+        return
+    assert image.mode in ("RGB", "L")
+    assert np.asarray(image).shape[:2] == (image.height, image.width)

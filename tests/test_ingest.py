@@ -1,6 +1,3 @@
-"""The fixtures write CVUSA's quirks by hand, so that they do not share an error with cvmatch.world."""
-
-import io
 import json
 import os
 import zlib
@@ -10,246 +7,29 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from tiny_cvusa import (
+    colour_of,
+    picture,
+    put,
+    subset_line,
+    write_official,
+    write_pair,
+    write_subset,
+    write_tables,
+)
 
-from cvmatch import engine, layout, schema
-from cvmatch.ingest import Ingest, check_pictures, ingest, plan, read_pictures, rejected
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def picture(colour=(10, 20, 30), size=(16, 8), kind="PNG", mode="RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def colour_of(number: int) -> tuple[int, int, int]:
-    return (number % 256, 7 * number % 256, 200)
-
-
-def put(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def write_pair(root: Path, number: int, segmap: bool = True) -> None:
-    """One place of the subset, under the files' true names."""
-    put(root / f"bingmap/input{number:07d}.png", picture(colour_of(number)))
-    put(root / f"streetview/{number:07d}.jpg", picture(colour_of(number), kind="JPEG"))
-    if segmap:
-        put(root / f"segmap/output{number:07d}.png", picture((0, 255, 0)))
-
-
-def subset_line(number: int, ending: str = "jpg") -> str:
-    """As the published CSVs have it: an `input` too many, column 3 repeats column 2."""
-    ground = f"streetview/input{number:07d}.{ending}"
-    return f"bingmap/input{number:07d}.png,{ground},{ground}"
-
-
-def write_tables(root: Path, train: list[str], val: list[str]) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "train-19zl.csv").write_bytes("\r\n".join(train).encode())  # no newline at the end
-    (root / "val-19zl.csv").write_bytes("".join(f"{line}\r\n" for line in val).encode())
+from cvmatch import engine, schema
+from cvmatch.ingest import Ingest, check_pictures, ingest, read_pictures, rejected
 
 
 @pytest.fixture
 def subset(tmp_path) -> Path:
-    """Eight training pairs, in no order and one without a segmap; two val pairs, rows say .png."""
-    root = tmp_path / "a b%20é" / "CVUSA_subset" / "CVUSA_subset"
-    train = [44192, 8, 300, 12, 9, 10, 11, 7]
-    for number in [*train, 1, 2]:
-        write_pair(root, number, segmap=number != 12)
-    put(root / "streetview/._0000008.jpg", b"\0\5\x16\7 Mac OS X")
-    put(root / "bingmap/._input0000008.png", b"\0\5\x16\7 Mac OS X")
-    put(root.parent / "__MACOSX/CVUSA_subset/train-19zl.csv", b"\0\5\x16\7 Mac OS X")
-    write_tables(root, [subset_line(n) for n in train], [subset_line(n, "png") for n in (1, 2)])
-    return root
+    return write_subset(tmp_path)
 
 
 @pytest.fixture
 def official(tmp_path) -> Path:
-    root = tmp_path / "CVPR_subset"
-    for number in (1, 2, 3, 5):
-        put(root / f"bingmap/19/{number:07d}.jpg", picture(colour_of(number), kind="JPEG"))
-        put(root / f"bingmap/18/{number:07d}.jpg", picture((0, 0, 0), kind="JPEG"))
-        put(root / f"streetview/panos/{number:07d}.jpg", picture(colour_of(number), kind="JPEG"))
-        put(root / f"streetview/annotations/{number:07d}.png", picture(mode="L"))
-    lines = [
-        f"bingmap/19/{n:07d}.jpg,streetview/panos/{n:07d}.jpg,streetview/annotations/{n:07d}.png\n"
-        for n in (3, 1, 5, 2)
-    ]
-    put(root / "splits/train-19zl.csv", "".join(lines[:3]).encode())
-    put(root / "splits/val-19zl.csv", lines[3].encode())
-    places = [f"{30 + i}.5,-{100 + i}.25,1.0,2.0,0" for i in range(4)]
-    put(root / "split_locations/all.csv", "\n".join(places).encode())
-    return root
-
-
-def planned(root: Path | str, split: str = "train"):
-    found = layout.find(str(root))
-    pairs, rejects = plan(found, layout.read_rows(found.tables[split]))
-    return {row["pair_id"]: row for row in pairs.to_pylist()}, rejects
-
-
-def mean_colour(data: bytes) -> tuple[int, ...]:
-    return Image.open(io.BytesIO(data)).convert("RGB").getpixel((3, 3))  # pyright: ignore
-
-
-def test_plan_subset_rows_that_lie_resolve_to_the_files_on_disk(subset):
-    train, rejects = planned(subset)
-    val, _ = planned(subset, "val")
-    assert not rejects
-    assert list(train) == [f"{n:07d}" for n in (44192, 8, 300, 12, 9, 10, 11, 7)]
-    assert train["0044192"]["aerial_file"] == "bingmap/input0044192.png"
-    assert train["0044192"]["ground_file"] == "streetview/0044192.jpg"
-    assert val["0000002"]["ground_file"] == "streetview/0000002.jpg"
-    assert train["0000008"]["classes_file"] == "segmap/output0000008.png"
-    assert train["0000012"]["classes_file"] is None
-    assert train["0000008"]["latitude"] is None
-
-
-def test_plan_official_takes_zoom_19_and_the_position_of_line_id(official):
-    rows, rejects = planned(official)
-    assert not rejects
-    assert rows["0000003"]["aerial_file"] == "bingmap/19/0000003.jpg"
-    assert rows["0000003"]["ground_file"] == "streetview/panos/0000003.jpg"
-    assert (rows["0000003"]["latitude"], rows["0000003"]["longitude"]) == (32.5, -102.25)
-    assert (rows["0000005"]["latitude"], rows["0000005"]["longitude"]) == (None, None)
-    assert {row["classes_file"] for row in rows.values()} == {None}
-
-
-@pytest.mark.parametrize("above", [0, 1, 2])
-def test_find_root_above_the_data_set_finds_it(subset, above):
-    given = subset.parents[above - 1] if above else subset
-    assert layout.find(str(given)).root == str(subset)
-    uri = "file://" + quote(str(given))
-    assert layout.find(uri).root == "file://" + quote(str(subset))
-
-
-def test_find_two_data_sets_names_both(subset, tmp_path):
-    write_tables(tmp_path / "x" / "one", [], [])
-    write_tables(tmp_path / "x" / "two", [], [])
-    with pytest.raises(ValueError, match=r"one CVUSA data set.*/one.*/two.*--data\.root"):
-        layout.find(str(tmp_path / "x"))
-
-
-def test_find_nothing_says_what_was_expected_and_found(tmp_path):
-    put(tmp_path / "holiday.jpg", b"")
-    with pytest.raises(ValueError, match=r"train-19zl\.csv.*holiday\.jpg.*--data\.root"):
-        layout.find(str(tmp_path))
-    with pytest.raises(ValueError, match=r"absent: expected train-19zl\.csv"):
-        layout.find(str(tmp_path / "absent"))
-
-
-def test_plan_capitalised_folders_and_endings_are_found(tmp_path):
-    put(tmp_path / "Bingmap/input0000001.PNG", picture())
-    put(tmp_path / "StreetView/input0000001.png", picture())
-    put(tmp_path / "Segmap/output0000001.png", picture())
-    write_tables(tmp_path, [subset_line(1)], [])
-    rows, rejects = planned(tmp_path)
-    assert not rejects
-    assert rows["0000001"]["aerial_file"] == "Bingmap/input0000001.PNG"
-    assert rows["0000001"]["ground_file"] == "StreetView/input0000001.png"
-    assert rows["0000001"]["classes_file"] == "Segmap/output0000001.png"
-
-
-def test_plan_stated_name_that_exists_wins_over_others(tmp_path):
-    for name in ("input0000001.png", "input0000001.jpg", "0000001.jpg", "0000001.png"):
-        put(tmp_path / "streetview" / name, picture())
-    put(tmp_path / "bingmap/input0000001.png", picture())
-    write_tables(tmp_path, [subset_line(1, "png")], [])
-    assert planned(tmp_path)[0]["0000001"]["ground_file"] == "streetview/input0000001.png"
-
-
-@pytest.mark.parametrize("start", ["", "\ufeff"])
-def test_read_rows_header_bom_blank_lines_and_spaces_are_no_rows(tmp_path, start):
-    text = f"{start}satellite_path,ground_path\r\n\r\n bingmap/1.jpg , streetview/1.jpg \r\n\r\n"
-    put(tmp_path / "t.csv", text.encode())
-    rows = layout.read_rows(str(tmp_path / "t.csv"))
-    assert [(r.pair_id, r.aerial, r.ground) for r in rows] == [
-        ("0000001", "bingmap/1.jpg", "streetview/1.jpg")
-    ]
-
-
-def test_read_rows_first_line_without_header_is_a_row(subset):
-    assert layout.read_rows(str(subset / "train-19zl.csv"))[0].pair_id == "0044192"
-
-
-def test_read_rows_repeated_id_names_it_with_file_and_lines(tmp_path):
-    lines = [subset_line(4), subset_line(5), "bingmap/4.jpg,streetview/4.jpg"]
-    write_tables(tmp_path, lines, [])
-    with pytest.raises(ValueError, match=r"train-19zl\.csv.*0000004 \(lines 1 and 3\)"):
-        layout.read_rows(str(tmp_path / "train-19zl.csv"))
-
-
-@pytest.mark.parametrize("text", [b"", b"\r\n", b"satellite_path,ground_path\n"])
-def test_read_rows_empty_split_is_refused(tmp_path, text):
-    put(tmp_path / "val-19zl.csv", text)
-    with pytest.raises(ValueError, match=r"val-19zl\.csv.*empty split"):
-        layout.read_rows(str(tmp_path / "val-19zl.csv"))
-
-
-def test_read_rows_binary_file_is_refused_by_name(tmp_path):
-    put(tmp_path / "train-19zl.csv", picture())
-    with pytest.raises(ValueError, match=r"train-19zl\.csv: expected a CSV in UTF-8"):
-        layout.read_rows(str(tmp_path / "train-19zl.csv"))
-
-
-def test_check_apart_id_in_two_splits_names_it_and_both_files(tmp_path):
-    write_tables(tmp_path, [subset_line(1), subset_line(2)], [subset_line(2), subset_line(3)])
-    found = layout.find(str(tmp_path))
-    rows = layout.read_rows(found.tables["val"])
-    with pytest.raises(ValueError, match=r"val-19zl\.csv and .*train-19zl\.csv.*1: 0000002"):
-        layout.check_apart(found, "val", rows)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("bingmap/input0000001.png", "expected an aerial and a ground path"),
-        ("bingmap/input0000001.png,streetview/0000002.jpg", "ground is another id's"),
-        ("bingmap/._input0000001.png,streetview/._0000001.jpg", "not named by an id"),
-        ("bingmap/../../0000001.png,streetview/0000001.jpg", "leaves the data root"),
-        ("bingmap/input0000001.png,/etc/0000001.jpg", "leaves the data root"),
-        ("bingmap/input0000001.png,..\\0000001.jpg", "leaves the data root"),
-        ("bingmap/input0000001.png,C:\\x\\0000001.jpg", "leaves the data root"),
-        ("bingmap/input0000001.png,s3://other/0000001.jpg", "leaves the data root"),
-        ("bingmap/input0000099.png,streetview/0000099.jpg", "no such file"),
-        ("nowhere/input0000001.png,streetview/0000001.jpg", "no such file"),
-    ],
-)
-def test_plan_bad_line_is_rejected_with_its_reason(tmp_path, line, reason):
-    write_pair(tmp_path, 1)
-    write_pair(tmp_path, 2)
-    put(tmp_path.parent / "0000001.png", picture())  # what `..` would reach
-    write_tables(tmp_path, [line, subset_line(2)], [])
-    rows, rejects = planned(tmp_path)
-    assert list(rows) == ["0000002"]
-    assert len(rejects) == 1
-    assert reason in (rejects[0]["reason"] or "")
-    assert rejects[0]["file"] in line.split(",")
-
-
-def test_plan_mac_metadata_row_is_no_repeated_id(tmp_path):
-    write_pair(tmp_path, 1)
-    hidden = "bingmap/._input0000001.png,streetview/._input0000001.jpg"
-    write_tables(tmp_path, [subset_line(1), hidden], [])
-    rows, rejects = planned(tmp_path)
-    assert list(rows) == ["0000001"]
-    assert rejects[0]["file"] == "bingmap/._input0000001.png"
-
-
-def test_read_positions_header_and_gaps_keep_line_i_with_id_i(tmp_path):
-    put(tmp_path / "all.csv", b"sat_lat,sat_lon\n1.5,2.5,0,0\n\n-3.5,4.5\n")
-    assert layout.read_positions(str(tmp_path / "all.csv")) == [(1.5, 2.5), None, (-3.5, 4.5)]
-
-
-@pytest.mark.parametrize("line", ["200.0,2.0", "2.0,-181", "x,y", "5.0", "nan,3.0"])
-def test_read_positions_impossible_place_names_the_line(tmp_path, line):
-    put(tmp_path / "all.csv", f"1.5,2.5\n{line}\n".encode())
-    with pytest.raises(ValueError, match=r"all\.csv line 2: expected latitude"):
-        layout.read_positions(str(tmp_path / "all.csv"))
+    return write_official(tmp_path)
 
 
 def plan_of(**files: str | None) -> pa.Table:
@@ -465,6 +245,6 @@ def test_ingest_world_has_a_good_row_for_each_line(ray_session, world_root):
         assert len(rows) == len(text.split())
         assert len({row["pair_id"] for row in rows}) == len(rows)
         for row in rows:
-            assert row["ground"] and row["aerial"] and row["classes"]
+            assert all(row[name] for name in ("ground", "aerial", "classes"))
             assert row["error"] is None
             assert -90 < row["latitude"] < 90

@@ -232,15 +232,23 @@ def test_scores_recalls_know_their_chance():
     assert meanings["recall@1%"] == "the right tile comes among the first 4 of 400"
 
 
-def test_scores_neighbouring_keys_belong_to_one_row():
-    tree = {"miou": 0.4, "miou_low": 0.3, "miou_high": 0.5, "miou_chance": 0.1, "note": "x"}
-    (row,) = scores({"g": tree})
+@pytest.mark.parametrize("ends", [{"miou_low": 0.3, "miou_high": 0.5}, {"miou_95": [0.3, 0.5]}])
+def test_scores_neighbouring_keys_belong_to_one_row(ends):
+    (row,) = scores({"g": {"miou": 0.4, "miou_chance": 0.1, "note": "x", **ends}})
     assert (row.value, row.interval, row.chance, row.share) == (0.4, (0.3, 0.5), 0.1, True)
 
 
 def test_scores_tiles_nearby_are_guessed_among_themselves():
     (row,) = scores({"gallery": 900, "near_recall@1": 0.5, "near_gallery": 8.0, "near_queries": 3})
     assert row.chance == 1 / 8
+
+
+def test_scores_levels_of_an_ablation_are_recalls_of_the_first_place():
+    rows = scores({"gallery": 50, "ablation": {"G": 0.5, "G+A": 0.6}})
+    assert [(row.name, row.chance, row.share) for row in rows] == [
+        ("G", 0.02, True),
+        ("G+A", 0.02, True),
+    ]
 
 
 def test_scores_groups_stay_together_below_their_parents():

@@ -70,7 +70,9 @@ def columns(table: pa.Table) -> dict[str, np.ndarray]:
 def parts(table: pa.Table, model: str, directory: str) -> str:
     """What the pool writes for these rows, as two files, in an order of their own."""
     embedded = EmbedTile(model)(columns(table))
-    u = pa.FixedSizeListArray.from_arrays(pa.array(embedded["u"].reshape(-1)), embedded["u"].shape[1])
+    u = pa.FixedSizeListArray.from_arrays(
+        pa.array(embedded["u"].reshape(-1)), embedded["u"].shape[1]
+    )
     names = (schema.PAIR_ID, schema.LATITUDE, schema.LONGITUDE)
     done = table.select(names).append_column("u", u)
     done = done.append_column(schema.ERROR, pa.array(embedded[schema.ERROR], pa.string()))

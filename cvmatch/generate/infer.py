@@ -22,7 +22,7 @@ class Generate:
     """Guidance scale; 1: none, half the time; 4 oversaturates."""
     seed: int = 0
     """Other seeds draw other pictures of the same panorama."""
-    pool: engine.Pool = engine.Pool(batch=32)
+    pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32))
     """Actors."""
 
     def __post_init__(self) -> None:

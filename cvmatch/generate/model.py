@@ -32,6 +32,10 @@ class Generator(nn.Module):
     side; latents are `latent` = (channels, size, size), scaled to about unit variance.
     """
 
+    # Any: diffusers' annotations are unions over flags that are not used here.
+    unet: Any
+    vae: Any
+    clip: Any
     mean: Tensor
     deviation: Tensor
 
@@ -40,7 +44,7 @@ class Generator(nn.Module):
         self.unet, self.vae, self.clip = parts.unet, parts.vae, parts.clip
         self.noise, self.processor = Noise(parts.scheduler), parts.processor
         self.conditioning = conditioning
-        vision = parts.clip.config
+        vision: Any = parts.clip.config
         self.conditioner = Conditioner(
             conditioning,
             states=vision.hidden_size,
@@ -199,7 +203,7 @@ class Generator(nn.Module):
             condition = self.condition(panorama)
             both = _doubled(self.conditioner, condition) if guidance != 1 else condition
             latent = draws.normal(keys, draws.stream(seed, purpose="sample"), *self.latent)
-            solver = self.noise.solver(steps)
+            solver: Any = self.noise.solver(steps)
             for step in solver.timesteps:
                 given = torch.cat([latent, latent]) if guidance != 1 else latent
                 at = torch.full((len(given),), int(step), dtype=torch.int64, device=self.device)
@@ -242,7 +246,7 @@ def widen(unet: UNet2DConditionModel, inputs: int) -> None:
     Raises:
         ValueError: the UNet already has more, or other, channels than that.
     """
-    old = unet.conv_in
+    old: Any = unet.conv_in
     if old.in_channels == inputs:
         return
     if old.in_channels > inputs:

@@ -1,6 +1,7 @@
 """The noise schedule of the base model: noising, the UNet's target, and the way back."""
 
 import math
+from typing import Any
 
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float, Int64
@@ -56,7 +57,7 @@ class Noise(nn.Module):
         """DPM-Solver++ (Lu et al. 2022) of second order, set to `steps` steps from pure noise."""
         config = dict(self.scheduler.config)
         cosine = config["beta_schedule"] == "squaredcos_cap_v2"
-        solver = DPMSolverMultistepScheduler.from_config(
+        solver: Any = DPMSolverMultistepScheduler.from_config(
             config,
             timestep_spacing="linspace",  # "leading" would skip the last 7 % of the noise
             lambda_min_clipped=_LAMBDA_MIN if cosine else -math.inf,

@@ -1,6 +1,7 @@
 """Rows of pairs -> the tensors that training reads; and a picture of what a model draws of them."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,8 @@ def decode(rows: Dataset, sizes: parts.Sizes) -> Dataset:
 
     A row without `error` whose pictures cannot be decoded stops the training: ingest has passed it.
     """
-    return rows.map_batches(
-        functools.partial(decode_batch, sizes=sizes), batch_format="numpy", batch_size=None
-    )
+    decoder: Any = functools.partial(decode_batch, sizes=sizes)
+    return rows.map_batches(decoder, batch_format="numpy", batch_size=None)
 
 
 def decode_batch(batch: dict[str, np.ndarray], sizes: parts.Sizes) -> dict[str, np.ndarray]:

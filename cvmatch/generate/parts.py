@@ -45,9 +45,8 @@ def load_parts(diffusion: str, clip: str, revision: str = "main", folder: str = 
     clip_folder: dict[str, Any] = {"subfolder": folder} if folder else {}
     with hub.located(diffusion, "--diffusion") as safe:
         at: dict[str, Any] = {"revision": revision}
-        scheduler = DDPMScheduler.from_config(
-            DDPMScheduler.load_config(diffusion, subfolder="scheduler", **at)
-        )
+        noise: Any = DDPMScheduler.load_config(diffusion, subfolder="scheduler", **at)
+        scheduler: Any = DDPMScheduler.from_config(noise)
         unet = UNet2DConditionModel.from_pretrained(diffusion, subfolder="unet", **at, **safe)
         vae = AutoencoderKL.from_pretrained(diffusion, subfolder="vae", **at, **safe)
     with hub.located(clip, "--clip") as safe:
@@ -64,12 +63,12 @@ def sizes(diffusion: str, clip: str, panorama_width: int, revision: str = "main"
         ValueError: as `load_parts`.
     """
     with hub.located(diffusion, "--diffusion"):
-        unet = UNet2DConditionModel.load_config(diffusion, subfolder="unet", revision=revision)
-        vae = AutoencoderKL.load_config(diffusion, subfolder="vae", revision=revision)
+        unet: Any = UNet2DConditionModel.load_config(diffusion, subfolder="unet", revision=revision)
+        vae: Any = AutoencoderKL.load_config(diffusion, subfolder="vae", revision=revision)
     with hub.located(clip, "--clip"):
-        height = CLIPVisionConfig.from_pretrained(clip).image_size
+        vision: Any = CLIPVisionConfig.from_pretrained(clip)
     latent = unet["sample_size"]
-    return Sizes((height, panorama_width), latent * _factor(vae), latent)
+    return Sizes((vision.image_size, panorama_width), latent * _factor(vae), latent)
 
 
 def tile_size(unet: UNet2DConditionModel, vae: AutoencoderKL) -> int:

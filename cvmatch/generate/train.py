@@ -31,7 +31,7 @@ _RAYS = "rays.safetensors"
 class TrainGenerator:
     """Fine-tune a latent diffusion model to draw the tile of a panorama."""
 
-    data: Ingest = Ingest()
+    data: Ingest = dataclasses.field(default_factory=Ingest)
     """Pairs to train on."""
     val: Ingest | None = None
     """Pairs for the validation loss."""
@@ -45,7 +45,7 @@ class TrainGenerator:
     """Network of LPIPS: vgg16 (ImageNet), or a local tower directory of a VGG."""
     perceptual_weights: str = ""
     """Local file with vgg16's weights; empty: torchvision's hub."""
-    conditioning: Conditioning = Conditioning()
+    conditioning: Conditioning = dataclasses.field(default_factory=Conditioning)
     """What the UNet sees of the panorama."""
     w_noise: float = 1.0
     """Weight of the squared error of the noise, or velocity."""
@@ -79,7 +79,7 @@ class TrainGenerator:
     """Rows of the picture G | A | C that the MLflow run gets at the end; 0: none."""
     output: str = "models/generator"
     """Directory of the published model."""
-    fit: training.Fit = training.Fit()
+    fit: training.Fit = dataclasses.field(default_factory=training.Fit)
     """The training loop."""
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class GeneratorTask(nn.Module):
             return self._validate(latent, condition, batch["key"]) | drawn
         named = self._diffuse(latent, condition, tile, batch) | drawn
         weights = {name: getattr(self.config, f"w_{name}") for name in named}
-        total = sum(weights[name] * value for name, value in named.items())
+        total = torch.stack([weights[name] * value for name, value in named.items()]).sum()
         return {"loss": total, **{name: value.detach() for name, value in named.items()}}
 
     def groups(self) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def train(config: TrainGenerator) -> Result:
         result = training.fit(build, data, val, config.fit, run)
         output = training.publish(result, config.output)
         if config.samples:
-            batch = (val or data).take_batch(config.samples, batch_format="numpy")
+            batch: Any = (val or data).take_batch(config.samples, batch_format="numpy")
             run.image("samples", sample_grid(Generator.load(output, engine.device()), batch))
     return result
 

@@ -97,14 +97,14 @@ class MatcherTask(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log()) if _learned(config) else None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss and its parts; in evaluation mode also recall@1 among the batch's own tiles."""
+        """Loss and its parts; in evaluation mode also the recall among the batch's own tiles."""
         joint, direct = self.scores(batch)
         parts = {"joint": self._loss(joint), "direct": self._loss(direct)}
         total = self.config.w_joint * parts["joint"] + self.config.w_direct * parts["direct"]
         named = {"loss": total} | {name: value.detach() for name, value in parts.items()}
         if self.training:
             return named
-        return named | {"recall@1": _first(joint), "recall@1_direct": _first(direct)}
+        return named | {"recall_at_1": _first(joint), "recall_at_1_direct": _first(direct)}
 
     def scores(
         self, batch: dict[str, Tensor]
@@ -205,8 +205,8 @@ def train(config: TrainMatcher) -> Result:
     ids = pair_ids(config.pairs)
     if config.val and (both := set(ids).intersection(pair_ids(config.val))):
         raise ValueError(
-            f"train_matcher: expected validation pairs apart from training, got {len(both)} in both "
-            f"{config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
+            f"train_matcher: expected validation pairs apart from training, got {len(both)} "
+            f"in both {config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
         )
     with tracking.start("match", config) as run:
         result = training.fit(

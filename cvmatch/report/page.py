@@ -273,7 +273,8 @@ def _head(names: Sequence[str]) -> str:
 
 
 def _cell(value: Number | str) -> str:
-    return f"<td>{escape(value if isinstance(value, str) else number(value))}</td>"
+    text = str(value) if isinstance(value, str | bool) else number(value)
+    return f"<td>{escape(text)}</td>"
 
 
 def _percent(share: Number) -> str:

@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-Number = float | int  # beartype does not take an int for a float
+from cvmatch.report.charts import Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,10 @@ _KINDS = (
     _Kind(r"exact_top1_kept", "first answers of exhaustive search that two stages keep", True),
     _Kind(r"exact_top10_kept", "of its first ten answers", True),
     _Kind(r"shortlist", "tiles that the first stage hands to the second"),
-    _Kind(r"exact", "exhaustive search, in ms for one panorama, already embedded"),
-    _Kind(r"two-stage", "shortlist and re-ranking, in ms for one panorama, already embedded"),
+    _Kind(r"tiles", "tiles that can be found"),
+    _Kind(r"exact|ms_per_query_exact", "milliseconds for a panorama, scoring every tile"),
+    _Kind(r"two-stage|ms_per_query", "milliseconds for a panorama, by shortlist and re-ranking"),
+    _Kind(r"loss_correct", "noise error of the generator, with the right panorama"),
     _Kind(r"miou", "overlap of predicted and true classes, mean over the classes", True),
     _Kind(r"accuracy", "pixels of the right class", True),
     _Kind(r"ignored", "pixels of no class, which nothing counts", True),
@@ -62,7 +64,12 @@ _KINDS = (
     _Kind(r"fid", "distance between the sets of generated and true tiles; lower is better"),
 )
 
-_SHUFFLED = "the same against another place's tile: worse, if the model looks at its panorama"
+_SHUFFLED = "the same with another place's picture: worse, if the model looks at its panorama"
+_GROUPS = {
+    "iou": _Kind(r".+", "overlap of predicted and true pixels of this class", True),
+    "ablation": _Kind(r"(?P<first>.+)", "recall@1 of queries made of these pictures alone", True),
+}
+"""Meaning of all keys below such a key: classes, and levels of queries."""
 _PARTS = re.compile(r".*(_low|_high|_k|_chance)|(near_)?gallery|near_queries")
 
 
@@ -70,8 +77,9 @@ def scores(results: Mapping[str, Any], gallery: Number = 0) -> list[Score]:
     """Rows of the numbers in a tree of results, as `evaluate` gives it, in its order.
 
     Keys beside a name belong to its row: "gallery" (tiles searched, also for trees below),
-    "<name>_low" and "<name>_high" (95 % interval), "<name>_k", "<name>_chance"; "<name>_shuffled"
-    is a row of its own. Text, lists, booleans and None are no scores and are left out.
+    "<name>_95" ([low, high]) or "<name>_low" and "<name>_high" (95 % interval), "<name>_k",
+    "<name>_chance"; "<name>_shuffled" is a row of its own. Text, lists, booleans and None are no
+    scores and are left out.
     """
     return list(_walk(results, (), gallery))
 
@@ -90,22 +98,20 @@ def _walk(tree: Mapping[str, Any], above: tuple[str, ...], gallery: Number) -> I
 
 def _score(group: str, name: str, tree: Mapping[str, Any], gallery: Number) -> Score:
     base = name.removesuffix("_shuffled")
-    in_iou = group.endswith("iou")
-    kind = _Kind("", "overlap of predicted and true pixels of this class", True) if in_iou else None
-    shown, chance = {"first": "", "gallery": ""}, None
-    for candidate in () if in_iou else _KINDS:
+    of_group = _GROUPS.get(group.rpartition(" / ")[2])
+    kind, chance, shown = None, None, {"first": "", "gallery": ""}
+    for candidate in (of_group,) if of_group else _KINDS:
         if match := re.fullmatch(candidate.pattern, base):
-            kind, chance = candidate, candidate.chance
             shown, guess = _chance(match.groupdict(), tree, gallery)
-            chance = guess if guess is not None else chance
-    interval = (tree.get(f"{name}_low"), tree.get(f"{name}_high"))
+            kind, chance = candidate, candidate.chance if guess is None else guess
+    low, high = tree.get(f"{name}_95") or (tree.get(f"{name}_low"), tree.get(f"{name}_high"))
     given = tree.get(f"{name}_chance")
     words = kind.meaning.format(**shown) if kind else ""
     return Score(
         group=group,
         name=name,
         value=tree[name],
-        interval=interval if all(map(_is_number, interval)) else None,
+        interval=(low, high) if _is_number(low) and _is_number(high) else None,
         chance=given if _is_number(given) else chance,
         share=kind is not None and kind.share,
         meaning=words if base == name else _SHUFFLED,
@@ -126,7 +132,7 @@ def _chance(
         k = max(1, int(float(percent) / 100 * gallery + 1e-9))
     elif found.get("middle"):
         return {}, (gallery + 1) / 2 if gallery else None
-    elif number := found.get("k"):
+    elif number := found.get("k") or (found.get("first") and "1"):
         k = int(number)
     else:
         return {}, None
@@ -134,5 +140,5 @@ def _chance(
     return {"first": first, "gallery": words}, min(1.0, k / places) if places else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[Number]:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isinf(value)

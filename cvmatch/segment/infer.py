@@ -44,7 +44,7 @@ class SegmentAerial:
         for row, data in enumerate(batch[self.source]):
             if errors[row] is None:
                 try:
-                    tiles[row] = self.segmenter.preprocess.tile(data)
+                    tiles[row] = self.segmenter.preprocess.tile(data or b"")  # null: empty
                 except images.BadImage as error:
                     errors[row] = f"segment: {self.source}: {error}"
         maps: list[bytes | None] = [None] * len(errors)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class TrainSegmenter:
     data: Ingest = field(default_factory=Ingest)
     """Rows to train on; those without a class map are left out."""
     val: Ingest | None = None
-    """Rows to validate on."""
+    """Rows to validate on; None: with the schedule plateau the split `val` of `data`, else none."""
     base: str = "nvidia/segformer-b3-finetuned-ade-512-512"
     """Pretrained SegFormer (B0 to B5): hub id or local directory."""
     size: int = 512
@@ -116,7 +116,7 @@ def train(config: TrainSegmenter) -> Result:
     """
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
     rows = labelled(config.data, preprocess)
-    val = labelled(config.val, preprocess) if config.val else None
+    val = labelled(held_out, preprocess) if (held_out := _held_out(config)) else None
     weights = None
     if config.class_weights:
         masks = [row["mask"] for row in rows.select_columns("mask").take(COUNTED)]
@@ -237,6 +237,13 @@ def sheet(segmenter: Segmenter, rows: list[dict]) -> UInt8[np.ndarray, "h w 3"]:
         for tile, row, ids in zip(tiles, rows, predicted, strict=True)
     ]
     return np.vstack(strips)
+
+
+def _held_out(config: TrainSegmenter) -> Ingest | None:
+    """The rows to validate on."""
+    if config.val is None and config.fit.schedule == "plateau":
+        return replace(config.data, split="val")
+    return config.val
 
 
 def _build(

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ray.train
 import ray.train.torch
@@ -41,6 +41,7 @@ class Job:
     """Epochs done by earlier starts of the run."""
 
 
+@runtime_checkable
 class Place(Protocol):
     """Where a worker runs."""
 

@@ -177,6 +177,7 @@ def copy_tree(source: fs.FileSystem, path: str, target: str) -> None:
         fs.copy_files(path, place, source_filesystem=source, destination_filesystem=filesystem)
         return
     aside = f"{place}.{uuid.uuid4().hex}.tmp"
+    filesystem.create_dir(aside)
     fs.copy_files(path, aside, source_filesystem=source, destination_filesystem=filesystem)
     if filesystem.get_file_info(place).type != fs.FileType.NotFound:
         old = f"{aside}.old"

@@ -1,7 +1,7 @@
 """What is trained (`Task`) and how (`Fit`)."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -75,6 +75,7 @@ class Fit:
         return self.batch // max(self.workers, 1)
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a stage adds to training: an `nn.Module` with these methods.
 

@@ -1,0 +1,59 @@
+"""One Ray, one MLflow store and one embedded world for the whole run."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Ray, torch and MLflow read these when they are imported. Ray's folder has a short path of its own
+# (sockets allow 107 characters); its workers import the test modules, whose tasks they train.
+_TEMPORARY = tempfile.mkdtemp(prefix="cvm-", dir="/tmp")
+_TESTS = Path(__file__).parent
+os.environ |= {
+    "RAY_TMPDIR": _TEMPORARY,
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_TRACKING_URI": f"sqlite:///{_TEMPORARY}/mlflow.db",  # its migrations take 5 s, once
+    "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
+}
+os.environ.pop("RAY_ADDRESS", None)
+atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
+
+import pytest  # noqa: E402
+import ray  # noqa: E402
+import torch  # noqa: E402
+
+from cvmatch import engine  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """A local Ray with 8 logical CPUs and no dashboard."""
+    tries = 3  # a raylet has 15 s to start two agents in, which a loaded machine exceeds
+    for left in reversed(range(tries)):
+        try:
+            engine.start()
+            break
+        except Exception:
+            if not left:
+                raise
+            ray.shutdown()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def world_root(ray_session, tmp_path_factory):
+    """Root of the tiny embedded world: 24 training pairs and 12 to validate, 64 x 64 tiles."""
+    from cvmatch.world import MakeWorld, make_world  # noqa: PLC0415 (only where it is used)
+
+    root = str(tmp_path_factory.mktemp("world"))
+    make_world(MakeWorld(output=root, preset="tiny"))
+    return root

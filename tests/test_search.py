@@ -1,0 +1,157 @@
+import json
+
+import numpy as np
+import pytest
+import tiny_index as tiny
+import torch
+from torch.nn import functional as F
+
+from cvmatch import config as configs
+from cvmatch import images, schema, search, shard
+from cvmatch.index import BuildIndex, Index, publish
+from cvmatch.match.infer import EmbedQuery
+from cvmatch.match.model import Query
+from cvmatch.search import SearchFiles, query_of, rank
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    return tiny.index(str(tmp_path_factory.mktemp("search")), COUNT)
+
+
+@pytest.fixture(scope="module")
+def query(index):
+    batch = EmbedQuery(index.heads, "G+A+S")(tiny.columns(tiny.rows(6)))
+    return query_of(batch, index)
+
+
+@torch.inference_mode()
+def unsplit(index, query):
+    """Scores by FFN_C([a; c]) as one network, each tile from its picture."""
+    model, rows = index.matcher, tiny.rows(COUNT)
+
+    def features(column):
+        pixels = np.stack([images.decode(data) for data in rows[column].to_pylist()])
+        return model.aerial_features(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
+
+    c, a = features(schema.AERIAL), features(schema.SYNTHETIC)[: len(query.v)]
+    first = torch.cat([model.candidate_query.weight, model.candidate_tile.weight], dim=1)
+    both = torch.cat([a[:, None].expand(-1, COUNT, -1), c.expand(len(a), -1, -1)], dim=2)
+    hidden = F.linear(both, first, model.candidate_query.bias).relu()
+    last = model.candidate_last(model.candidate_middle(hidden).relu())
+    return (F.normalize(last, dim=2) * query.embedding[:, None]).sum(2)
+
+
+def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
+    brute = unsplit(index, query)
+    ranked = rank(index, query, top_k=COUNT, mode="exact")
+    assert sorted(ranked.rows[0]) == list(range(COUNT))
+    own = np.take_along_axis(brute.numpy(), ranked.rows, 1)
+    np.testing.assert_allclose(ranked.scores, own, atol=2e-3)  # u is stored in half precision
+    assert (np.diff(ranked.scores) <= 0).all()
+    assert np.ptp(brute.numpy(), axis=1).min() > 0.02  # the scores do tell tiles apart
+
+
+def test_rank_two_stage_over_all_tiles_equals_exact(index, query):
+    exact = rank(index, query, top_k=10, mode="exact")
+    staged = rank(index, query, top_k=10, mode="two-stage", shortlist=COUNT)
+    np.testing.assert_allclose(staged.scores, exact.scores, atol=1e-5)
+    assert (staged.rows == exact.rows).mean() > 0.95  # but for ties within rounding
+
+
+def test_rank_two_stage_gives_exact_scores_of_the_shortlist_alone(index, query):
+    ranked = rank(index, query, top_k=3, mode="two-stage", shortlist=5)
+    near = index.nearest(query, 5)
+    scores = torch.cat(list(index.scores(query)), dim=1).numpy()
+    for row in range(len(query.v)):
+        expected = near[row][np.argsort(-scores[row, near[row]])][:3]
+        np.testing.assert_array_equal(ranked.rows[row], expected)
+    np.testing.assert_allclose(ranked.scores, np.take_along_axis(scores, ranked.rows, 1), atol=1e-5)
+
+
+def test_rank_of_a_gallery_in_pieces_equals_the_whole(index, query, monkeypatch):
+    whole = rank(index, query, top_k=10, mode="exact")
+    monkeypatch.setattr(shard, "CHUNK", 7)
+    pieces = rank(index, query, top_k=10, mode="exact")
+    np.testing.assert_allclose(pieces.scores, whole.scores, atol=1e-5)
+    assert (pieces.rows == whole.rows).mean() > 0.95
+
+
+def test_rank_auto_of_a_large_gallery_is_two_stage(index, query, monkeypatch):
+    exact = rank(index, query, 5, shortlist=5)
+    monkeypatch.setattr(search, "EXHAUSTIVE", COUNT - 1)
+    staged = rank(index, query, 5, shortlist=5)
+    np.testing.assert_array_equal(np.sort(staged.rows), np.sort(index.nearest(query, 5)))
+    assert (np.sort(staged.rows) != np.sort(exact.rows)).any()
+
+
+def test_rank_more_than_there_are_gives_all(index, query):
+    for mode in ("exact", "two-stage"):
+        assert rank(index, query, top_k=100, mode=mode).rows.shape == (len(query.v), COUNT)
+
+
+def test_rank_of_lists_with_too_few_tiles_marks_the_end(tmp_path):
+    model = tiny.matcher(str(tmp_path / "model"))
+    parts = tiny.parts(tiny.rows(COUNT), model, str(tmp_path / "parts"))
+    config = BuildIndex(model=model, output=str(tmp_path / "index"), key="IVF8,Flat", probes=1)
+    publish(parts, config)
+    index = Index.open(config.output)
+    assert index.ann.nprobe == 1
+    ranked = rank(index, Query(torch.eye(16)[:2], torch.zeros(2, 16)), COUNT, "two-stage")
+    ends = (ranked.rows == -1).sum(1)
+    assert (ends > 0).all()
+    for rows, scores, end in zip(ranked.rows, ranked.scores, ends, strict=True):
+        assert (rows[: COUNT - end] >= 0).all()
+        assert np.isinf(scores[COUNT - end :]).all()
+
+
+def test_rank_equal_tiles_are_ordered_by_row(index, query):
+    same = Index(**{**vars(index), "u": np.repeat(index.u[:1], COUNT, 0)})
+    for mode in ("exact", "two-stage"):
+        ranked = rank(same, query, top_k=COUNT, mode=mode)
+        assert np.ptp(ranked.scores, axis=1).max() < 1e-6
+        if np.ptp(ranked.scores) == 0:
+            assert (ranked.rows == np.arange(COUNT)).all()
+
+
+def test_search_unreadable_panoramas_are_all_named_before_any_work(tmp_path):
+    good = images.encode(tiny.picture(np.random.default_rng(0), 16, 64))
+    (tmp_path / "good.png").write_bytes(good)
+    (tmp_path / "cut.png").write_bytes(good[:50])
+    places = tuple(str(tmp_path / name) for name in ("good.png", "cut.png", "absent.png"))
+    with pytest.raises(ValueError, match=r"(?s)2 of 3.*cut\.png: cannot be decoded.*absent\.png"):
+        search.search(SearchFiles(panorama=places, index=str(tmp_path / "no index")))
+
+
+def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):
+    rows = tiny.rows(6)
+    places = []
+    for number in (3, 1):
+        places.append(str(tmp_path / f"{number}.png"))
+        (tmp_path / f"{number}.png").write_bytes(rows[schema.GROUND][number].as_py())
+    folder = index.heads.split("/heads/")[0]
+    config = SearchFiles(panorama=tuple(places), index=folder, top_k=4)
+    answers = [json.loads(json.dumps(answer)) for answer in search.search(config)]
+    batch = EmbedQuery(index.heads, "G")(tiny.columns(rows))
+    ranked = rank(index, query_of(batch, index), top_k=4)
+    assert [answer["query"] for answer in answers] == [places[0]] * 4 + [places[1]] * 4
+    assert [answer["rank"] for answer in answers] == [1, 2, 3, 4] * 2
+    for answer, row, score in zip(
+        answers, ranked.rows[[3, 1]].ravel(), ranked.scores[[3, 1]].ravel(), strict=True
+    ):
+        assert answer["tile"] == f"{row:07d}"
+        assert answer["latitude"] == pytest.approx(0.01 * row)
+        assert answer["score"] == pytest.approx(score, abs=1e-4)
+        assert answer["level"] == "G"
+
+
+def test_search_files_flags_repeat_and_name_what_is_missing():
+    config = configs.parse(SearchFiles, ["--panorama", "a.jpg", "--panorama", "b.jpg"])
+    assert config.panorama == ("a.jpg", "b.jpg")
+    assert configs.parse(SearchFiles, ["--panorama", "a.jpg", "--generator", "g"]).level == "G+A"
+    with pytest.raises(ValueError, match="at least one --panorama"):
+        SearchFiles()
+    with pytest.raises(ValueError, match="give --generator too"):
+        SearchFiles(panorama=("a.jpg",), segmenter="models/segmenter")

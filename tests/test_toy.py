@@ -1,0 +1,97 @@
+"""The toy base models: real formats, small, and trained to do what their names say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cvmatch import metrics, toy
+from cvmatch.generate.parts import load_parts
+from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.toy import pretrain
+from cvmatch.toy.places import SIZES
+from cvmatch.towers import features, normalise
+from cvmatch.world import pairs, world_seed
+from diffusers import DDPMScheduler
+from torch.nn import functional as F
+from transformers import SegformerForSemanticSegmentation
+
+MEGABYTE = 1e6
+
+
+@pytest.fixture(scope="module")
+def place():
+    """Pairs of one world that neither the models nor the demo saw: tiles, classes, small tiles."""
+    found = list(pairs(world_seed(987, 0), 8, SIZES))
+    tiles = torch.from_numpy(np.stack([p.aerial for p in found])).permute(0, 3, 1, 2)
+    classes = torch.from_numpy(np.stack([p.classes for p in found]))
+    return tiles, classes, F.avg_pool2d(tiles.float(), 2).round().byte()
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return load_parts(toy.DIFFUSION, toy.CLIP)
+
+
+def test_toy_models_fit_in_twelve_megabytes():
+    size = sum(path.stat().st_size for path in Path(toy.MODELS).rglob("*") if path.is_file())
+    assert 1 * MEGABYTE < size <= 12 * MEGABYTE
+
+
+def test_toy_models_load_in_single_precision(parts):
+    for model in (parts.unet, parts.vae, parts.clip, features(toy.TOWER)):
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_toy_vae_keeps_a_tile(parts, place):
+    image = place[2].float() / 255
+    with torch.no_grad():
+        latent = parts.vae.encode(image * 2 - 1).latent_dist.mode()
+        again = (parts.vae.decode(latent).sample / 2 + 0.5).clamp(0, 1)
+    flat = image.mean(dim=(2, 3), keepdim=True).expand_as(image)
+    assert metrics.psnr(again, image).mean() > metrics.psnr(flat, image).mean() + 4  # dB
+    scaled = latent * parts.vae.config["scaling_factor"]
+    assert scaled.std().item() == pytest.approx(1, abs=0.3)
+
+
+def test_toy_unet_denoises_tiles(parts, place):
+    latents = pretrain.encode(parts.vae, place[2]) * parts.vae.config["scaling_factor"]
+    scheduler: DDPMScheduler = parts.scheduler
+    step = torch.full((len(latents),), 300)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noisy = scheduler.add_noise(latents, noise, step)
+    with torch.no_grad():
+        tokens = latents.new_zeros(len(latents), 4, parts.unet.config["cross_attention_dim"])
+        told = parts.unet(noisy, step, tokens).sample
+    target = scheduler.get_velocity(latents, noise, step)
+    assert F.mse_loss(told, target) < 0.7 * target.square().mean()
+
+
+def test_toy_segformer_knows_the_classes(place):
+    tiles, classes, _ = place
+    model = SegformerForSemanticSegmentation.from_pretrained(toy.SEGFORMER, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(normalise(tiles.float() / 255)).logits
+    told = F.interpolate(logits, classes.shape[-2:], mode="bilinear").argmax(1)
+    matrix = metrics.confusion(told, classes, 6)
+    assert metrics.miou(matrix)[0] > 0.3
+
+
+def test_toy_segformer_gets_a_new_head_for_five_classes():
+    segmenter = Segmenter.from_base(toy.SEGFORMER, Preprocess(size=64, num_classes=5))
+    assert segmenter.logits(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1] == 5
+
+
+def test_pretraining_worlds_are_no_data_worlds():
+    pretrain_seeds = {world_seed(0, index, "pretrain") for index in range(200)}
+    data_seeds = {world_seed(seed, index) for seed in range(5) for index in range(200)}
+    assert not pretrain_seeds & data_seeds
+
+
+def test_pretraining_is_repeatable(place):
+    tiles, classes, _ = place
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        weights.append(pretrain.pretrain_segformer(tiles, classes, steps=1).state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
