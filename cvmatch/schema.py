@@ -57,6 +57,23 @@ IGNORE = 255
 """Class id of pixels that no loss or metric counts."""
 
 
+def conform(table: pa.Table, wanted: pa.Schema = SYNTHESIZED) -> pa.Table:
+    """The columns of `wanted` in its order and types; one that is absent is null.
+
+    A column without any value has no type in a stream, and would come back from disk as NaN.
+
+    Raises:
+        pyarrow.ArrowInvalid: a column cannot be cast.
+    """
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in wanted
+    ]
+    return pa.table(columns, schema=wanted)
+
+
 def require(present: Iterable[str], needed: Iterable[str], where: str) -> None:
     """Check that rows carry what a stage reads.
 

@@ -60,6 +60,7 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
         with engine.resumable(storage.join(partial, "checkpoint")):
             engine.preflight(config.generate.pool, config.segment.pool)
             rows = segment(generate(ingest(config.data), config.generate), config.segment)
+            rows = rows.map_batches(schema.conform, batch_format="pyarrow", batch_size=None)
             filesystem, path = storage.resolve(output)
             with progress.watch("synthesize", accepted(config.data), lambda: _written(output)):
                 rows.write_parquet(path, filesystem=filesystem)

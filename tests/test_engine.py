@@ -7,6 +7,7 @@ import pytest
 import ray
 import ray.data
 from ray.data import DataContext
+from ray.exceptions import RayTaskError
 
 from cvmatch import engine
 from cvmatch.engine import Pool
@@ -92,7 +93,7 @@ def test_resumable_stream_runs_only_the_rows_that_were_not_written(ray_session, 
             rows.write_parquet(output)
 
     bomb.touch()
-    with pytest.raises(ray.exceptions.RayTaskError):
+    with pytest.raises(RayTaskError):
         stream()
     bomb.unlink()
     stream()

