@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -23,6 +25,16 @@ BAR_S = 0.5
 """Seconds between updates of the bar."""
 
 _log = logging.getLogger(__name__)
+
+
+def to_console(level: int = logging.INFO) -> None:
+    """Show the log of a job on stderr, and of the libraries only what needs attention."""
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for library in ("mlflow", "alembic", "ray", "optuna", "transformers", "diffusers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module="ray")
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """Embed all tiles of a gallery and publish them as the next version of an index."""
 
 import json
-import logging
 
+from cvmatch import progress
 from cvmatch.config import parse
 from cvmatch.index import BuildIndex, build
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    progress.to_console()
     config = parse(BuildIndex)
     info = build(config)
     shown = ("version", "rows", "hidden", "ann", "shortlist", "recall", "rejected")

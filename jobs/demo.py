@@ -1,8 +1,6 @@
 """Run the whole pipeline on an embedded data set: `python jobs/demo.py` (see the README)."""
 
-import logging
-
-from cvmatch import config, engine, evaluate, index, storage, synthesize, tune
+from cvmatch import config, engine, evaluate, index, progress, storage, synthesize, tune
 from cvmatch.generate import train as generator
 from cvmatch.match import train as matcher
 from cvmatch.segment import train as segmenter
@@ -11,7 +9,7 @@ from cvmatch.toy.settings import Demo, settings
 from cvmatch.world import make_world
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    progress.to_console()
     asked = config.parse(Demo)
     plan, step, runs = settings(asked), demo.Steps(), {}
     with step("world"):

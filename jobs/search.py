@@ -3,10 +3,11 @@
 import json
 import logging
 
+from cvmatch import progress
 from cvmatch.config import parse
 from cvmatch.search import SearchFiles, search
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    progress.to_console(logging.WARNING)
     for found in search(parse(SearchFiles)):
         print(json.dumps(found))

@@ -1,14 +1,13 @@
 """Train the matcher on synthesized pairs: `python jobs/train_matcher.py --pairs data/synthesized/train`."""
 
 import json
-import logging
 
-from cvmatch import engine
+from cvmatch import engine, progress
 from cvmatch.config import parse
 from cvmatch.match.train import TrainMatcher, train
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    progress.to_console()
     config = parse(TrainMatcher)
     engine.start()
     result = train(config)

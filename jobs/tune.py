@@ -1,13 +1,13 @@
 """Search the settings of a stage's training: `python jobs/tune.py --stage matcher --trials 16`."""
 
 import json
-import logging
 
+from cvmatch import progress
 from cvmatch.config import parse
 from cvmatch.tune import Tune, search
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    progress.to_console()
     config = parse(Tune)
     found = search(config)
     best = {"params": found.params, config.metric: found.metric, "trials": len(found.trials)}

@@ -25,8 +25,24 @@ def matcher(directory: str, seed: int = 0, hidden: int = 16, embed: int = 16) ->
     model = JointFeatureLearningNet(config)
     for null in (model.null_ground, model.null_synthetic, model.null_classes):
         torch.nn.init.normal_(null)
+    _calibrate(model)
     model.save(directory)
     return directory
+
+
+@torch.no_grad()
+def _calibrate(model: JointFeatureLearningNet) -> None:
+    """Give batch normalisation the statistics of such pictures: else all features are alike."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    rng = np.random.default_rng(5)
+    ground, tile = (
+        torch.from_numpy(np.stack([picture(rng, *size) for _ in range(32)])).permute(0, 3, 1, 2)
+        for size in ((16, 64), (32, 32))
+    )
+    ids = torch.from_numpy(rng.integers(0, 5, (32, 4, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2))
+    model.train().query(ground.float() / 255, tile.float() / 255, ids)
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
