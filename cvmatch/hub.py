@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pyarrow import fs
+from transformers.utils import logging as transformers_logging
 
 from cvmatch import storage
 
@@ -25,6 +26,8 @@ def located(name: str, flag: str) -> Iterator[dict[str, Any]]:
         ValueError: there is no such directory, the hub cannot be reached, or there are no
             safetensors; says what to download and which flag takes its directory.
     """
+    transformers_logging.disable_progress_bar()  # weights of a laptop load in milliseconds
+    transformers_logging.set_verbosity_error()  # a new head for new classes is no mishap
     try:
         yield {"use_safetensors": True}
     except OSError as error:

@@ -1,7 +1,7 @@
 """The rows between stages: their columns, and the palette of the class maps.
 
 Pictures travel as encoded bytes (PNG or JPEG) and are decoded once, by the actor that needs pixels.
-Every row is keyed by `pair_id`; a failed row carries its reason in `error` instead of raising, since
+Every row is keyed by `pair_id`. A failed row carries its reason in `error` and does not raise, or
 Ray would drop its whole block or restart the actor for ever (Ray 2.60, measured).
 """
 

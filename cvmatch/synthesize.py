@@ -66,16 +66,14 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
                 rows.write_parquet(path, filesystem=filesystem)
         rejected = _reject(output, config.max_rejected)
         written = _written(output)
-        manifest.write(
-            output, rows=written, config=config, models=models, source=config.data.root
-        )
+        manifest.write(output, rows=written, config=config, models=models, source=config.data.root)
         storage.remove(partial)
         run.metrics({"rows": written, "rejected": rejected})
     return manifest.read(output)
 
 
 def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
-    """What the rows depend on; the number of actors and the place of the output are not among it."""
+    """What the rows depend on; the number of actors and the place of the output do not count."""
     asked = config.generate
     return {
         "models": models,

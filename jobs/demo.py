@@ -34,4 +34,6 @@ if __name__ == "__main__":
     numbers = demo.results(counts, runs, tuned, measured, step.seconds)
     page = demo.write(asked, numbers, examples, runs, tuned)
     print(demo.table(numbers))
-    print(f"results  {storage.absolute(asked.output)}/results.json\nreport   {storage.absolute(page)}")
+    print(
+        f"results  {storage.absolute(asked.output)}/results.json\nreport   {storage.absolute(page)}"
+    )

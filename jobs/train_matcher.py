@@ -1,4 +1,4 @@
-"""Train the matcher on synthesized pairs: `python jobs/train_matcher.py --pairs data/synthesized/train`."""
+"""Train the matcher on rows of jobs/synthesize.py: `--pairs data/synthesized/train`."""
 
 import json
 

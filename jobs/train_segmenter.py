@@ -1,4 +1,4 @@
-"""Fine-tune the segmenter on tiles and class maps: `python jobs/train_segmenter.py --data.root CVUSA`."""
+"""Fine-tune the segmenter on tiles and class maps: `--data.root CVUSA_subset`."""
 
 import json
 

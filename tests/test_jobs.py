@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from cvmatch import toy
 
 JOBS = Path(__file__).parents[1] / "jobs"

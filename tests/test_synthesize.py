@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+
 from cvmatch import schema, shard, toy
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.infer import Generate
@@ -41,7 +42,11 @@ def config(tmp_path_factory, world_root, ray_session):
 
 
 def rows(output: str) -> dict[str, dict]:
-    found = [row for table in shard.batches(output, schema.SYNTHESIZED.names) for row in table.to_pylist()]
+    found = [
+        row
+        for table in shard.batches(output, schema.SYNTHESIZED.names)
+        for row in table.to_pylist()
+    ]
     by_id = {row[schema.PAIR_ID]: row for row in found}
     assert len(by_id) == len(found), "a row is there twice"
     return by_id
@@ -103,7 +108,10 @@ def test_synthesize_names_a_bad_picture_and_goes_on(config, world_root, tmp_path
     data = tmp_path / "world"
     shutil.copytree(world_root, data, ignore=shutil.ignore_patterns(".cvmatch"))
     broken = replace(
-        config, data=Ingest(root=str(data), block=4), output=str(tmp_path / "rows"), max_rejected=0.1
+        config,
+        data=Ingest(root=str(data), block=4),
+        output=str(tmp_path / "rows"),
+        max_rejected=0.1,
     )
     ids = sorted(row[schema.PAIR_ID] for row in ingest(broken.data).take_all())
     (data / "streetview" / f"{ids[3]}.jpg").write_bytes(b"no picture")  # after it was checked

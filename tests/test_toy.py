@@ -5,16 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cvmatch import metrics, toy
-from cvmatch.generate.parts import load_parts
-from cvmatch.segment.model import Preprocess, Segmenter
-from cvmatch.toy import pretrain
-from cvmatch.toy.places import SIZES
-from cvmatch.towers import features, normalise
-from cvmatch.world import pairs, world_seed
 from diffusers import DDPMScheduler
 from torch.nn import functional as F
 from transformers import SegformerForSemanticSegmentation
+
+from cvmatch import metrics, toy
+from cvmatch.generate.parts import load_parts
+from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.towers import features, normalise
+from cvmatch.toy import pretrain
+from cvmatch.toy.places import SIZES
+from cvmatch.world import pairs, world_seed
 
 MEGABYTE = 1e6
 

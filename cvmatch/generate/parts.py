@@ -52,7 +52,10 @@ def load_parts(diffusion: str, clip: str, revision: str = "main", folder: str = 
         vae = AutoencoderKL.from_pretrained(diffusion, subfolder="vae", **at, **safe)
     with hub.located(clip, "--clip") as safe:
         vision = CLIPVisionModel.from_pretrained(
-            clip, dtype=torch.float32, **clip_folder, **safe  # transformers keeps a file's halves
+            clip,
+            dtype=torch.float32,
+            **clip_folder,
+            **safe,  # transformers keeps a file's halves
         )
         processor = CLIPImageProcessor.from_pretrained(clip, **clip_folder)
     _check(scheduler)

@@ -12,8 +12,8 @@ from ray.train import Result
 from rich.console import Console
 from rich.table import Table
 
-from cvmatch import images, schema, shard, storage
 from cvmatch import config as configs
+from cvmatch import images, schema, shard, storage
 from cvmatch.report import Curve, Example, Page, Tile, Trial, provenance, report, scores
 from cvmatch.search import SearchFiles, search
 from cvmatch.toy.settings import Demo, Settings
@@ -135,7 +135,9 @@ def look_up(config: Demo, settings: Settings) -> list[Example]:
     for row in search(asked):
         found[files[row["query"]]].append(row)
     ranks = _ranks(settings.evaluate.output)
-    pictures = _pictures(location, {row["tile"] for rows in found.values() for row in rows} | {*found})
+    pictures = _pictures(
+        location, {row["tile"] for rows in found.values() for row in rows} | {*found}
+    )
     return [_example(pair_id, rows, pictures, ranks) for pair_id, rows in found.items()]
 
 
@@ -175,7 +177,9 @@ def table(numbers: Mapping[str, Any]) -> str:
     shown = Table(title="Held-out places")
     for name in ("", "value", "95 %", "chance"):
         shown.add_column(name, justify="left" if not name else "right")
-    for score in scores({k: v for k, v in numbers.items() if k not in ("seconds", "tune", "pairs")}):
+    for score in scores(
+        {k: v for k, v in numbers.items() if k not in ("seconds", "tune", "pairs")}
+    ):
         low_high = " to ".join(f"{end:.3f}" for end in score.interval) if score.interval else ""
         chance = "" if score.chance is None else f"{score.chance:.3f}"
         shown.add_row(f"{score.group} / {score.name}", f"{score.value:.3f}", low_high, chance)

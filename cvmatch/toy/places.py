@@ -1,4 +1,4 @@
-"""Pictures to pre-train on: worlds of the `pretrain` family, rendered by all cores, kept in memory."""
+"""Pictures to pre-train on: worlds of the `pretrain` family, rendered by all cores, in memory."""
 
 import logging
 import multiprocessing

@@ -68,7 +68,9 @@ def pretrain_tower(
     return tower
 
 
-def pretrain_vae(aerial: UInt8[Tensor, "pair 3 64 64"], features: nn.Module, steps: int) -> AutoencoderKL:
+def pretrain_vae(
+    aerial: UInt8[Tensor, "pair 3 64 64"], features: nn.Module, steps: int
+) -> AutoencoderKL:
     """An AutoencoderKL of factor 4, for absolute and perceptual (`features`) error."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -257,7 +259,9 @@ def _optimise(
             log.info("step %d of %d, loss %.4f", step + 1, steps, recent)
 
 
-def _turned(tile: UInt8[Tensor, "batch channel size size"]) -> UInt8[Tensor, "batch channel size size"]:
+def _turned(
+    tile: UInt8[Tensor, "batch channel size size"],
+) -> UInt8[Tensor, "batch channel size size"]:
     turned = torch.rot90(tile, int(torch.randint(4, ())), (-2, -1))
     return turned.flip(-1) if torch.rand(()) < 0.5 else turned
 
@@ -268,5 +272,7 @@ def _tinted(image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batc
     return (image * gain).clamp(0, 1)
 
 
-def _soft_entropy(logits: Float[Tensor, "*batch label"], target: Float[Tensor, "*batch label"]) -> Tensor:
+def _soft_entropy(
+    logits: Float[Tensor, "*batch label"], target: Float[Tensor, "*batch label"]
+) -> Tensor:
     return -(target * logits.log_softmax(-1)).sum(-1).mean()

@@ -19,8 +19,11 @@ from cvmatch.training import Fit
 from cvmatch.tune import Tune
 from cvmatch.world import MakeWorld
 
-PANORAMA = (64, 256)
-"""Height and width of the toy panoramas and polar views, in pixels."""
+WIDTH = 256
+"""Columns of the toy data sets' panoramas, at 64 rows."""
+
+VIEW = (32, 128)
+"""Height and width of what the matcher's towers see: a quarter of the cost of 64 x 256."""
 
 Preset = Literal["tiny", "demo"]
 
@@ -77,8 +80,8 @@ def settings(config: Demo) -> Settings:
         pairs=f"{at}/synthesized/train",
         val=f"{at}/synthesized/val",
         tower=toy.TOWER,
-        panorama=PANORAMA,
-        polar=PANORAMA,
+        panorama=VIEW,
+        polar=VIEW,
         square=64,
         hidden=128,
         embed=128,
@@ -105,7 +108,7 @@ def settings(config: Demo) -> Settings:
             diffusion=toy.DIFFUSION,
             clip=toy.CLIP,
             perceptual=toy.TOWER,
-            conditioning=Conditioning(panorama_width=PANORAMA[1], crops=4),
+            conditioning=Conditioning(panorama_width=WIDTH, crops=4),
             lr=5e-4,
             pretrain_rays=1 if tiny else 5,
             output=f"{at}/models/generator",
