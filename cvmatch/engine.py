@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants, state
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
@@ -70,17 +71,21 @@ def start(logical_cpus: int = 8, dashboard: bool = False) -> None:
         # `uv run` would make every worker build an environment of its own.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
         os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-        quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+        # A stream that is stopped early (`take`) cancels its tasks, which is no error.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
         else:
             # "local": never join a Ray that somebody else runs on this machine.
             ray.init("local", num_cpus=logical_cpus, include_dashboard=dashboard, **quiet)
+        # What `log_to_driver` leaves: raylets that wonder at more workers than cores.
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     context = DataContext.get_current()
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def map_actors(rows: Dataset, actor: type, pool: Pool, **constructor: Any) -> Dataset:

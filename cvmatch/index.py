@@ -122,11 +122,12 @@ class Index:
         device = next(self.matcher.parameters()).device
         return torch.from_numpy(np.array(self.u[rows])).to(device)
 
-    @torch.inference_mode()
     def scores(self, query: Query) -> Iterator[Float[Tensor, "query part"]]:
         """Exact scores of all tiles in the order of the rows, a part of the gallery at a time."""
         for begin in range(0, len(self), shard.CHUNK):
-            yield self.matcher.scores(query, self.take(slice(begin, begin + shard.CHUNK)))
+            with torch.inference_mode():
+                part = self.matcher.scores(query, self.take(slice(begin, begin + shard.CHUNK)))
+            yield part
 
     def nearest(self, query: Query, count: int = 0) -> Int64[np.ndarray, "query found"]:
         """Rows of the shortlist, best first, -1 where an IVF's lists held fewer.

@@ -136,7 +136,9 @@ def search(config: Tune, base: Any = None) -> TuneResult:
         )
         tuner = _tuner(config, space, job, location)
         begun = f"{config.trials} trials of {config.stage} begun"
-        with progress.watch(begun, config.trials, lambda: len(storage.names(job.fits))):
+        with progress.watch(
+            begun, config.trials, lambda: len({*storage.names(job.fits)} - {SEARCH})
+        ):
             grid = tuner.fit()
         result = _result(grid, config)
         _write(result, config.output)

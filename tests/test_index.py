@@ -68,30 +68,31 @@ def test_publish_interrupted_at_every_rename_keeps_the_old_version(
 ):
     publish(parts, BuildIndex(model=model, output=output))
     other = tiny.matcher(str(tmp_path / "other"), seed=1)
-    config = BuildIndex(model=other, output=output)
     more = tiny.parts(tiny.rows(15, seed=1), other, str(tmp_path / "more"))
-    rename, calls, limit = os.replace, [], 0
+    rename, failed, calls = os.replace, [], []
 
     def failing(source, target):
         calls.append(target)
-        if len(calls) == limit:
+        if len(calls) == 1 + len(failed):
+            failed.append(os.path.basename(target))
             raise OSError("power cut")
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", failing)
-    while True:
+    for trial in range(20):
+        place = shutil.copytree(output, tmp_path / f"trial{trial}")
         calls.clear()
-        limit += 1
         try:
-            publish(more, config)
+            publish(more, BuildIndex(model=other, output=str(place)))
         except OSError as error:
             assert str(error) == "power cut"  # noqa: PT017
         else:
             break
-        assert len(Index.open(output, model=model, deep=True)) == 12
-    assert limit > 5  # heads, shard.json, shard, ann, rejected, manifest, CURRENT
-    assert len(Index.open(output, model=other, deep=True)) == 15
-    assert not [name for name in os.listdir(output) if name.startswith(".aside")]
+        assert len(Index.open(str(place), model=model, deep=True)) == 12
+        assert not [name for name in os.listdir(place) if name.startswith(".aside")]
+    assert len(Index.open(str(place), model=other, deep=True)) == 15
+    assert len(failed) == 7  # heads, shard.json, shard, ann, rejected, manifest and CURRENT
+    assert failed[-3:] == ["rejected.jsonl", "manifest.json", "CURRENT"]
 
 
 def test_reader_while_a_new_version_is_published_keeps_its_own(model, parts, output, tmp_path):
