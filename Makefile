@@ -14,12 +14,13 @@ help: ## show this list
 
 install: .venv/.installed ## make .venv with the versions of constraints.txt (the other targets do it when needed)
 
-# uv, since pip may choose a local CPU build of torch with which torchvision cannot be imported.
+# uv, since pip may choose a local CPU build of torch with which torchvision cannot be imported. Compiled
+# here once: where Python may not write bytecode, each of Ray's processes would do it again (12 s of a core).
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cvmatch needs Python 3.11 or newer, and $(PYTHON) is %s: make PYTHON=python3.11 ..." % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python --editable . --group dev --constraints constraints.txt
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --editable . --group dev --constraints constraints.txt
 	@touch $@
 
 demo: install ## the whole pipeline on embedded data, in minutes, with no download: ends in demo/report.html

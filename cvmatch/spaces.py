@@ -56,7 +56,7 @@ def load(stage: Stage, location: str = "") -> dict[str, dict[str, list]]:
     return yaml.safe_load(storage.read_text(location))
 
 
-def check(base: Any, space: Mapping[str, Mapping[str, list]]) -> None:
+def check(base: Any, space: Mapping[str, Any]) -> None:
     """Check that the searched fields are the stage's, and take both ends of their ranges.
 
     Raises:

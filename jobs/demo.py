@@ -13,7 +13,7 @@ if __name__ == "__main__":
     asked = config.parse(Demo)
     plan, step, runs = settings(asked), demo.Steps(), {}
     with step("world"):
-        engine.start()
+        engine.start(logical_cpus=4)  # each worker imports torch for itself
         counts = make_world(plan.world)
     with step("segmenter"):
         runs["segmenter"] = segmenter.train(plan.segmenter)

@@ -3,6 +3,7 @@ import json
 import math
 import os
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -54,7 +55,7 @@ def plane(angles, places=None):
         }
     )
     u = directions(angles).numpy().astype(np.float16)
-    return Index(u, tiles, None, model, {"shortlist": len(u)}, "")  # pyright: ignore
+    return Index(u, tiles, faiss.IndexFlatIP(2), model, {"shortlist": len(u)}, "")
 
 
 def directions(angles):

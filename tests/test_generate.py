@@ -16,9 +16,10 @@ from cvmatch.engine import Pool
 from cvmatch.generate import infer, loss, parts
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.model import Generator, widen
-from cvmatch.generate.pairs import decode_batch, sample_grid
+from cvmatch.generate.pairs import decode_batch
 from cvmatch.generate.perceptual import Lpips, published_weights
 from cvmatch.generate.rays import Rays, token_places
+from cvmatch.generate.samples import sample_grid
 from cvmatch.generate.train import GeneratorTask, RaysTask, TrainGenerator, train
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.training import Fit

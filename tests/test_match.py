@@ -347,7 +347,8 @@ def worker(rank, world, directory):
     batch = rows(8)
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
     own = {name: v if name == "epoch" else v[share] for name, v in batch.items()}
-    named = DistributedDataParallel(task)(own)
+    parallel = DistributedDataParallel(task)  # its gradient hooks live as long as it does
+    named = parallel(own)
     named["loss"].backward()
     if rank == 0:
         found = {name: p.grad for name, p in task.named_parameters()}

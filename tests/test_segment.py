@@ -16,14 +16,14 @@ from cvmatch.images import BadImage
 from cvmatch.ingest import Ingest
 from cvmatch.schema import IGNORE, PALETTE
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
-from cvmatch.segment.model import FILE, Preprocess, Segmenter, enlarge
+from cvmatch.segment.model import Segmenter, enlarge
+from cvmatch.segment.pairs import FILE, Preprocess, decode
 from cvmatch.segment.train import (
     SegmenterTask,
     TrainSegmenter,
     augment,
     class_weights,
     cross_entropy,
-    decode,
     dice,
     labelled,
     train,

@@ -19,7 +19,8 @@ from cvmatch.generate.infer import Generate
 from cvmatch.generate.model import Generator
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.segment.infer import Segment
-from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.segment.model import Segmenter
+from cvmatch.segment.pairs import Preprocess
 from cvmatch.synthesize import Synthesize, synthesize
 
 pytestmark = pytest.mark.ray

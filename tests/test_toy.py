@@ -11,7 +11,8 @@ from transformers import SegformerForSemanticSegmentation
 
 from cvmatch import metrics, toy
 from cvmatch.generate.parts import load_parts
-from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.segment.model import Segmenter
+from cvmatch.segment.pairs import Preprocess
 from cvmatch.towers import features, normalise
 from cvmatch.toy import pretrain
 from cvmatch.toy.places import SIZES

@@ -8,21 +8,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from cvmatch import hub
+from cvmatch.generate.pairs import Sizes
 
 DIFFUSION = "CompVis/stable-diffusion-v1-4"
 CLIP = "openai/clip-vit-base-patch32"
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of the pictures that a generator reads and writes, in pixels, from its configs."""
-
-    panorama: tuple[int, int]
-    """Height (CLIP's input) and width of the panorama."""
-    tile: int
-    """Side of the aerial picture."""
-    latent: int
-    """Side of its latent, in cells."""
 
 
 @dataclasses.dataclass

@@ -16,9 +16,10 @@ from cvmatch import draws, engine, storage, tracking, training
 from cvmatch.generate import loss, parts
 from cvmatch.generate.condition import Condition, Conditioning
 from cvmatch.generate.model import Generator
-from cvmatch.generate.pairs import decode, sample_grid
+from cvmatch.generate.pairs import decode
 from cvmatch.generate.perceptual import Lpips
 from cvmatch.generate.rays import Rays
+from cvmatch.generate.samples import sample_grid
 from cvmatch.ingest import Ingest, ingest
 
 VALIDATION = (0.2, 0.5, 0.8)

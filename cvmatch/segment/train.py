@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cvmatch import draws, hub, images, metrics, schema, tracking, training
 from cvmatch.ingest import Ingest, ingest
-from cvmatch.segment.model import Preprocess, Segmenter, enlarge
+from cvmatch.segment.model import Segmenter, enlarge
+from cvmatch.segment.pairs import Preprocess, decode
 
 JITTER = 0.3
 """Brightness, contrast and saturation are scaled by factors in 1 +- JITTER in training."""
@@ -147,31 +148,6 @@ def labelled(data: Ingest, preprocess: Preprocess) -> Dataset:
             "learns from segmap/*.png; official CVUSA has none, the published subset has."
         )
     return decoded
-
-
-def decode(batch: dict[str, np.ndarray], preprocess: Preprocess) -> dict[str, np.ndarray]:
-    """Encoded rows to tensors; rows without class map, or with an `error`, are left out.
-
-    Raises:
-        images.BadImage: a picture of another row cannot be decoded, though ingest has passed it.
-    """
-    columns = (schema.PAIR_ID, schema.ERROR, schema.AERIAL, schema.CLASSES)
-    tiles, masks, keys = [], [], []
-    for name, error, aerial, classes in zip(*map(batch.__getitem__, columns), strict=True):
-        if error or not classes:
-            continue
-        try:
-            tiles.append(preprocess.tile(aerial))
-            masks.append(preprocess.mask(classes))
-        except images.BadImage as bad:
-            raise images.BadImage(f"segment: pair {name}: {bad}") from bad
-        keys.append(draws.key(str(name)))
-    side = preprocess.size
-    return {
-        "tile": np.array(tiles, dtype=np.uint8).reshape(-1, 3, side, side),
-        "mask": np.array(masks, dtype=np.uint8).reshape(-1, side, side),
-        "key": np.array(keys, dtype=np.int64),
-    }
 
 
 def class_weights(masks: UInt8[np.ndarray, "n h w"], num_classes: int) -> list[float]:
