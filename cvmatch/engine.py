@@ -117,7 +117,7 @@ def preflight(*pools: Pool) -> None:
     )
 
 
-def require(cpus: float, gpus: float, what: str) -> None:
+def require(cpus: float, gpus: float | int, what: str) -> None:
     """Check that the cluster, as large as its autoscaler may make it, has the resources.
 
     Raises:

@@ -39,11 +39,11 @@ class Run:
     run_id: str
     """MLflow's id."""
 
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+    def metrics(self, values: Mapping[str, float | int], step: int = 0) -> None:
         """Log values at a step."""
         self.points((name, step, value) for name, value in values.items())
 
-    def points(self, points: Iterable[tuple[str, int, float]]) -> None:
+    def points(self, points: Iterable[tuple[str, int, float | int]]) -> None:
         """Log (name, step, value) triples in few calls."""
         now = int(time.time() * 1000)
         metric = _mlflow().entities.Metric

@@ -34,7 +34,7 @@ class Tune:
 
     stage: spaces.Stage = "matcher"
     """Whose training."""
-    config: str = ""
+    base: str = ""
     """YAML file of the settings that all trials share, for the stage's job; empty: defaults."""
     space: str = ""
     """YAML file of what is searched, in the form of `spaces.SPACES`; empty: the stage's default."""
@@ -106,14 +106,14 @@ class Report(UserCallback):
 def search(config: Tune, base: Any = None) -> TuneResult:
     """Try settings, write `best.yaml` and `trials.json` to `config.output`.
 
-    `base` are the stage's settings, in place of the file `config.config`.
+    `base` are the stage's settings, in place of the file `config.base`.
 
     Raises:
         ValueError: a searched field is none of the stage's or its range is refused, the metric
             will not be there, the cluster is too small, or the name is that of another search.
         RuntimeError: no trial reported a finite metric.
     """
-    base = base or spaces.settings(config.stage, config.config)
+    base = base or spaces.settings(config.stage, config.base)
     space = spaces.load(config.stage, config.space)
     spaces.check(base, space)
     fit: training.Fit = base.fit
@@ -211,7 +211,7 @@ def _preflight(config: Tune, fit: training.Fit) -> None:
 
 
 def _claim(location: str, config: Tune, base: Any, space: Mapping) -> None:
-    free = ("concurrent", "storage", "name", "output", "config", "space")
+    free = ("concurrent", "storage", "name", "output", "base", "space")
     about = {k: v for k, v in configs.flat(config).items() if k not in free}
     about |= {"base": configs.plain(base), "searched": dict(space)}
     file = storage.join(f"{location}-fits", SEARCH)

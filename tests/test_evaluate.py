@@ -322,7 +322,6 @@ def test_flat_names_are_what_mlflow_takes():
 
 
 def test_evaluate_writes_results_that_agree_query_by_query(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
     config = Evaluate(
         queries=os.path.join(folder, "queries"), index=os.path.join(folder, "index"),

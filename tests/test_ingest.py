@@ -171,7 +171,7 @@ def test_ingest_too_many_bad_rows_stops_and_names_them_until_mended(ray_session,
 
 @pytest.mark.ray
 def test_ingest_no_usable_row_stops_whatever_share_is_allowed(ray_session, tmp_path):
-    write_tables(tmp_path, [subset_line(1)], [])
+    write_tables(tmp_path, [subset_line(1)], [subset_line(9)])
     with pytest.raises(ValueError, match=r"100\.0%.*no such file"):
         ingest(Ingest(root=str(tmp_path), max_rejected=1.0))
 
@@ -218,7 +218,7 @@ def test_ingest_one_cache_for_two_data_sets_keeps_them_apart(ray_session, tmp_pa
     configs = []
     for number, name in enumerate(("one", "two"), start=1):
         write_pair(tmp_path / name, number)
-        write_tables(tmp_path / name, [subset_line(number)], [])
+        write_tables(tmp_path / name, [subset_line(number)], [subset_line(9)])
         root = str(tmp_path / name)
         configs.append(Ingest(root=root, cache=str(tmp_path / "cache")))
     both = [ingest(config) for config in configs]  # lazy: read below, after the second check

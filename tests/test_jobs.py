@@ -139,7 +139,7 @@ def test_tune_writes_settings_that_the_training_job_takes(place):
     space.write_text("margin: {uniform: [0.1, 0.2]}\n")
     found = last(
         "tune.py",
-        f"--stage matcher --config {shared} --space {space} --trials 2 --concurrent 1 --epochs 1 "
+        f"--stage matcher --base {shared} --space {space} --trials 2 --concurrent 1 --epochs 1 "
         f"--storage {place}/runs --name tune --output {place}/tuned",
     )
     assert 0.1 <= found["params"]["margin"] <= 0.2

@@ -279,10 +279,10 @@ def test_finished_run_again_gives_its_result_without_an_epoch(ray_session, fit):
 
 @pytest.mark.ray
 def test_run_with_more_epochs_goes_on_and_with_other_settings_is_refused(ray_session, fit):
-    first = named(fit, "line", schedule="constant")
+    first = named(fit, "line", schedule="constant", warmup=0.0)
     trained(LINE, rows(32), None, first)
     longer = trained(LINE, rows(32), None, dataclasses.replace(first, epochs=5))
-    straight = named(fit, "straight", schedule="constant", epochs=5)
+    straight = dataclasses.replace(first, name="straight", epochs=5)
     assert trained(LINE, rows(32), None, straight).metrics == longer.metrics
     with pytest.raises(ValueError, match=r"fit.batch: 8 before, now 4.*--fit.name"):
         trained(LINE, rows(32), None, dataclasses.replace(first, batch=4))

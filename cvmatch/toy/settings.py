@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cvmatch import toy
+from cvmatch.config import override
 from cvmatch.engine import Pool
 from cvmatch.evaluate import Evaluate
 from cvmatch.generate.condition import Conditioning
@@ -116,7 +117,7 @@ def settings(config: Demo) -> Settings:
         ),
         synthesize=(_synthesize(at, train), _synthesize(at, val)),
         tune=_tune(at, tiny, config.seed),
-        trial=matcher,
+        trial=override(matcher, {"fit.workers": 0}),  # a trial is a process of its own already
         matcher=matcher,
         index=BuildIndex(
             tiles=val,
