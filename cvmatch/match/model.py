@@ -79,7 +79,7 @@ class MatcherConfig:
         """
         towers: dict = {name: TowerSpec.read(plain[name]) for name in _TOWERS}
         sizes = {name: tuple(plain[name]) for name in ("panorama", "polar")}  # JSON gives lists
-        config = cls(**(plain | towers | sizes))
+        config = cls(**(plain | towers | sizes))  # pyright: ignore[reportArgumentType]
         if config.preprocess != images.PREPROCESS:
             raise ValueError(
                 f"matcher: trained with pictures prepared by {config.preprocess!r}, but this "

@@ -54,7 +54,7 @@ def pretrain_tower(
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
         views = (
-            geometry.polar(aerial[rows].float() / 255, *panorama.shape[-2:]),
+            geometry.polar(aerial[rows].float() / 255, *panorama.shape[-2:]),  # pyright: ignore
             panorama[rows].float() / 255,
         )
         total = torch.zeros(())
@@ -73,9 +73,9 @@ def pretrain_vae(
 ) -> AutoencoderKL:
     """An AutoencoderKL of factor 4, for absolute and perceptual (`features`) error."""
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore
+        block_out_channels=(16, 32, 64),  # pyright: ignore
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -183,7 +183,7 @@ def pretrain_segformer(
 ) -> SegformerForSemanticSegmentation:
     """A small SegFormer of six classes."""
     config = SegformerConfig(
-        num_labels=len(LABELS),
+        num_labels=len(LABELS),  # pyright: ignore
         depths=[2, 2, 2, 2],
         hidden_sizes=[16, 32, 64, 128],
         num_attention_heads=[1, 1, 2, 4],
