@@ -13,7 +13,6 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants, state
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
@@ -79,8 +78,6 @@ def start(logical_cpus: int = 8, dashboard: bool = False) -> None:
         else:
             # "local": never join a Ray that somebody else runs on this machine.
             ray.init("local", num_cpus=logical_cpus, include_dashboard=dashboard, **quiet)
-        # What `log_to_driver` leaves: raylets that wonder at more workers than cores.
-        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     context = DataContext.get_current()
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
     context.execution_options.preserve_order = True

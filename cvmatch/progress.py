@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import threading
 import time
 import warnings
@@ -30,10 +29,8 @@ _log = logging.getLogger(__name__)
 def to_console(level: int = logging.INFO) -> None:
     """Show the log of a job on stderr, and of the libraries only what needs attention."""
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for library in ("mlflow", "alembic", "ray", "optuna", "transformers", "diffusers"):
+    for library in ("mlflow", "alembic", "ray", "optuna", "diffusers"):  # transformers: hub.located
         logging.getLogger(library).setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", module="ray")
 
 

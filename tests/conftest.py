@@ -28,6 +28,7 @@ atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 import pytest  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
+from tiny_cvusa import write_official, write_subset  # noqa: E402
 
 from cvmatch import engine  # noqa: E402
 
@@ -50,6 +51,16 @@ def ray_session():
     ray.shutdown()
 
 
+@pytest.fixture
+def subset(tmp_path) -> Path:
+    return write_subset(tmp_path)
+
+
+@pytest.fixture
+def official(tmp_path) -> Path:
+    return write_official(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def world_root(ray_session, tmp_path_factory):
     """Root of the tiny embedded world: 24 training pairs and 12 to validate, 64 x 64 tiles."""
@@ -58,16 +69,3 @@ def world_root(ray_session, tmp_path_factory):
     root = str(tmp_path_factory.mktemp("world"))
     make_world(MakeWorld(output=root, preset="tiny"))
     return root
-
-
-# Tests through Ray that were not yet seen to pass on a quiet machine: `make test` leaves them out,
-# `pytest -m unproven` runs them. The next change to these modules is to empty this.
-_UNPROVEN = ("test_segment", "test_synthesize", "test_training", "test_tune", "test_world")
-
-
-def pytest_collection_modifyitems(items):
-    """Mark what `_UNPROVEN` says."""
-    for item in items:
-        through_ray = item.get_closest_marker("ray") is not None
-        if through_ray and (item.module.__name__ in _UNPROVEN or "test_tune_" in item.name):
-            item.add_marker(pytest.mark.unproven)

@@ -12,24 +12,12 @@ from tiny_cvusa import (
     picture,
     put,
     subset_line,
-    write_official,
     write_pair,
-    write_subset,
     write_tables,
 )
 
 from cvmatch import engine, schema
 from cvmatch.ingest import Ingest, check_pictures, ingest, read_pictures, rejected
-
-
-@pytest.fixture
-def subset(tmp_path) -> Path:
-    return write_subset(tmp_path)
-
-
-@pytest.fixture
-def official(tmp_path) -> Path:
-    return write_official(tmp_path)
 
 
 def plan_of(**files: str | None) -> pa.Table:

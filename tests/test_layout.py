@@ -6,24 +6,12 @@ from tiny_cvusa import (
     picture,
     put,
     subset_line,
-    write_official,
     write_pair,
-    write_subset,
     write_tables,
 )
 
 from cvmatch import layout
 from cvmatch.ingest import plan
-
-
-@pytest.fixture
-def subset(tmp_path) -> Path:
-    return write_subset(tmp_path)
-
-
-@pytest.fixture
-def official(tmp_path) -> Path:
-    return write_official(tmp_path)
 
 
 def planned(root: Path | str, split: str = "train"):

@@ -42,9 +42,9 @@ def load_parts(diffusion: str, clip: str, revision: str = "main", folder: str = 
     with hub.located(clip, "--clip") as safe:
         vision = CLIPVisionModel.from_pretrained(
             clip,
-            dtype=torch.float32,
+            dtype=torch.float32,  # transformers keeps a file's halves
             **clip_folder,
-            **safe,  # transformers keeps a file's halves
+            **safe,
         )
         processor = CLIPImageProcessor.from_pretrained(clip, **clip_folder)
     _check(scheduler)

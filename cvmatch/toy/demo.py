@@ -14,7 +14,8 @@ from rich.table import Table
 
 from cvmatch import config as configs
 from cvmatch import images, schema, shard, storage
-from cvmatch.report import Curve, Example, Page, Tile, Trial, provenance, report, scores
+from cvmatch.match.pairs import pair_ids
+from cvmatch.report import Curve, Example, Page, Score, Tile, Trial, provenance, report, scores
 from cvmatch.search import SearchFiles, search
 from cvmatch.toy.settings import Demo, Settings
 from cvmatch.tune import TuneResult
@@ -116,9 +117,8 @@ def results(
 def look_up(config: Demo, settings: Settings) -> list[Example]:
     """Search the index for ten held-out panoramas, as a user does, and gather the pictures."""
     location = settings.evaluate.queries
-    ids = [row for table in shard.batches(location, [schema.PAIR_ID]) for row in _ids(table)]
-    step = max(1, len(ids) // SHOWN)
-    queries = sorted(ids)[::step][:SHOWN]
+    ids = pair_ids(location)
+    queries = ids[:: max(1, len(ids) // SHOWN)][:SHOWN]
     files = {f"{config.output}/world/streetview/{pair_id}.jpg": pair_id for pair_id in queries}
     flags = settings.synthesize[1]
     asked = SearchFiles(
@@ -160,7 +160,7 @@ def write(
         ),
         run=provenance(),
         config=configs.dump(config),
-        results=scores({k: v for k, v in numbers.items() if k not in ("seconds", "tune", "pairs")}),
+        results=_scores(numbers),
         examples=examples,
         curves={name: _curves(run.metrics_dataframe) for name, run in runs.items()},
         trials=[
@@ -177,9 +177,7 @@ def table(numbers: Mapping[str, Any]) -> str:
     shown = Table(title="Held-out places")
     for name in ("", "value", "95 %", "chance"):
         shown.add_column(name, justify="left" if not name else "right")
-    for score in scores(
-        {k: v for k, v in numbers.items() if k not in ("seconds", "tune", "pairs")}
-    ):
+    for score in _scores(numbers):
         low_high = " to ".join(f"{end:.3f}" for end in score.interval) if score.interval else ""
         chance = "" if score.chance is None else f"{score.chance:.3f}"
         shown.add_row(f"{score.group} / {score.name}", f"{score.value:.3f}", low_high, chance)
@@ -187,6 +185,11 @@ def table(numbers: Mapping[str, Any]) -> str:
     with console.capture() as text:
         console.print(shown)
     return text.get()
+
+
+def _scores(numbers: Mapping[str, Any]) -> list[Score]:
+    """What was measured; the page shows times, trials and counts in places of their own."""
+    return scores({k: v for k, v in numbers.items() if k not in ("seconds", "tune", "pairs")})
 
 
 def _with_intervals(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -205,10 +208,6 @@ def _curves(frame: pd.DataFrame | None) -> list[Curve]:
         for name in ("train", "val")
         if f"{name}/loss" in frame
     ]
-
-
-def _ids(table: Any) -> list[str]:
-    return table[schema.PAIR_ID].to_pylist()
 
 
 def _ranks(evaluation: str) -> dict[str, int]:
