@@ -1,8 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# One thread for each library: the work is spread over Ray's processes, and they share the cores.
-export OMP_NUM_THREADS ?= 1
 # `uv run` in a parent process would make every Ray worker build its own environment.
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 

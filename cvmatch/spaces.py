@@ -42,6 +42,17 @@ SPACES: dict[str, dict[str, dict[str, list]]] = {
 }
 """Searched by default: dotted field -> {uniform or loguniform: [low, high]} or {choice: [...]}."""
 
+METRICS = {
+    "generator": ("val/loss", "min"),
+    "segmenter": ("val/miou", "max"),
+    "matcher": ("val/recall_at_1", "max"),
+}
+"""What trials are compared by, and whether small or large values are good.
+
+None changes by itself with what is searched. A training loss would: the least margin has the least.
+(The generator's val/loss is the error of the noise alone, without the weights.)
+"""
+
 _DRAWS: dict[str, Callable[..., Any]] = {
     "uniform": lambda values: ray.tune.uniform(*values),
     "loguniform": lambda values: ray.tune.loguniform(*values),

@@ -90,17 +90,17 @@ def _claim(output: str, partial: str, made_from: dict[str, Any]) -> bool:
     Raises:
         ValueError: it holds rows that were made from something else.
     """
-    whole = storage.exists(storage.join(output, manifest.NAME))
-    place = storage.join(output if whole else partial, SOURCE)
+    place = storage.join(output, SOURCE)
     before = storage.read_json(place) if storage.exists(place) else None
     if before not in (None, made_from) or (before is None and _written(output)):
         raise ValueError(
             f"{output}: expected rows made from {made_from}, got rows made from {before}. "
-            f"Pass another --output, or delete {output} and {partial}."
+            f"Pass another --output, or delete {output}."
         )
+    if before is None:
+        storage.remove(partial)  # of an output that was deleted: it would leave out those rows
     storage.write_json(place, made_from)
-    storage.write_json(storage.join(output, SOURCE), made_from)
-    return whole
+    return storage.exists(storage.join(output, manifest.NAME))
 
 
 def _reject(output: str, max_share: float) -> int:

@@ -46,10 +46,10 @@ class Tune:
     """Epochs of a trial that is never stopped."""
     grace: int = 1
     """Epochs before a trial may be stopped."""
-    metric: str = "val/loss"
-    """Metric of an epoch by which trials are compared."""
+    metric: str = ""
+    """Metric of an epoch by which trials are compared; empty: the stage's (`spaces.METRICS`)."""
     mode: Literal["min", "max"] = "min"
-    """Whether small or large values are good."""
+    """Whether small or large values of `metric` are good; not read where it is empty."""
     seed: int = 0
     """Seed of the proposals. (The trials' own is `fit.seed`.)"""
     storage: str = "runs"
@@ -66,6 +66,11 @@ class Tune:
                 f"{self.trials}, {self.concurrent}, {self.grace} and {self.epochs}."
             )
 
+    @property
+    def goal(self) -> tuple[str, str]:
+        """Metric by which trials are compared, and `min` or `max`."""
+        return (self.metric, self.mode) if self.metric else spaces.METRICS[self.stage]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
@@ -73,8 +78,12 @@ class TuneResult:
 
     params: dict[str, Any]
     """Dotted field -> value of the best trial."""
-    metric: float
-    """Its metric, after its last epoch."""
+    metric: str
+    """By what trials were compared."""
+    maximise: bool
+    """Whether large values of it are good."""
+    value: float
+    """Metric of the best trial, after its last epoch."""
     trials: list[dict[str, Any]]
     """All trials: `trial`, `params`, `metrics` of the last epoch, `error`."""
 
@@ -117,10 +126,10 @@ def search(config: Tune, base: Any = None) -> TuneResult:
     space = spaces.load(config.stage, config.space)
     spaces.check(base, space)
     fit: training.Fit = base.fit
-    if config.metric.startswith("val/") and not base.val:
-        raise ValueError(
-            f"tune: metric {config.metric!r} is of validation rows: set --val of the stage."
-        )
+    metric = config.goal[0]
+    if metric.startswith("val/") and not base.val:
+        raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints banners when silent, too
     engine.start(dashboard=fit.workers > 0)
     _preflight(config, fit)
     name = config.name or f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
@@ -142,7 +151,7 @@ def search(config: Tune, base: Any = None) -> TuneResult:
             grid = tuner.fit()
         result = _result(grid, config)
         _write(result, config.output)
-        parent.metrics({f"best/{config.metric}": result.metric})
+        parent.metrics({f"best/{metric}": result.value})
         parent.text(yaml.safe_dump(spaces.nested(result.params)), BEST)
     return result
 
@@ -150,6 +159,7 @@ def search(config: Tune, base: Any = None) -> TuneResult:
 def _trial(params: dict[str, Any], job: _Job) -> None:
     if os.path.isdir(job.directory):
         os.chdir(job.directory)  # Tune changed it, and the stage's locations may be relative
+    engine.start()  # Ray is there; but the settings of Ray Data are each process's own
     trial = ray.tune.get_context().get_trial_id()
     # Named after the trial: when the search is restored, the trial finds its own checkpoints.
     changes = {"fit.storage": job.fits, "fit.name": trial}
@@ -175,16 +185,18 @@ def _tuner(config: Tune, space: Mapping[str, Mapping], job: _Job, location: str)
     scheduler = ASHAScheduler(
         time_attr="epoch", max_t=config.epochs, grace_period=config.grace, reduction_factor=3
     )
+    metric, mode = config.goal
     return Tuner(
         trainable,
         param_space=spaces.drawn(space),
         tune_config=ray.tune.TuneConfig(
-            metric=config.metric,
-            mode=config.mode,
+            metric=metric,
+            mode=mode,
             num_samples=config.trials,
             max_concurrent_trials=config.concurrent,
             search_alg=OptunaSearch(seed=config.seed),
             scheduler=scheduler,
+            reuse_actors=True,  # importing a stage's libraries takes 12 s of a core
         ),
         run_config=ray.tune.RunConfig(
             name=os.path.basename(location),
@@ -236,15 +248,19 @@ def _result(grid: ResultGrid, config: Tune) -> TuneResult:
         }
         for result in grid
     ]
-    scored = [t for t in trials if math.isfinite(t["metrics"].get(config.metric, math.nan))]
+    metric, mode = config.goal
+    scored = [t for t in trials if math.isfinite(t["metrics"].get(metric, math.nan))]
     if not scored:
         raise RuntimeError(
-            f"tune: no trial reported a finite {config.metric!r}; the first said: "
+            f"tune: no trial reported a finite {metric!r}; the first said: "
             f"{trials[0]['error'] or sorted(trials[0]['metrics'])}"
         )
-    sign = 1 if config.mode == "min" else -1
-    best = min(scored, key=lambda t: sign * t["metrics"][config.metric])
-    return TuneResult(params=best["params"], metric=best["metrics"][config.metric], trials=trials)
+    sign = 1 if mode == "min" else -1
+    best = min(scored, key=lambda t: sign * t["metrics"][metric])
+    value = best["metrics"][metric]
+    return TuneResult(
+        params=best["params"], metric=metric, maximise=mode == "max", value=value, trials=trials
+    )
 
 
 def _is_ours(name: str, value: Any) -> bool:

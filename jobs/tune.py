@@ -10,5 +10,5 @@ if __name__ == "__main__":
     progress.to_console()
     config = parse(Tune)
     found = search(config)
-    best = {"params": found.params, config.metric: found.metric, "trials": len(found.trials)}
+    best = {"params": found.params, found.metric: found.value, "trials": len(found.trials)}
     print(json.dumps({"output": config.output, **best}))

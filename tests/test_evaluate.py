@@ -145,7 +145,9 @@ def test_constant_embeddings_are_never_above_chance(tmp_path):
     opened = tiny.index(str(tmp_path), COUNT)
     model = opened.matcher
     torch.nn.init.zeros_(model.candidate_last.weight)
-    torch.nn.init.zeros_(model.ffn_query[-1].weight)
+    last = model.ffn_query[-1]
+    assert isinstance(last, torch.nn.Linear)
+    torch.nn.init.zeros_(last.weight)
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
     config = Evaluate(queries=str(tmp_path / "queries"))
     queries = embedded(config, model)

@@ -392,6 +392,15 @@ def test_rays_task_learns_and_its_weights_fit_the_generator(generator: Generator
     generator.conditioner.rays.load_state_dict(from_task)
 
 
+def test_frozen_rays_stay_as_they_were_pretrained(generator: Generator):
+    task = _train(generator, w_vae=0.0, pretrain_rays=1, freeze_rays=True)
+    task(_batch(4))["loss"].backward()
+    assert all(weight.grad is None for weight in generator.conditioner.rays.parameters())
+    assert generator.unet.conv_in.weight.grad[:, 4:].abs().max() > 0  # the map is still looked at
+    with pytest.raises(ValueError, match="would stay random"):
+        TrainGenerator(freeze_rays=True)
+
+
 def test_lpips_equals_torchmetrics_with_the_same_random_weights():
     torch.manual_seed(0)
     features = make_layers(cfgs["D"], batch_norm=False)

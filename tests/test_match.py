@@ -1,5 +1,6 @@
 """The matcher: factorised scores, losses by hand, no leak through A, DDP, augmentation, rows."""
 
+import dataclasses
 import math
 import os
 
@@ -39,7 +40,7 @@ CONFIG = MatcherConfig(
 
 def network(seed=0, **changes):
     torch.manual_seed(seed)
-    model = JointFeatureLearningNet(MatcherConfig(**(vars(CONFIG) | changes)))
+    model = JointFeatureLearningNet(dataclasses.replace(CONFIG, **changes))
     for null in (model.null_ground, model.null_synthetic, model.null_classes):
         torch.nn.init.normal_(null)  # as training leaves them; zero would hide a forgotten null
     return model.eval()
@@ -64,7 +65,7 @@ def rows(count, seed=0):
 
 def views(batch):
     pictures = [batch[name].float() / 255 for name in ("ground", "aerial", "synthetic")]
-    return Views(*pictures, batch["classes"])
+    return Views(pictures[0], pictures[1], pictures[2], batch["classes"])
 
 
 def joined(model, synthetic, tile):
@@ -235,7 +236,7 @@ def test_losses_of_a_single_pair_are_zero_and_have_a_gradient(negatives):
 
 
 def task_of(model, **changes):
-    return MatcherTask(model, TrainMatcher(**({"augment": False} | changes)))
+    return MatcherTask(model, dataclasses.replace(TrainMatcher(augment=False), **changes))
 
 
 def test_scores_of_training_embed_every_tile_with_the_querys_own_aerial():
@@ -479,10 +480,12 @@ def test_embed_query_reads_what_its_level_names(tmp_path, level):
     unread = {name: None for letter, name in named.items() if letter not in level.split("+")}
     found = EmbedQuery(str(tmp_path), level)(columns(row("a", shade=50, **unread)))
     grey = {"G": (1, 3, HIGH, WIDE), "A": (1, 3, SIZE, SIZE)}
-    pictures = [torch.full(grey[k], 50 / 255) if k in level.split("+") else None for k in "GA"]
+    ground, synthetic = (
+        torch.full(grey[k], 50 / 255) if k in level.split("+") else None for k in "GA"
+    )
     classes = torch.full((1, SIZE, SIZE), 2, dtype=torch.uint8) if "S" in level else None
     with torch.no_grad():
-        expected = model.query(*pictures, classes)
+        expected = model.query(ground, synthetic, classes)
     assert found["error"].tolist() == [None]
     np.testing.assert_allclose(found["embedding"], expected.embedding.numpy(), atol=1e-6)
     np.testing.assert_allclose(found["v"], expected.v.numpy(), atol=1e-5)
@@ -522,9 +525,10 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     tmp_path, monkeypatch, ray_session
 ):
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     save_tower(Tower(SPEC), str(tmp_path / "tower"))
     config = TrainMatcher(
-        pairs=synthesized_rows(str(tmp_path / "pairs"), [f"t{i}" for i in range(16)]),
+        pairs=synthesized_rows(str(tmp_path / "pairs"), [f"t{i:02}" for i in range(64)]),
         val=synthesized_rows(str(tmp_path / "val"), [f"v{i}" for i in range(8)]),
         tower=str(tmp_path / "tower"),
         panorama=(HIGH, WIDE),
@@ -536,12 +540,13 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
         lr_towers=1e-2,
         lr_heads=1e-2,
         output=str(tmp_path / "model"),
-        fit=Fit(epochs=12, batch=8, storage=str(tmp_path / "runs"), name="matcher"),
+        fit=Fit(epochs=6, batch=8, cache=True, storage=str(tmp_path / "runs"), name="matcher"),
     )
     result = train(config)
     # At chance all scores of a batch are equal, and each of the two terms is the margin.
+    assert result.metrics is not None
     assert result.metrics["val/joint"] < config.margin / 2
-    assert training_ids(config.output) == {f"t{i}" for i in range(16)}
+    assert training_ids(config.output) == {f"t{i:02}" for i in range(64)}
     tiles = embed_tiles(ray.data.read_parquet(config.val), Embed(model=config.output))
     found = tiles.take_all()
     assert [item["error"] is None for item in found].count(False) == 1

@@ -1,5 +1,6 @@
 import json
 
+import faiss
 import numpy as np
 import pytest
 import tiny_index as tiny
@@ -98,6 +99,7 @@ def test_rank_of_lists_with_too_few_tiles_marks_the_end(tmp_path):
     config = BuildIndex(model=model, output=str(tmp_path / "index"), key="IVF8,Flat", probes=1)
     publish(parts, config)
     index = Index.open(config.output)
+    assert isinstance(index.ann, faiss.IndexIVF)
     assert index.ann.nprobe == 1
     ranked = rank(index, Query(torch.eye(16)[:2], torch.zeros(2, 16)), COUNT, "two-stage")
     ends = (ranked.rows == -1).sum(1)

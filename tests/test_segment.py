@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import ray.data
 import torch
+from mlflow import MlflowClient
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from cvmatch import draws, images, metrics, schema
+from cvmatch import draws, images, metrics, schema, tracking
 from cvmatch.engine import Pool
 from cvmatch.images import BadImage
 from cvmatch.ingest import Ingest
@@ -433,7 +434,7 @@ def make_pairs(root: str, maps: bool) -> None:
 def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
     base: str, tmp_path: os.PathLike, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)  # MLflow's files
+    monkeypatch.chdir(tmp_path)
     make_pairs("pairs", maps=True)
     config = TrainSegmenter(
         data=Ingest(root="pairs"),
@@ -449,8 +450,11 @@ def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
     row = rows_of()
     found = SegmentAerial("models/segmenter", schema.AERIAL)(row)[schema.SYNTHETIC_CLASSES][0]
     assert images.decode_ids(found).shape == (SIZE, SIZE)
-    pictures = [name for _, _, names in os.walk("mlartifacts") for name in names]
-    assert "masks.png" in pictures
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = client.get_experiment_by_name("cvmatch")
+    assert experiment
+    run = client.search_runs([experiment.experiment_id], "tags.stage = 'segment'", max_results=1)[0]
+    assert "masks.png" in [file.path for file in client.list_artifacts(run.info.run_id)]
 
 
 @pytest.mark.ray
@@ -459,7 +463,7 @@ def test_labelled_no_class_map_says_so(tmp_path: os.PathLike):
     root = os.path.join(tmp_path, "pairs")
     make_pairs(root, maps=False)
     with pytest.raises(ValueError, match="expected rows with a class map, got none"):
-        labelled(Ingest(root=root), Preprocess(size=SIZE))
+        labelled(Ingest(root=root), Preprocess(size=SIZE), Fit())
 
 
 @pytest.mark.ray

@@ -79,25 +79,40 @@ def test_synthesize_with_other_settings_refuses_the_output(undisturbed, config):
         synthesize(other)
 
 
-def test_synthesize_killed_in_the_middle_goes_on_where_it_stopped(undisturbed, config, tmp_path):
-    killed = replace(config, output=str(tmp_path / "rows"))
-    address = ray.get_runtime_context().gcs_address
+@pytest.fixture(scope="module")
+def killed(config, tmp_path_factory):
+    """Settings of a run that was killed when two of its parts or more were written."""
+    begun = replace(config, output=str(tmp_path_factory.mktemp("killed") / "rows"))
     words = [
-        *("--data.root", killed.data.root, "--data.block", "2"),
-        *("--generate.model", killed.generate.model, "--generate.steps", "2"),
-        *("--generate.pool.batch", "2", "--segment.model", killed.segment.model),
-        *("--output", killed.output),
+        *("--data.root", begun.data.root, "--data.block", "2"),
+        *("--generate.model", begun.generate.model, "--generate.steps", "2"),
+        *("--generate.pool.batch", "2", "--segment.model", begun.segment.model),
+        *("--output", begun.output),
     ]
+    address = ray.get_runtime_context().gcs_address
     driver = subprocess.Popen(
         [sys.executable, str(JOB), *words], env={**os.environ, "RAY_ADDRESS": address}
     )
     try:
-        _wait(lambda: len(list(Path(killed.output).glob("*.parquet"))) >= 2, driver)
+        _wait(lambda: len(list(Path(begun.output).glob("*.parquet"))) >= 2, driver)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
+    assert not (Path(begun.output) / "manifest.json").exists()
+    return begun
+
+
+def test_synthesize_makes_all_rows_of_a_killed_output_that_was_deleted(
+    undisturbed, killed, tmp_path
+):
+    deleted = replace(killed, output=str(tmp_path / "rows"))
+    shutil.copytree(f"{killed.output}.partial", f"{deleted.output}.partial")
+    synthesize(deleted)
+    assert rows(deleted.output) == undisturbed[1]
+
+
+def test_synthesize_killed_in_the_middle_goes_on_where_it_stopped(undisturbed, killed):
     begun = {p.name: p.stat().st_mtime_ns for p in Path(killed.output).glob("*.parquet")}
-    assert not (Path(killed.output) / "manifest.json").exists()
     synthesize(killed)
     after = {p.name: p.stat().st_mtime_ns for p in Path(killed.output).glob("*.parquet")}
     kept = [name for name in begun if after.get(name) == begun[name]]

@@ -69,6 +69,14 @@ def test_search_by_a_validation_metric_needs_validation_rows(tmp_path):
         tune.search(Tune(space=str(tmp_path / "space.yaml")), TrainLine(val=0))
 
 
+@pytest.mark.parametrize("stage", list(spaces.STAGES))
+def test_trials_are_compared_by_what_the_space_does_not_move(stage):
+    metric, mode = Tune(stage=stage).goal
+    # A loss would: the least margin or weight has the least. The generator's is without weights.
+    assert (metric, mode) == ("val/loss", "min") if stage == "generator" else mode == "max"
+    assert Tune(stage=stage, metric="val/x").goal == ("val/x", "min")
+
+
 @pytest.fixture
 def settings(tmp_path):
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
@@ -77,6 +85,7 @@ def settings(tmp_path):
         trials=4,
         concurrent=2,
         epochs=4,
+        metric="val/loss",
         storage=str(tmp_path / "runs"),
         name="search",
         output=str(tmp_path / "tuned"),
@@ -107,7 +116,7 @@ def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, 
     result = tune.search(config, base)
     assert len(result.trials) == 4
     scores = {t["metrics"]["val/loss"]: t["params"] for t in result.trials}
-    assert result.metric == min(scores)
+    assert result.value == min(scores)
     assert result.params == scores[min(scores)]
     assert all(0.01 <= t["params"]["lr"] <= 0.5 for t in result.trials)
     assert not any(t["error"] for t in result.trials)

@@ -76,6 +76,8 @@ class TrainGenerator:
     """Recompute the UNet's activations in the backward pass: a third slower, much less memory."""
     pretrain_rays: int = 0
     """Epochs that train the rays alone before; many times cheaper than diffusion's. 0: none."""
+    freeze_rays: bool = False
+    """Keep the rays as `pretrain_rays` left them: a step takes a third less time."""
     samples: int = 4
     """Rows of the picture G | A | C that the MLflow run gets at the end; 0: none."""
     output: str = "models/generator"
@@ -92,6 +94,11 @@ class TrainGenerator:
             )
         if not 0 <= self.drop < 1:
             raise ValueError(f"train_generator: drop is a share in [0, 1), got {self.drop}.")
+        if self.freeze_rays and not self.pretrain_rays:
+            raise ValueError(
+                "train_generator: expected pretrain_rays of at least 1 with freeze_rays, got 0: "
+                "the rays would stay random. Set --pretrain-rays 5, or do not freeze them."
+            )
 
 
 class GeneratorTask(nn.Module):
@@ -115,6 +122,8 @@ class GeneratorTask(nn.Module):
         if config.train_unet == "attention":
             for name, weight in generator.unet.named_parameters():
                 weight.requires_grad_(".attn2." in name or name.startswith("conv_in."))
+        if config.freeze_rays and generator.conditioning.geometry:
+            generator.conditioner.rays.requires_grad_(False)
         if config.save_memory:
             generator.unet.enable_gradient_checkpointing()
 
@@ -124,7 +133,7 @@ class GeneratorTask(nn.Module):
         latent = batch["latent"] if "latent" in batch else self.generator.encode(tile).float()
         condition = self.generator.condition(panorama, batch.get("states"))
         drawn = {}
-        if condition.map is not None:
+        if condition.map is not None and not (self.training and self.config.freeze_rays):
             drawn = loss.map_terms(self.generator.conditioner.rays.picture(condition.map), tile)
         if not self.training:
             return self._validate(latent, condition, batch["key"]) | drawn
@@ -237,8 +246,8 @@ def train(config: TrainGenerator) -> Result:
     sizes = parts.sizes(
         config.diffusion, config.clip, config.conditioning.panorama_width, config.revision
     )
-    data = decode(ingest(config.data), sizes)
-    val = None if config.val is None else decode(ingest(config.val), sizes)
+    data = training.cached(decode(ingest(config.data), sizes), config.fit)
+    val = config.val and training.cached(decode(ingest(config.val), sizes), config.fit)
     with tracking.start("generate", config) as run:
         rays = ""
         if config.pretrain_rays and config.conditioning.geometry:

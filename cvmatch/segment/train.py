@@ -116,8 +116,9 @@ def train(config: TrainSegmenter) -> Result:
         ValueError: no row has a class map, or the base model cannot be had.
     """
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
-    rows = labelled(config.data, preprocess)
-    val = labelled(held_out, preprocess) if (held_out := _held_out(config)) else None
+    held_out = _held_out(config)
+    rows = labelled(config.data, preprocess, config.fit)
+    val = held_out and labelled(held_out, preprocess, config.fit)
     weights = None
     if config.class_weights:
         masks = [row["mask"] for row in rows.select_columns("mask").take(COUNTED)]
@@ -130,7 +131,7 @@ def train(config: TrainSegmenter) -> Result:
     return result
 
 
-def labelled(data: Ingest, preprocess: Preprocess) -> Dataset:
+def labelled(data: Ingest, preprocess: Preprocess, fit: training.Fit) -> Dataset:
     """Decoded rows with a class map: `tile`, `mask` and `key`.
 
     Raises:
@@ -142,6 +143,7 @@ def labelled(data: Ingest, preprocess: Preprocess) -> Dataset:
         batch_format="numpy",
         batch_size=None,
     )
+    decoded = training.cached(decoded, fit)
     if not decoded.take(1):
         raise ValueError(
             f"{data.root} ({data.split}): expected rows with a class map, got none. The segmenter "

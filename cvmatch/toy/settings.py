@@ -1,6 +1,6 @@
 """The settings that make the whole pipeline run on a laptop: small pictures, toy base models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cvmatch import toy
@@ -36,9 +36,10 @@ class Demo:
     output: str = "demo"
     """Local directory of everything that the demo makes."""
     preset: Preset = "demo"
-    """demo: 960 + 320 pairs, minutes. tiny: 24 + 12 pairs, to see that everything runs."""
+    """demo: 800 + 320 pairs, minutes. tiny: 24 + 12 pairs, to see that everything runs."""
     workers: int = 2
-    """Ray Train workers of each training; 0 trains in this process."""
+    """Ray Train workers of the matcher's training; 0: it trains in this process, as the others do,
+    for which the start of workers (35 s) would take longer than what they save."""
     seed: int = 0
     """Seed of worlds, weights and noise."""
 
@@ -65,12 +66,11 @@ def settings(config: Demo) -> Settings:
     at, tiny = config.output, config.preset == "tiny"
     train, val = (Ingest(root=f"{at}/world", split=split) for split in ("train", "val"))
 
-    def fit(name: str, epochs: int, batch: int, schedule: str = "cosine") -> Fit:
+    def fit(name: str, epochs: int, batch: int, workers: int = 0) -> Fit:
         return Fit(
             epochs=1 if tiny else epochs,
             batch=4 if tiny else batch,
-            schedule=schedule,  # pyright: ignore[reportArgumentType]
-            workers=config.workers,
+            workers=workers,
             seed=config.seed,
             storage=f"{at}/runs",
             name=name,
@@ -89,7 +89,7 @@ def settings(config: Demo) -> Settings:
         lr_towers=1e-3,
         lr_heads=1e-3,
         output=f"{at}/models/matcher",
-        fit=fit("matcher", 10, 32),
+        fit=fit("matcher", 10, 32, config.workers),
     )
     return Settings(
         world=MakeWorld(output=f"{at}/world", preset=config.preset, seed=config.seed),
@@ -105,19 +105,20 @@ def settings(config: Demo) -> Settings:
         ),
         generator=TrainGenerator(
             data=train,
-            val=val,
+            val=replace(val, limit=128),  # each row costs six passes of the UNet
             diffusion=toy.DIFFUSION,
             clip=toy.CLIP,
             perceptual=toy.TOWER,
             conditioning=Conditioning(panorama_width=WIDTH, crops=4),
             lr=5e-4,
             pretrain_rays=1 if tiny else 5,
+            freeze_rays=True,
             output=f"{at}/models/generator",
-            fit=fit("generator", 5, 32),
+            fit=fit("generator", 3, 32),
         ),
         synthesize=(_synthesize(at, train), _synthesize(at, val)),
         tune=_tune(at, tiny, config.seed),
-        trial=override(matcher, {"fit.workers": 0}),  # a trial is a process of its own already
+        trial=override(matcher, {"fit.workers": 0}),  # a trial is a process of its own
         matcher=matcher,
         index=BuildIndex(
             tiles=val,
@@ -140,7 +141,9 @@ def settings(config: Demo) -> Settings:
 def _synthesize(at: str, data: Ingest) -> Synthesize:
     return Synthesize(
         data=data,
-        generate=Generate(model=f"{at}/models/generator", steps=5, pool=Pool(size=2, batch=16)),
+        generate=Generate(
+            model=f"{at}/models/generator", steps=4, guidance=3.0, pool=Pool(size=2, batch=16)
+        ),
         segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16)),
         output=f"{at}/synthesized/{data.split}",
     )
@@ -150,9 +153,9 @@ def _tune(at: str, tiny: bool, seed: int) -> Tune:
     return Tune(
         stage="matcher",
         space=toy.SPACE,
-        trials=2 if tiny else 3,
+        trials=2 if tiny else 4,
         concurrent=2,
-        epochs=1 if tiny else 2,
+        epochs=1,
         storage=f"{at}/runs",
         name="tune",
         output=f"{at}/tuned",

@@ -4,7 +4,7 @@
 this process (`workers` = 0, at once). A run is its name and storage: the same again resumes it.
 """
 
-from cvmatch.training.start import fit, listening, publish
+from cvmatch.training.start import cached, fit, listening, publish
 from cvmatch.training.task import Fit, Task
 
-__all__ = ["Fit", "Task", "fit", "listening", "publish"]
+__all__ = ["Fit", "Task", "cached", "fit", "listening", "publish"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pyarrow import fs
+from ray import cloudpickle
 from ray.data import Dataset
 from ray.train import (
     Checkpoint,
@@ -68,8 +69,7 @@ def fit(
     if done >= fit.epochs:
         _log.info("%s is finished: %d epochs", location, done)
         return directory.result()
-    if fit.cache:
-        train, val = train.materialize(), val.materialize() if val else None
+    train, val = cached(train, fit), val and cached(val, fit)
     steps = _steps(train.count(), fit)
     job = loop.Job(
         build=build, fit=fit, steps=steps, validate=val is not None, directory=location, resume=done
@@ -85,6 +85,14 @@ def fit(
         else:
             loop.run(job, Here(job, datasets, directory, callbacks))
     return directory.result()
+
+
+def cached(rows: Dataset, fit: Fit) -> Dataset:
+    """The rows, decoded once and kept where `fit.cache` says so; for what reads them before `fit`.
+
+    Twice costs nothing.
+    """
+    return rows.materialize() if fit.cache else rows
 
 
 def publish(result: Result, output: str) -> str:
@@ -192,7 +200,8 @@ def _trainer(
     )
     return TorchTrainer(
         _work,
-        train_loop_config={"job": job},
+        # Packed, since Ray's controller need not import the model's libraries (8 s of a core).
+        train_loop_config={"job": cloudpickle.dumps(job)},
         scaling_config=scaling,
         run_config=RunConfig(
             name=name,
@@ -206,8 +215,9 @@ def _trainer(
     )
 
 
-def _work(config: dict[str, loop.Job]) -> None:
-    loop.run(config["job"], loop.Worker(config["job"]))
+def _work(config: dict[str, bytes]) -> None:
+    job = cloudpickle.loads(config["job"])
+    loop.run(job, loop.Worker(job))
 
 
 def _check(train: Dataset, val: Dataset | None, fit: Fit) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from cvmatch import storage
+from cvmatch import progress, storage
 from cvmatch.images import colours_of, encode
 from cvmatch.world.pairs import Difficulty, Pair, Sizes, pairs, world_seed
 
@@ -43,7 +43,7 @@ class MakeWorld:
     output: str = "data/world"
     """Directory, or a URI that cvmatch.storage opens; all nodes must reach it."""
     preset: Literal["tiny", "demo", "standard", "large"] = "demo"
-    """Sizes and counts of train + val pairs: tiny 24 + 12, demo 960 + 320, standard 2,000 + 500,
+    """Sizes and counts of train + val pairs: tiny 24 + 12, demo 800 + 320, standard 2,000 + 500,
     and large 20,000 + 2,000 in CVUSA's own sizes."""
     layout: Literal["subset", "official"] = "subset"
     """CVUSA_subset with class maps, or CVPR_subset (with the class maps added)."""
@@ -72,7 +72,7 @@ class _Preset:
 _SMALL = Sizes(aerial=128, panorama=(64, 256))
 _PRESETS = {
     "tiny": _Preset(sizes=Sizes(aerial=64, panorama=(64, 256)), cameras=6, train=24, val=12),
-    "demo": _Preset(sizes=_SMALL, cameras=16, train=960, val=320),
+    "demo": _Preset(sizes=_SMALL, cameras=16, train=800, val=320),
     "standard": _Preset(sizes=_SMALL, cameras=16, train=2000, val=500),
     "large": _Preset(sizes=Sizes(), cameras=16, train=20_000, val=2_000),
 }
@@ -97,15 +97,15 @@ def make_world(config: MakeWorld) -> dict[str, int]:
     places = _plan(config)
     source = _Worlds(config, storage.absolute(config.output), places)
     rows = ray.data.read_datasource(source, override_num_blocks=len(places))
-    written = sorted(
-        (row["pair_id"], row["split"], row["latitude"], row["longitude"])
-        for row in rows.iter_rows()
-    )
+    total, written = sum(place.cameras for place in places), []
+    with progress.watch("world", total, lambda: len(written)):
+        for row in rows.iter_rows():
+            written.append((row["pair_id"], row["split"], row["latitude"], row["longitude"]))
     counts = {"train": 0, "val": 0}
     for _, split, _, _ in written:
         counts[split] += 1
-    assert len(written) == sum(place.cameras for place in places), "a world gave too few pairs"
-    _write_lists(config, written)
+    assert len(written) == total, "a world gave too few pairs"
+    _write_lists(config, sorted(written))
     return counts
 
 
