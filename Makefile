@@ -24,8 +24,8 @@ install: .venv/.installed ## make .venv with the versions of constraints.txt (th
 demo: install ## the whole pipeline on embedded data, in minutes, with no download: ends in demo/report.html
 	$(BIN)/python jobs/demo.py
 
-test: install ## the tests that need no Ray (the others: pytest -m ray)
-	$(BIN)/pytest -m "not ray"
+test: install ## all tests, those through Ray too
+	$(BIN)/pytest
 
 check: install ## lint, format and types
 	$(BIN)/ruff check

@@ -155,14 +155,17 @@ def resumable(path: str, column: str = "pair_id") -> Iterator[None]:
     Finished rows stay recorded, so that a finished stream that is run again does nothing.
     """
     context = DataContext.get_current()
-    before = context.checkpoint_config
+    before = context.checkpoint_config, context.use_datasource_v2
     context.checkpoint_config = CheckpointConfig(
         column, storage.absolute(path), delete_checkpoint_on_success=False
     )
+    # The first version cuts smaller blocks than the reader asks for: more parts, and other batches,
+    # on which the last bits of a picture depend.
+    context.use_datasource_v2 = True
     try:
         yield
     finally:
-        context.checkpoint_config = before
+        context.checkpoint_config, context.use_datasource_v2 = before
 
 
 def device() -> torch.device:

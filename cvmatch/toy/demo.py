@@ -21,13 +21,13 @@ from cvmatch.toy.settings import Demo, Settings
 from cvmatch.tune import TuneResult
 
 EXPECTED = {
-    "world": 52,
-    "segmenter": 50,
-    "generator": 150,
-    "synthesize": 95,
-    "tune": 75,
-    "matcher": 100,
-    "index": 9,
+    "world": 60,
+    "segmenter": 55,
+    "generator": 140,
+    "synthesize": 110,
+    "tune": 70,
+    "matcher": 105,
+    "index": 12,
     "evaluate": 12,
     "search": 2,
 }

@@ -37,9 +37,9 @@ class Demo:
     """Local directory of everything that the demo makes."""
     preset: Preset = "demo"
     """demo: 800 + 320 pairs, minutes. tiny: 24 + 12 pairs, to see that everything runs."""
-    workers: int = 2
-    """Ray Train workers of the matcher's training; 0: it trains in this process, as the others do,
-    for which the start of workers (35 s) would take longer than what they save."""
+    workers: int = 0
+    """Ray Train workers (DDP) of the matcher's training; 0: it trains in this process. Two workers
+    share its steps, but on two cores save less than their start takes (35 s)."""
     seed: int = 0
     """Seed of worlds, weights and noise."""
 
@@ -86,8 +86,8 @@ def settings(config: Demo) -> Settings:
         square=64,
         hidden=128,
         embed=128,
-        lr_towers=1e-3,
-        lr_heads=1e-3,
+        lr_towers=5e-4,
+        lr_heads=5e-4,
         output=f"{at}/models/matcher",
         fit=fit("matcher", 10, 32, config.workers),
     )
@@ -111,7 +111,7 @@ def settings(config: Demo) -> Settings:
             perceptual=toy.TOWER,
             conditioning=Conditioning(panorama_width=WIDTH, crops=4),
             lr=5e-4,
-            pretrain_rays=1 if tiny else 5,
+            pretrain_rays=1 if tiny else 4,
             freeze_rays=True,
             output=f"{at}/models/generator",
             fit=fit("generator", 3, 32),
@@ -142,7 +142,7 @@ def _synthesize(at: str, data: Ingest) -> Synthesize:
     return Synthesize(
         data=data,
         generate=Generate(
-            model=f"{at}/models/generator", steps=4, guidance=3.0, pool=Pool(size=2, batch=16)
+            model=f"{at}/models/generator", steps=3, guidance=3.0, pool=Pool(size=2, batch=16)
         ),
         segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16)),
         output=f"{at}/synthesized/{data.split}",
@@ -153,8 +153,8 @@ def _tune(at: str, tiny: bool, seed: int) -> Tune:
     return Tune(
         stage="matcher",
         space=toy.SPACE,
-        trials=2 if tiny else 4,
-        concurrent=2,
+        trials=2 if tiny else 3,
+        concurrent=3,
         epochs=1,
         storage=f"{at}/runs",
         name="tune",
