@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 import time
 import warnings
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 def to_console(level: int = logging.INFO) -> None:
     """Show the log of a job on stderr, and of the libraries only what needs attention."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its own level, when imported
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for library in ("mlflow", "alembic", "ray", "optuna", "diffusers"):  # transformers: hub.located
         logging.getLogger(library).setLevel(logging.ERROR)
