@@ -43,7 +43,7 @@ def ray_session():
         try:
             engine.start()
             break
-        except Exception:
+        except Exception:  # Ray raises no narrower one here; the last try's is raised
             if not left:
                 raise
             ray.shutdown()

@@ -28,10 +28,17 @@ class Conditioning:
     """Multiples of the azimuth whose sine and cosine each token is told."""
     channels: int = 16
     """Channels of the geometry map."""
+    gain: float = 30.0
+    """Factor of the map at the UNet's entry, whose new weights start at zero. Adam moves a weight
+    by the learning rate, however small its gradient, so this is how fast the map is heard. After 90
+    steps at 5e-4, A found its tile among 320 (R@1, guidance 3 or 4) in 12 % with a factor of 1,
+    16 % with 10, 18 % with 30; the loss was 0.634, 0.629 and 0.630 (toy models)."""
 
     def __post_init__(self) -> None:
         if min(self.panorama_width, self.crops, self.harmonics, self.channels) < 1:
             raise ValueError(f"conditioning: expected sizes of at least 1, got {self}")
+        if not self.gain > 0:
+            raise ValueError(f"conditioning: expected a gain above 0, got {self.gain}.")
 
     @property
     def geometry(self) -> bool:

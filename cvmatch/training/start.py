@@ -216,7 +216,7 @@ def _trainer(
 
 
 def _work(config: dict[str, bytes]) -> None:
-    job = cloudpickle.loads(config["job"])
+    job = cloudpickle.loads(config["job"])  # the driver's own words: Ray unpickles all else it said
     loop.run(job, loop.Worker(job))
 
 
