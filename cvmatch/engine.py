@@ -4,6 +4,8 @@ The rules here answer measured traps of Ray 2.60; each one says which.
 """
 
 import contextlib
+import ctypes
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -26,6 +28,8 @@ READERS = 1.0
 
 FILTER = 1.0
 """CPU of the actor that leaves out finished rows when a stream resumes."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,19 +159,32 @@ def resumable(path: str, column: str = "pair_id") -> Iterator[None]:
     Finished rows stay recorded, so that a finished stream that is run again does nothing.
     """
     context = DataContext.get_current()
-    before = context.checkpoint_config, context.use_datasource_v2
+    before = context.checkpoint_config
     context.checkpoint_config = CheckpointConfig(
         column, storage.absolute(path), delete_checkpoint_on_success=False
     )
-    # The first version cuts smaller blocks than the reader asks for: more parts, and other batches,
-    # on which the last bits of a picture depend.
-    context.use_datasource_v2 = True
     try:
         yield
     finally:
-        context.checkpoint_config, context.use_datasource_v2 = before
+        context.checkpoint_config = before
 
 
 def device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process if there is one, else the CPU (and `keep_memory`)."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    keep_memory()
+    return torch.device("cpu")
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Let malloc keep the large buffers that torch frees on a CPU, up to 2 GiB of them.
+
+    Given back to the system at once, as glibc does with more than 128 kB, they come back as new
+    pages in the next step: a training step of the demo's matcher took 0.39 s, with this 0.29 s.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc only
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -95,8 +95,9 @@ def ingest(config: Ingest) -> Dataset:
     cache = _cache(config, found)
     _ready(config, found, cache)
     filesystem, path = storage.resolve(storage.join(cache, PAIRS))
-    rows = ray.data.read_parquet(path, filesystem=filesystem)
-    # Ray reads a small file as one block, which would be one task and one step of a checkpoint.
+    # One read task for the one file: left to itself, Ray cuts it into other blocks than are asked
+    # for next, hence more parts and other batches, on which the last bits of a picture depend.
+    rows = ray.data.read_parquet(path, filesystem=filesystem, override_num_blocks=1)
     rows = rows.repartition(target_num_rows_per_block=config.block)
     read = partial(read_pictures, root=found.root)
     return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
