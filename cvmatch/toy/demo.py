@@ -21,13 +21,13 @@ from cvmatch.toy.settings import Demo, Settings
 from cvmatch.tune import TuneResult
 
 EXPECTED = {
-    "world": 60,
-    "segmenter": 55,
+    "world": 52,
+    "segmenter": 52,
     "generator": 140,
-    "synthesize": 110,
-    "tune": 70,
-    "matcher": 105,
-    "index": 12,
+    "synthesize": 84,
+    "tune": 62,
+    "matcher": 108,
+    "index": 11,
     "evaluate": 12,
     "search": 2,
 }

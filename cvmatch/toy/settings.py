@@ -36,7 +36,7 @@ class Demo:
     output: str = "demo"
     """Local directory of everything that the demo makes."""
     preset: Preset = "demo"
-    """demo: 800 + 320 pairs, minutes. tiny: 24 + 12 pairs, to see that everything runs."""
+    """demo: 960 + 320 pairs, minutes. tiny: 24 + 12 pairs, to see that everything runs."""
     workers: int = 0
     """Ray Train workers (DDP) of the matcher's training; 0: it trains in this process. Two workers
     share its steps, but on two cores save less than their start takes (35 s)."""

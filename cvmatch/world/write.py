@@ -43,7 +43,7 @@ class MakeWorld:
     output: str = "data/world"
     """Directory, or a URI that cvmatch.storage opens; all nodes must reach it."""
     preset: Literal["tiny", "demo", "standard", "large"] = "demo"
-    """Sizes and counts of train + val pairs: tiny 24 + 12, demo 800 + 320, standard 2,000 + 500,
+    """Sizes and counts of train + val pairs: tiny 24 + 12, demo 960 + 320, standard 2,000 + 500,
     and large 20,000 + 2,000 in CVUSA's own sizes."""
     layout: Literal["subset", "official"] = "subset"
     """CVUSA_subset with class maps, or CVPR_subset (with the class maps added)."""
@@ -72,7 +72,7 @@ class _Preset:
 _SMALL = Sizes(aerial=128, panorama=(64, 256))
 _PRESETS = {
     "tiny": _Preset(sizes=Sizes(aerial=64, panorama=(64, 256)), cameras=6, train=24, val=12),
-    "demo": _Preset(sizes=_SMALL, cameras=16, train=800, val=320),
+    "demo": _Preset(sizes=_SMALL, cameras=16, train=960, val=320),
     "standard": _Preset(sizes=_SMALL, cameras=16, train=2000, val=500),
     "large": _Preset(sizes=Sizes(), cameras=16, train=20_000, val=2_000),
 }
