@@ -119,9 +119,7 @@ def preflight(*pools: Pool) -> None:
     spare = READERS + (FILTER if resuming else 0.0)
     cpus = sum(pool.largest * pool.cpus for pool in pools)
     gpus = sum(pool.largest * pool.gpus for pool in pools)
-    require(
-        cpus + spare, gpus, f"{len(pools)} pools ({cpus:g} CPUs) and {spare:g} to read and write"
-    )
+    require(cpus + spare, gpus, f"Pools of {cpus:g} CPUs and {spare:g} more to read and write")
 
 
 def require(cpus: float, gpus: float | int, what: str) -> None:

@@ -175,6 +175,16 @@ def test_condition_has_all_tokens_of_all_crops(toy: str, generator: Generator):
     assert pooled.condition(_ground(2)).map is None
 
 
+def test_condition_each_crop_has_tokens_of_its_own(generator: Generator):
+    ground = _ground(1)
+    painted = ground.clone()
+    painted[..., 32:96] = 1 - painted[..., 32:96]  # the second of four crops, which looks west
+    before, after = (generator.condition(g).tokens.view(4, 65, 64) for g in (ground, painted))
+    changed = (after - before).abs().amax(-1) > 1e-4
+    assert changed[1].all()
+    assert not changed[[0, 2, 3]].any()
+
+
 def test_condition_of_stored_states_equals_that_of_the_panorama(generator: Generator):
     ground = _ground(2)
     stored = generator.condition(ground, generator.states(ground))
@@ -475,6 +485,19 @@ def test_sample_does_not_depend_on_the_batch(generator: Generator):
     assert (whole[0] - whole[1]).abs().max() > 0.01
 
 
+def test_sample_asks_the_unet_once_a_step_for_all_rows_and_both_conditions(generator: Generator):
+    asked = []
+    generator.unet.register_forward_pre_hook(lambda unet, given: asked.append(len(given[0])))
+    _draw(generator, 3, steps=4, guidance=2.0)
+    assert asked == [6] * 4
+    asked.clear()
+    _draw(generator, 3, steps=2, guidance=1.0)
+    assert asked == [3] * 2
+    usual = Generate()  # the prototype drew one picture at a time, in 50 steps
+    assert usual.pool.batch >= 8
+    assert usual.steps <= 20
+
+
 def test_sample_with_another_seed_or_key_differs(generator: Generator):
     ground, keys = _ground(1), _batch(1)["key"]
     first = generator.eval().sample(ground, keys, steps=3)
@@ -580,6 +603,9 @@ def test_generate_aerial_bad_rows_keep_their_reason_and_the_rest_go_on(
     expected = _draw(generator, 1, steps=2)[0].permute(1, 2, 0).numpy() * 255
     drawn = images.decode(out[schema.SYNTHETIC][0])
     assert np.abs(drawn - expected).max() < 1.5
+    backwards = actor({name: values[::-1] for name, values in _rows().items()})
+    assert [value is None for value in backwards[schema.SYNTHETIC]] == [True, True, False]
+    assert (images.decode(backwards[schema.SYNTHETIC][2]) == drawn).all()
 
 
 def test_decode_batch_leaves_failed_rows_out_and_keys_the_rest():

@@ -255,6 +255,20 @@ def test_scores_of_training_embed_every_tile_with_the_querys_own_aerial():
     torch.testing.assert_close(direct, torch.tensor(own), atol=1e-6, rtol=0)
 
 
+def test_scores_of_training_pass_each_picture_through_its_tower_once():
+    model, passed = network(), {}
+    for name in ("ground_tower", "aerial_tower", "classes_tower"):
+
+        def count(tower, given, features, name=name):
+            passed[name] = passed.get(name, 0) + len(given[0])
+
+        getattr(model, name).register_forward_hook(count)
+    joint, _ = task_of(model).train().scores(rows(5))
+    assert joint.shape == (5, 5)
+    # The aerial tower sees each A and each C; a tower pass for each pair would make it 25 or more.
+    assert passed == {"ground_tower": 5, "aerial_tower": 10, "classes_tower": 5}
+
+
 def copy_of_a(model):
     """Weights with which both embeddings are a code of A, and the tile is never looked at."""
     width = model.aerial_tower.dim

@@ -20,7 +20,7 @@ from tiny_stage import LineTask, rows
 from torch import nn
 
 from cvmatch import config as configs
-from cvmatch import tracking, training
+from cvmatch import draws, tracking, training
 from cvmatch.training import loop, meters, runs
 
 LINE = functools.partial(LineTask, 0.05, 0.1)
@@ -249,6 +249,22 @@ def test_fit_with_one_seed_repeats_itself_and_with_another_does_not(ray_session,
 
 
 @pytest.mark.ray
+def test_each_epoch_trains_on_all_rows_in_an_order_of_its_own(ray_session, fit):
+    seen: dict[int, list[int]] = {}
+
+    class Watched(LineTask):
+        def forward(self, batch):
+            if self.training:
+                seen.setdefault(int(batch["epoch"]), []).extend(batch["key"].tolist())
+            return super().forward(batch)
+
+    stored = [draws.key(f"0/{index}") for index in range(32)]
+    training.fit(lambda: Watched(0.05), rows(32), None, fit)
+    assert [sorted(keys) for keys in seen.values()] == [sorted(stored)] * 3
+    assert seen[0] != stored
+    assert seen[1] not in (stored, seen[0])
+
+
 def test_accumulated_steps_move_as_one_step_of_their_rows(ray_session, fit):
     build = functools.partial(LineTask, 0.05)
     whole = dataclasses.replace(fit, batch=16, shuffle=0, clip_norm=0.0)
