@@ -493,7 +493,7 @@ def test_sample_asks_the_unet_once_a_step_for_all_rows_and_both_conditions(gener
     asked.clear()
     _draw(generator, 3, steps=2, guidance=1.0)
     assert asked == [3] * 2
-    usual = Generate()  # the prototype drew one picture at a time, in 50 steps
+    usual = infer.Generate()  # the prototype drew one picture at a time, in 50 steps
     assert usual.pool.batch >= 8
     assert usual.steps <= 20
 
