@@ -33,7 +33,7 @@ check: install ## lint, format and types
 	$(BIN)/pyright
 
 bench: install ## every benchmark, short
-	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python $$script --quick || exit 1; done
+	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script --quick || exit 1; done
 
 clean: ## delete what tests and jobs left here; .venv, data and runs stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis demo
