@@ -75,10 +75,9 @@ def _command(script: str) -> str:
 
 def _commit() -> str:
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
+        return subprocess.check_output(
+            ["git", *words], cwd=_ROOT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
 
     try:
         changed = " and changes" if git("status", "--porcelain", "cvmatch", "benchmarks") else ""

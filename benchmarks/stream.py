@@ -72,6 +72,16 @@ def pooled(stage: Stage) -> float:
     return rows / (arrived[-2][0] - arrived[WARM - 1][0])
 
 
+def compared(stage: Stage, batches: Sequence[Batch], rounds: int) -> tuple[float, float]:
+    """Median rows a second of the loop and of the pool, which run in turns."""
+    loops, pools = [], []
+    with progress.watch(stage.name, 2 * rounds, lambda: len(loops) + len(pools)):
+        for _ in range(rounds):
+            loops.append(bare(stage, batches))
+            pools.append(pooled(stage))
+    return statistics.median(loops), statistics.median(pools)
+
+
 def stages(models: str, data: Ingest, batch: int) -> list[Stage]:
     """Generation and segmentation, with toy models of random new weights: speed needs no more."""
     conditioning = Conditioning(panorama_width=256, crops=4)
@@ -98,33 +108,26 @@ def main(asked: Stream) -> None:
     pairs = asked.pairs or (160 if asked.quick else 640)
     rounds = asked.rounds or (1 if asked.quick else 3)
     engine.start(logical_cpus=4)
-    rows, figures = [], {}
     with tempfile.TemporaryDirectory() as at:
         make_world(MakeWorld(output=f"{at}/world", train=pairs, val=16))
         data = Ingest(root=f"{at}/world", block=asked.batch)
         batches: list = list(
             ingest(data).iter_batches(batch_size=asked.batch, batch_format="numpy")
         )
-        plan, done = stages(at, data, asked.batch), 0
-        with progress.watch("runs", 2 * len(plan) * rounds, lambda: done):
-            for stage in plan:
-                found: dict[str, list[float]] = {"bare": [], "pool": []}
-                for _ in range(rounds):
-                    found["bare"].append(bare(stage, batches))
-                    done += 1
-                    found["pool"].append(pooled(stage))
-                    done += 1
-                loop, pool = (statistics.median(values) for values in found.values())
-                ratio = pool / loop
-                rows.append(
-                    {"stage": stage.name, "bare loop, rows/s": loop, "pool of one, rows/s": pool}
-                    | {"pool / loop": ratio}
-                )
-                figures |= {
-                    f"{stage.name}.bare": loop,
-                    f"{stage.name}.pool": pool,
-                    f"{stage.name}.ratio": ratio,
-                }
+        plan = stages(at, data, asked.batch)
+        speeds = [(stage.name, *compared(stage, batches, rounds)) for stage in plan]
+    rows = [
+        {
+            "stage": name,
+            "bare loop, rows/s": loop,
+            "pool of one, rows/s": pool,
+            "pool / loop": pool / loop,
+        }
+        for name, loop, pool in speeds
+    ]
+    figures = {}
+    for name, loop, pool in speeds:
+        figures |= {f"{name}.bare": loop, f"{name}.pool": pool, f"{name}.ratio": pool / loop}
     notes = (
         f"{pairs} pairs (tiles 128 x 128, panoramas 64 x 256), batches of {asked.batch}, "
         f"{rounds} rounds in turns, medians. Toy models; 3 sampling steps with guidance.",

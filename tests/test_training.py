@@ -265,6 +265,7 @@ def test_each_epoch_trains_on_all_rows_in_an_order_of_its_own(ray_session, fit):
     assert seen[1] not in (stored, seen[0])
 
 
+@pytest.mark.ray
 def test_accumulated_steps_move_as_one_step_of_their_rows(ray_session, fit):
     build = functools.partial(LineTask, 0.05)
     whole = dataclasses.replace(fit, batch=16, shuffle=0, clip_norm=0.0)
