@@ -5,20 +5,25 @@ import math
 import os
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray.data
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow import MlflowClient
+from pyarrow import parquet
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from cvmatch import draws, images, metrics, schema, tracking
+from cvmatch import draws, images, manifest, metrics, schema, tracking
 from cvmatch.engine import Pool
 from cvmatch.images import BadImage
 from cvmatch.ingest import Ingest
 from cvmatch.schema import IGNORE, PALETTE
+from cvmatch.segment import windows
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
-from cvmatch.segment.model import Segmenter, enlarge
-from cvmatch.segment.pairs import FILE, Preprocess, decode
+from cvmatch.segment.model import BASES, Segmenter, enlarge
+from cvmatch.segment.pairs import FILE, Preprocess, decode, synthesized
 from cvmatch.segment.train import (
     SegmenterTask,
     TrainSegmenter,
@@ -28,19 +33,20 @@ from cvmatch.segment.train import (
     dice,
     labelled,
     train,
+    training_rows,
 )
 from cvmatch.training import Fit
 
 SIZE = 64
 
 
-def segformer(num_labels: int, **sizes: list[int]) -> SegformerForSemanticSegmentation:
+def segformer(num_labels: int, **changes: float) -> SegformerForSemanticSegmentation:
     """A SegFormer of 8 to 16 channels, without dropout so that two passes agree."""
     small = {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4}
     dry = {"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0, "decoder_hidden_size": 16}
     torch.manual_seed(0)
     return SegformerForSemanticSegmentation(
-        SegformerConfig(num_labels=num_labels, **{**small, **dry, **sizes})
+        SegformerConfig(num_labels=num_labels, **small, **dry, **changes)
     )
 
 
@@ -79,6 +85,12 @@ def published(task: SegmenterTask, tmp_path: os.PathLike) -> str:
     return directory
 
 
+@pytest.fixture
+def lively() -> Segmenter:
+    """A segmenter of wide random weights: its logits vary by more than 1 between pixels."""
+    return Segmenter(segformer(5, initializer_range=0.2), Preprocess(size=SIZE)).eval()
+
+
 def rows_of(**changes: list) -> dict[str, np.ndarray]:
     """Three rows with pictures and class maps."""
     maps = [images.encode(images.colours_of(np.full((90, 70), i, np.uint8))) for i in range(3)]
@@ -109,6 +121,84 @@ def test_segmenter_training_and_inference_give_equal_logits(task: SegmenterTask,
     expected = enlarge(trained, SIZE).argmax(1).numpy()
     found = [images.decode_ids(data) for data in actor(rows)[schema.SYNTHETIC_CLASSES]]
     np.testing.assert_array_equal(np.stack(found), expected)
+
+
+def planes(seed: int, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
+    """A picture as the network's input wants it: (3, height, width)."""
+    return torch.from_numpy(picture(seed, height, width)).permute(2, 0, 1).contiguous()
+
+
+def test_scores_flip_is_the_mean_over_picture_and_mirror(lively: Segmenter):
+    tiles = torch.stack([planes(1), planes(2)])
+    with torch.no_grad():
+        plain, mirrored = (lively.scores(t) for t in (tiles, tiles.flip(-1)))
+        flipped = lively.scores(tiles, flip=True)
+    torch.testing.assert_close(flipped, (plain + mirrored.flip(-1)) / 2, atol=1e-4, rtol=0)
+    assert (plain - mirrored.flip(-1)).abs().max() > 1  # without it, the mirror matters
+
+
+def test_scores_flip_of_the_mirror_are_the_mirrored_scores(lively: Segmenter):
+    tiles = torch.stack([planes(1), planes(2)])
+    with torch.no_grad():
+        scores, mirrored = (lively.scores(t, flip=True) for t in (tiles, tiles.flip(-1)))
+    torch.testing.assert_close(mirrored.flip(-1), scores, atol=1e-4, rtol=0)
+    maps = [lively.predict(t, flip=True) for t in (tiles, tiles.flip(-1))]
+    assert (maps[0] == maps[1].flip(-1)).float().mean() > 0.999  # but for ties
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_predict_large_of_a_tile_is_the_plain_prediction(lively: Segmenter, flip: bool):
+    tile = planes(1)
+    plain = lively.predict(tile[None], flip=flip)[0]
+    assert len(plain.unique()) > 1
+    assert torch.equal(lively.predict_large(tile, flip=flip), plain)
+
+
+@given(
+    length=st.integers(1, 400),
+    size=st.integers(1, 64),
+    overlap=st.floats(0, 1, exclude_max=True),
+)
+def test_windows_cover_everything_and_overlap(length: int, size: int, overlap: float):
+    found = windows.starts(length, size, overlap)
+    seen = {pixel for start in found for pixel in range(start, start + size)}
+    assert seen == set(range(max(length, size)))
+    steps = np.diff(found)
+    assert (steps > 0).all()
+    assert (steps <= max(1, size * (1 - overlap))).all()
+
+
+def test_blend_network_of_single_pixels_is_not_changed_by_windows():
+    whole = planes(1, 150, 97)
+
+    def scores(tiles: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tiles, tiles[:, :2] * 2], dim=1).float()
+
+    found = windows.blend(scores, whole, Preprocess(size=SIZE), 0.3)
+    torch.testing.assert_close(found, scores(whole[None])[0])
+
+
+def test_blend_constant_picture_has_no_seam(lively: Segmenter):
+    grey = torch.full((3, 3 * SIZE, 2 * SIZE), 90, dtype=torch.uint8)
+
+    def steps(logits: torch.Tensor) -> float:
+        return max(logits.diff(dim=axis).abs().max().item() for axis in (1, 2))
+
+    with torch.no_grad():
+        one = lively.scores(grey[None, :, :SIZE, :SIZE])[0]
+        butted, blended = (
+            windows.blend(lively.scores, grey, lively.preprocess, overlap)
+            for overlap in (0.0, 0.25)
+        )
+    assert steps(butted) > 2 * steps(one)
+    assert steps(blended) <= 1.01 * steps(one)
+
+
+def test_predict_large_short_side_is_continued(lively: Segmenter):
+    strip = planes(1, SIZE // 2, 3 * SIZE)
+    below = strip[:, -1:].expand(3, SIZE // 2, 3 * SIZE)
+    whole = lively.predict_large(torch.cat([strip, below], dim=1))
+    assert torch.equal(lively.predict_large(strip), whole[: SIZE // 2])
 
 
 @pytest.mark.parametrize("change", [{"mean": [0.0, 0.0, 0.0]}, {"std": [1.0, 1.0, 1.0]}])
@@ -197,18 +287,54 @@ def test_from_base_pickled_weights_are_not_read(base: str, tmp_path: os.PathLike
         Segmenter.from_base(str(tmp_path), Preprocess())
 
 
-def test_segformer_b3_has_the_published_size():
-    sizes = {"hidden_sizes": [64, 128, 320, 512], "depths": [3, 4, 18, 3]}
-    heads = {"num_attention_heads": [1, 2, 5, 8], "decoder_hidden_size": 768}
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("b0", "nvidia/segformer-b0-finetuned-ade-512-512"),
+        ("b3", "nvidia/segformer-b3-finetuned-ade-512-512"),
+        ("b5", "nvidia/segformer-b5-finetuned-ade-640-640"),
+    ],
+)
+def test_from_base_short_name_is_looked_for_on_the_hub(
+    name: str, repository: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
+    with pytest.raises(ValueError, match=f"--base {repository}: .*hf download {repository}"):
+        Segmenter.from_base(name, Preprocess())
+
+
+def test_train_segmenter_defaults_are_the_reference_run():
+    config = TrainSegmenter()
+    assert BASES[config.base] == "nvidia/segformer-b3-finetuned-ade-512-512"
+    assert (config.fit.epochs, config.fit.batch, config.fit.schedule) == (60, 6, "plateau")
+
+
+# Xie et al. 2021: widths and depths from table 6, millions of parameters from table 1 (encoder,
+# decoder, and both rounded to one digit; all weights and biases, with the head's 150 classes).
+PUBLISHED = {
+    "b0": ([32, 64, 160, 256], [2, 2, 2, 2], 256, 3.4, 0.4),
+    "b1": ([64, 128, 320, 512], [2, 2, 2, 2], 256, 13.1, 0.6),
+    "b2": ([64, 128, 320, 512], [3, 4, 6, 3], 768, 24.2, 3.3),
+    "b3": ([64, 128, 320, 512], [3, 4, 18, 3], 768, 44.0, 3.3),
+    "b4": ([64, 128, 320, 512], [3, 8, 27, 3], 768, 60.8, 3.3),
+    "b5": ([64, 128, 320, 512], [3, 6, 40, 3], 768, 81.4, 3.3),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_segformer_has_the_published_number_of_parameters(name: str):
+    widths, depths, head, *millions = PUBLISHED[name]
+    sizes = {"hidden_sizes": widths, "depths": depths, "decoder_hidden_size": head}
+    heads = {"num_attention_heads": [1, 2, 5, 8]}
     with torch.device("meta"):
         net = SegformerForSemanticSegmentation(SegformerConfig(num_labels=150, **sizes, **heads))
-    millions = {
-        name: sum(weight.numel() for weight in part.parameters()) / 1e6
-        for name, part in net.named_children()
-    }
-    # Xie et al. 2021, table 1: 44.0 M encoder, 3.3 M decoder, 47.3 M in all.
-    assert millions["segformer"] == pytest.approx(44.0, abs=0.2)
-    assert sum(millions.values()) == pytest.approx(47.3, abs=0.2)
+    counts = [
+        sum(weight.numel() for weight in part.parameters()) / 1e6
+        for part in (net.segformer, net.decode_head)
+    ]
+    assert counts == pytest.approx(millions, abs=0.1)
+    assert sum(counts) == pytest.approx(sum(millions), abs=0.1)  # B3: 47.3
 
 
 def test_cross_entropy_even_logits_are_the_log_of_the_classes():
@@ -395,6 +521,45 @@ def test_actor_bad_picture_becomes_its_rows_error_and_leaves_the_others(publishe
     assert errors[2] is None
 
 
+def test_actor_windows_give_larger_pictures_maps_of_their_size(published: str):
+    size = (SIZE, SIZE)
+    sides = (size, (50, 40), (150, 90))  # the segmenter's own, smaller, larger
+    pictures = [images.encode(picture(i, *side)) for i, side in enumerate(sides)]
+    rows = rows_of(**{schema.SYNTHETIC: pictures})
+    plain, cut = (
+        [images.decode_ids(data) for data in actor(rows)[schema.SYNTHETIC_CLASSES]]
+        for actor in (SegmentAerial(published), SegmentAerial(published, overlap=0.25))
+    )
+    assert [ids.shape for ids in plain] == [size] * 3
+    assert [ids.shape for ids in cut] == [size, size, (150, 90)]
+    np.testing.assert_array_equal(plain[:2], cut[:2])
+    segmenter = Segmenter.load(published)
+    np.testing.assert_array_equal(cut[2], segmenter.predict_large(planes(2, 150, 90)).numpy())
+
+
+def test_actor_flip_is_that_of_the_segmenter(published: str):
+    rows = rows_of(**{schema.SYNTHETIC: [images.encode(picture(i, SIZE, SIZE)) for i in range(3)]})
+    maps = SegmentAerial(published, flip=True)(rows)[schema.SYNTHETIC_CLASSES]
+    tiles = torch.stack([planes(i) for i in range(3)])
+    expected = Segmenter.load(published).predict(tiles, flip=True).numpy()
+    np.testing.assert_array_equal([images.decode_ids(data) for data in maps], expected)
+
+
+def test_actor_windows_bad_picture_fails_alone(published: str):
+    rows = rows_of()
+    rows[schema.SYNTHETIC][0] = b"no picture"
+    done = SegmentAerial(published, overlap=0.25)(rows)
+    assert done[schema.ERROR][0].startswith("segment: synthetic: ")
+    assert done[schema.ERROR][1:].tolist() == [None, None]
+    assert images.decode_ids(done[schema.SYNTHETIC_CLASSES][2]).shape == (90, 70)
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1.0])
+def test_segment_overlap_outside_its_range_is_refused(overlap: float):
+    with pytest.raises(ValueError, match=r"overlap is a share in \[0, 1\)"):
+        Segment(overlap=overlap)
+
+
 def test_actor_all_rows_failed_passes_them_through(published: str):
     done = SegmentAerial(published)(rows_of(**{schema.SYNTHETIC: [None] * 3}))
     assert done[schema.SYNTHETIC_CLASSES].tolist() == [None] * 3
@@ -408,11 +573,41 @@ def test_actor_missing_column_is_refused(published: str):
         SegmentAerial(published)(rows)
 
 
-def make_pairs(root: str, maps: bool) -> None:
-    """Four pairs in the layout of CVUSA's subset: three to train on, one held out."""
+def test_synthesized_rows_show_a_with_the_true_map():
+    taken = synthesized(rows_of(), share=1.0)
+    decoded = decode(taken, Preprocess(size=32))
+    np.testing.assert_array_equal(
+        decoded["tile"][0], Preprocess(size=32).tile(images.encode(picture(9)))
+    )
+    assert [mask.max() for mask in decoded["mask"]] == [0, 1, 2]
+    true = decode(rows_of(), Preprocess(size=32))
+    assert not set(decoded["key"]) & set(true["key"])
+
+
+def test_synthesized_share_is_of_the_rows_and_the_same_in_any_batch():
+    names = [f"{number:07d}" for number in range(2000)]
+    columns = (schema.SYNTHETIC, schema.CLASSES, schema.ERROR)
+    rows = {name: np.full(2000, None, dtype=object) for name in columns}
+    rows[schema.PAIR_ID] = np.array(names, dtype=object)
+    taken = synthesized(rows, share=0.3)[schema.PAIR_ID].tolist()
+    assert 0.25 < len(taken) / 2000 < 0.35  # four standard deviations
+    halves = [{k: v[part] for k, v in rows.items()} for part in (slice(700), slice(700, None))]
+    again = [name for half in halves for name in synthesized(half, share=0.3)[schema.PAIR_ID]]
+    assert again == taken
+    assert synthesized(rows, share=0.3, seed=1)[schema.PAIR_ID].tolist() != taken
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_train_segmenter_share_outside_its_range_is_refused(share: float):
+    with pytest.raises(ValueError, match=r"synthesized_share is a share in \(0, 1\]"):
+        TrainSegmenter(synthesized_share=share)
+
+
+def make_pairs(root: str, maps: bool, count: int = 4) -> None:
+    """Pairs in the layout of CVUSA's subset: all but the last to train on, that one held out."""
     for folder in ("bingmap", "streetview", "segmap"):
         os.makedirs(os.path.join(root, folder))
-    for number in range(1, 5):
+    for number in range(1, count + 1):
         name = f"{number:07d}"
         ids = np.full((80, 80), number % 5, dtype=np.uint8)
         files = {
@@ -422,7 +617,7 @@ def make_pairs(root: str, maps: bool) -> None:
         for path, data in files.items():
             with open(os.path.join(root, path), "wb") as stream:
                 stream.write(data)
-    for split, numbers in (("train", (1, 2, 3)), ("val", (4,))):
+    for split, numbers in (("train", range(1, count)), ("val", (count,))):
         with open(os.path.join(root, f"{split}-19zl.csv"), "w") as table:
             for number in numbers:
                 ground = f"streetview/input{number:07d}.png"
@@ -455,6 +650,44 @@ def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
     assert experiment
     run = client.search_runs([experiment.experiment_id], "tags.stage = 'segment'", max_results=1)[0]
     assert "masks.png" in [file.path for file in client.list_artifacts(run.info.run_id)]
+
+
+def write_synthesized(output: str, count: int, split: str) -> None:
+    """Grey synthetic aerials with maps of class 4, in the form that jobs/synthesize.py writes."""
+    colours = images.colours_of(np.full((SIZE, SIZE), 4, dtype=np.uint8))
+    grey = images.encode(np.full((SIZE, SIZE, 3), 128, dtype=np.uint8))
+    names = [f"{number:07d}" for number in range(1, count + 1)]
+    columns = {schema.PAIR_ID: names, schema.SYNTHETIC: [grey] * count}
+    columns[schema.CLASSES] = [images.encode(colours)] * count
+    os.makedirs(output)
+    parquet.write_table(
+        schema.conform(pa.table(columns)), os.path.join(output, "0.parquet"), row_group_size=8
+    )
+    made = TrainSegmenter(data=Ingest(split=split))  # a config with `data`, as Synthesize is
+    manifest.write(output, rows=count, config=made, models={}, source="pairs")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_training_rows_come_once_and_synthetic_ones_between_the_true(tmp_path: os.PathLike):
+    output = os.path.join(tmp_path, "synthesized")
+    write_synthesized(output, 24, "train")
+    root = os.path.join(tmp_path, "pairs")
+    make_pairs(root, maps=True, count=25)
+    config = TrainSegmenter(data=Ingest(root=root, block=8), synthesized=output)
+    rows = training_rows(config, Preprocess(size=SIZE))
+    assert rows.count() == 48
+    drawn = [bool((row["tile"] == 128).all()) for row in rows.take_all()]
+    assert sum(drawn) == 24
+    assert sum(drawn[:24]) == pytest.approx(12, abs=4)  # blocks of 8 take turns
+
+
+def test_training_rows_of_another_split_are_refused(tmp_path: os.PathLike):
+    output = os.path.join(tmp_path, "synthesized")
+    write_synthesized(output, 2, "val")
+    config = TrainSegmenter(synthesized=output)
+    with pytest.raises(ValueError, match=r"expected rows of the split 'train'.*got 'val'"):
+        training_rows(config, Preprocess(size=SIZE))
 
 
 @pytest.mark.ray

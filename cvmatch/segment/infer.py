@@ -1,10 +1,12 @@
 """Rows with aerial pictures -> the same rows with maps of class ids."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from ray.data import Dataset
 
 from cvmatch import engine, hub, images, schema
@@ -21,49 +23,101 @@ class Segment:
     """URI of the directory that training published."""
     source: Literal["synthetic", "aerial"] = "synthetic"
     """Column of the pictures: the generated ones, or the true ones."""
+    flip: bool = False
+    """Average the logits with those of the mirrored picture, at twice the cost."""
+    tile: bool = False
+    """Read a picture larger than the segmenter's size in windows of that size, so that its map has
+    the picture's size; for pictures whose pixels show as much ground as those of the resized
+    training tiles. Else, all are resized as in training, and so are their maps."""
+    overlap: float = 0.25
+    """Share of a window's side, in [0, 1), that it has in common with the next, with `tile`."""
     pool: engine.Pool = field(default_factory=engine.Pool)
     """Actors that hold the model."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"segment: overlap is a share in [0, 1), got {self.overlap}.")
 
 
 class SegmentAerial:
     """`synthetic` (or `aerial`) picture -> `synthetic_classes`, a PNG of class ids (mode L).
 
-    The map has the segmenter's own size. A row with an `error` passes through, its map null; a
-    picture that cannot be decoded becomes the `error` of its row.
+    The map has the segmenter's own size; with `tile`, a larger picture's map has the picture's. A
+    row with an `error` passes through, its map null; a picture that cannot be decoded becomes the
+    `error` of its row.
     """
 
-    def __init__(self, model: str, source: str = schema.SYNTHETIC) -> None:
+    def __init__(
+        self,
+        model: str,
+        source: str = schema.SYNTHETIC,
+        flip: bool = False,
+        overlap: float | None = None,
+    ) -> None:
+        """`overlap` of the windows that larger pictures are read in; None: they are resized."""
         self.segmenter = Segmenter.load(model, engine.device())
-        self.source = source
+        self.source, self.flip, self.overlap = source, flip, overlap
 
     def __call__(self, batch: Batch) -> Batch:
         """Segment the pictures of one batch of rows."""
         schema.require(batch, (schema.PAIR_ID, self.source, schema.ERROR), "segment")
         errors = [error if isinstance(error, str) else None for error in batch[schema.ERROR]]
-        tiles = {}
-        for row, data in enumerate(batch[self.source]):
-            if errors[row] is None:
-                try:
-                    tiles[row] = self.segmenter.preprocess.tile(data or b"")  # null: empty
-                except images.BadImage as error:
-                    errors[row] = f"segment: {self.source}: {error}"
         maps: list[bytes | None] = [None] * len(errors)
+        size = self.segmenter.preprocess.size
+        tiles = {}
+        for row, picture in self._pictures(batch[self.source], errors):
+            if picture.shape[1:] == (size, size):
+                tiles[row] = picture
+            else:  # at once: a batch of them may be gigabytes
+                maps[row] = images.encode(self._large(picture))
         for row, ids in zip(tiles, self._ids(list(tiles.values())), strict=True):
             maps[row] = images.encode(ids)
         added = {schema.SYNTHETIC_CLASSES: _objects(maps), schema.ERROR: _objects(errors)}
         return {**batch, **added}
 
+    def _pictures(
+        self, column: np.ndarray, errors: list[str | None]
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "3 h w"]]]:
+        """Row and pixels of each picture; puts in `errors` why a row has none."""
+        for row, data in enumerate(column):
+            if errors[row] is None:
+                try:
+                    yield row, self._pixels(data or b"")  # null: empty
+                except images.BadImage as error:
+                    errors[row] = f"segment: {self.source}: {error}"
+
+    def _pixels(self, data: bytes) -> UInt8[np.ndarray, "3 h w"]:
+        """Pixels at the segmenter's size, or at the picture's own if it is to be cut in windows."""
+        preprocess = self.segmenter.preprocess
+        if self.overlap is not None:
+            own = images.decode(data).transpose(2, 0, 1)
+            if max(own.shape[1:]) > preprocess.size:
+                return own
+        return preprocess.tile(data)
+
+    def _large(self, picture: UInt8[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, "h w"]:
+        assert self.overlap is not None, "pictures are resized"
+        pixels = torch.tensor(picture, device=engine.device())
+        ids = self.segmenter.predict_large(pixels, overlap=self.overlap, flip=self.flip)
+        return ids.cpu().numpy()
+
     def _ids(self, tiles: list[np.ndarray]) -> np.ndarray:
         if not tiles:
             return np.empty((0, 0, 0), dtype=np.uint8)
         pixels = torch.from_numpy(np.stack(tiles)).to(engine.device())
-        return self.segmenter.predict(pixels).cpu().numpy()
+        return self.segmenter.predict(pixels, flip=self.flip).cpu().numpy()
 
 
 def segment(rows: Dataset, config: Segment) -> Dataset:
     """Add `synthetic_classes` to rows with the pictures of `config.source`; lazy."""
     return engine.map_actors(
-        rows, SegmentAerial, config.pool, model=hub.anywhere(config.model), source=config.source
+        rows,
+        SegmentAerial,
+        config.pool,
+        model=hub.anywhere(config.model),
+        source=config.source,
+        flip=config.flip,
+        overlap=config.overlap if config.tile else None,
     )
 
 

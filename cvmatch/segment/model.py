@@ -5,6 +5,7 @@ beside the weights: a segmenter cannot be run at another size or normalisation t
 """
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 from transformers import SegformerForSemanticSegmentation
 
 from cvmatch import hub, schema, storage
+from cvmatch.segment import windows
 from cvmatch.segment.pairs import FILE, Preprocess
+
+BASES = {
+    f"b{number}": f"nvidia/segformer-b{number}-finetuned-ade-{side}-{side}"
+    for number, side in enumerate((512, 512, 512, 512, 512, 640))
+}
+"""Short names of the published SegFormers of 150 classes (ADE20K), and their hub ids."""
 
 
 class Segmenter(nn.Module):
@@ -27,13 +35,14 @@ class Segmenter(nn.Module):
 
     @classmethod
     def from_base(cls, base: str, preprocess: Preprocess, flag: str = "--base") -> "Segmenter":
-        """A pretrained SegFormer, by hub id or directory, to be fine-tuned.
+        """A pretrained SegFormer, by short name (`BASES`), hub id or directory, to be fine-tuned.
 
         Its last layer is kept where its number of classes is right, and else made new.
 
         Raises:
             ValueError: the base is not there; says what to download and that `flag` takes it.
         """
+        base = BASES.get(base, base)
         names = schema.LABELS[: preprocess.num_classes]
         labels: dict[str, Any] = {
             "id2label": dict(enumerate(names)),
@@ -73,10 +82,33 @@ class Segmenter(nn.Module):
         """Scores of the classes at a quarter of the size, of tiles with values in [0, 255]."""
         return self.net(self.preprocess.normalise(tiles)).logits
 
+    def scores(
+        self, tiles: Num[Tensor, "n 3 size size"], *, flip: bool = False
+    ) -> Float[Tensor, "n classes size size"]:
+        """Logits at the resolution of the tiles; with `flip`, their mean over tile and mirror."""
+        logits = self.logits(tiles)
+        if flip:
+            logits = (logits + self.logits(tiles.flip(-1)).flip(-1)) / 2
+        return enlarge(logits, tiles.shape[-1])
+
     @torch.inference_mode()
-    def predict(self, tiles: UInt8[Tensor, "n 3 size size"]) -> UInt8[Tensor, "n size size"]:
-        """Most probable class id of each pixel."""
-        return enlarge(self.logits(tiles), tiles.shape[-1]).argmax(dim=1).byte()
+    def predict(
+        self, tiles: UInt8[Tensor, "n 3 size size"], *, flip: bool = False
+    ) -> UInt8[Tensor, "n size size"]:
+        """Most probable class id of each pixel, of tiles at the size it was trained with."""
+        return self.scores(tiles, flip=flip).argmax(dim=1).byte()
+
+    @torch.inference_mode()
+    def predict_large(
+        self, picture: UInt8[Tensor, "3 h w"], *, overlap: float = 0.25, flip: bool = False
+    ) -> UInt8[Tensor, "h w"]:
+        """Most probable class id of each pixel of a picture of any size, by overlapping windows.
+
+        The windows have the size it was trained with, so a pixel should show as much ground as a
+        pixel of the (resized) training tiles; neighbours share `overlap` of their side.
+        """
+        scores = functools.partial(self.scores, flip=flip)
+        return windows.blend(scores, picture, self.preprocess, overlap).argmax(dim=0).byte()
 
 
 def enlarge(

@@ -113,3 +113,28 @@ def decode(batch: dict[str, np.ndarray], preprocess: Preprocess) -> dict[str, np
         "mask": np.array(masks, dtype=np.uint8).reshape(-1, side, side),
         "key": np.array(keys, dtype=np.int64),
     }
+
+
+def decode_synthesized(
+    batch: dict[str, np.ndarray], preprocess: Preprocess, share: float, seed: int
+) -> dict[str, np.ndarray]:
+    """`decode` of a `share` of rows of SYNTHESIZED, with A in the place of C."""
+    return decode(synthesized(batch, share, seed), preprocess)
+
+
+def synthesized(batch: dict[str, np.ndarray], share: float, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of SYNTHESIZED -> rows that `decode` reads, with A in the place of C.
+
+    A `share` of them, in [0, 1], which id and `seed` alone decide. Their ids are made to differ
+    from those of the true pictures, so that augmentation is drawn for each by itself.
+    """
+    names = [str(name) for name in batch[schema.PAIR_ID]]
+    keys = torch.tensor([draws.key(name) for name in names], dtype=torch.int64)
+    taken = (draws.uniform(keys, draws.stream(seed, purpose="synthesized")) < share).numpy()
+    rows = {
+        schema.PAIR_ID: np.array([f"{name} {schema.SYNTHETIC}" for name in names], dtype=object),
+        schema.AERIAL: batch[schema.SYNTHETIC],
+        schema.CLASSES: batch[schema.CLASSES],
+        schema.ERROR: batch[schema.ERROR],
+    }
+    return {column: values[taken] for column, values in rows.items()}

@@ -2,19 +2,22 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import ray.data
 import torch
 from jaxtyping import Float, UInt8
 from ray.data import Dataset
 from ray.train import Result
 from torch import Tensor, nn
 
-from cvmatch import draws, hub, images, metrics, schema, tracking, training
+from cvmatch import draws, hub, images, manifest, metrics, schema, storage, tracking, training
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.segment.model import Segmenter, enlarge
-from cvmatch.segment.pairs import Preprocess, decode
+from cvmatch.segment.pairs import Preprocess, decode, decode_synthesized
 
 JITTER = 0.3
 """Brightness, contrast and saturation are scaled by factors in 1 +- JITTER in training."""
@@ -34,8 +37,13 @@ class TrainSegmenter:
     """Rows to train on; those without a class map are left out."""
     val: Ingest | None = None
     """Rows to validate on; None: with the schedule plateau the split `val` of `data`, else none."""
-    base: str = "nvidia/segformer-b3-finetuned-ade-512-512"
-    """Pretrained SegFormer (B0 to B5): hub id or local directory."""
+    synthesized: str = ""
+    """URI of rows that jobs/synthesize.py wrote for this split: their synthetic aerials, with the
+    true tiles' maps, are trained on too; empty: none."""
+    synthesized_share: float = 1.0
+    """Share of those rows that is added, in (0, 1]."""
+    base: str = "b3"
+    """Pretrained SegFormer: b0 to b5 (of ADE20K, from the hub), a hub id, or a local directory."""
     size: int = 512
     """Height and width of the pictures and masks in training and inference, in pixels."""
     num_classes: int = 5
@@ -56,6 +64,13 @@ class TrainSegmenter:
         default_factory=lambda: training.Fit(epochs=60, batch=6, schedule="plateau")
     )
     """The training loop."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.synthesized_share <= 1:
+            raise ValueError(
+                "train_segmenter: synthesized_share is a share in (0, 1], got "
+                f"{self.synthesized_share}. For none, leave out --synthesized."
+            )
 
 
 class SegmenterTask(nn.Module):
@@ -113,11 +128,13 @@ def train(config: TrainSegmenter) -> Result:
     """Train on the rows of `config.data` and publish the model at `config.output`.
 
     Raises:
-        ValueError: no row has a class map, or the base model cannot be had.
+        FileNotFoundError: no finished output of jobs/synthesize.py at `config.synthesized`.
+        ValueError: no row has a class map, the synthesized rows are of another split, or the base
+            model cannot be had.
     """
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
     held_out = _held_out(config)
-    rows = labelled(config.data, preprocess, config.fit)
+    rows = training_rows(config, preprocess)
     val = held_out and labelled(held_out, preprocess, config.fit)
     weights = None
     if config.class_weights:
@@ -137,19 +154,40 @@ def labelled(data: Ingest, preprocess: Preprocess, fit: training.Fit) -> Dataset
     Raises:
         ValueError: there is none.
     """
-    step = functools.partial(decode, preprocess=preprocess)
-    decoded = ingest(data).map_batches(
-        step,  # pyright: ignore[reportArgumentType] (Ray's type wants every batch format at once)
-        batch_format="numpy",
-        batch_size=None,
-    )
-    decoded = training.cached(decoded, fit)
+    decoded = training.cached(_mapped(ingest(data), decode, preprocess=preprocess), fit)
     if not decoded.take(1):
         raise ValueError(
             f"{data.root} ({data.split}): expected rows with a class map, got none. The segmenter "
             "learns from segmap/*.png; official CVUSA has none, the published subset has."
         )
     return decoded
+
+
+def training_rows(config: TrainSegmenter, preprocess: Preprocess) -> Dataset:
+    """Labelled rows of `config.data`, and between them those of `config.synthesized`.
+
+    Raises:
+        FileNotFoundError: no finished output of jobs/synthesize.py at `config.synthesized`.
+        ValueError: it is of another split, or no row of `config.data` has a class map.
+    """
+    if not config.synthesized:
+        return labelled(config.data, preprocess, config.fit)
+    made = manifest.read(config.synthesized)["config"]
+    split = made.get("data", {}).get("split")
+    if split != config.data.split:
+        raise ValueError(
+            f"{config.synthesized}: expected rows of the split {config.data.split!r} that is "
+            f"trained on, got {split!r}. Pass the output of jobs/synthesize.py for that split."
+        )
+    filesystem, path = storage.resolve(config.synthesized)
+    columns = [schema.PAIR_ID, schema.SYNTHETIC, schema.CLASSES, schema.ERROR]
+    drawn = ray.data.read_parquet(path, filesystem=filesystem, columns=columns)
+    share = config.synthesized_share
+    options = {"preprocess": preprocess, "share": share, "seed": config.fit.seed}
+    drawn = _mapped(drawn, decode_synthesized, **options)
+    true = labelled(config.data, preprocess, config.fit)
+    # mix and not union, which would put them all at the end of an epoch.
+    return training.cached(true.mix(drawn, weights=[1.0, share]), config.fit)
 
 
 def class_weights(masks: UInt8[np.ndarray, "n h w"], num_classes: int) -> list[float]:
@@ -215,6 +253,11 @@ def sheet(segmenter: Segmenter, rows: list[dict]) -> UInt8[np.ndarray, "h w 3"]:
         for tile, row, ids in zip(tiles, rows, predicted, strict=True)
     ]
     return np.vstack(strips)
+
+
+def _mapped(rows: Dataset, step: Callable, **arguments: Any) -> Dataset:
+    """`step` on whole blocks."""
+    return rows.map_batches(step, fn_kwargs=arguments, batch_format="numpy", batch_size=None)
 
 
 def _held_out(config: TrainSegmenter) -> Ingest | None:
