@@ -28,7 +28,9 @@ class Scale:
         return {**batch, "value": batch["id"] * self.factor}
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"batch": 0}, {"size": 3, "max_size": 2}])
+@pytest.mark.parametrize(
+    "wrong", [{"size": 0}, {"batch": 0}, {"calls": 0}, {"size": 3, "max_size": 2}]
+)
 def test_pool_refuses_sizes_that_cannot_be(wrong):
     with pytest.raises(ValueError, match="size >= 1"):
         Pool(**wrong)

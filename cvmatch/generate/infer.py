@@ -8,6 +8,10 @@ from ray.data import Dataset
 
 from cvmatch import draws, engine, images, schema, storage
 from cvmatch.generate.model import Generator, require
+from cvmatch.rowwise import Rowwise, reason
+
+Keyed = tuple[np.ndarray, int]
+"""A panorama's pixels, uint8, and the key of its noise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,7 @@ class Generate:
     """Guidance scale; 1: none, half the time; 4 oversaturates."""
     seed: int = 0
     """Other seeds draw other pictures of the same panorama."""
-    pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32))
+    pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32, calls=2))
     """Actors."""
 
     def __post_init__(self) -> None:
@@ -31,33 +35,40 @@ class Generate:
 
 
 class GenerateAerial:
-    """`ground` (encoded) -> `synthetic` (PNG); a row with `error`, or a bad picture, gets none."""
+    """`ground` (encoded) -> `synthetic` (PNG); a row with `error`, or a bad picture, gets none.
 
-    def __init__(self, model: str, steps: int, guidance: float, seed: int) -> None:
+    `batch`: rows a call of the network, whatever the number of rows at hand (`Rowwise`).
+    """
+
+    def __init__(self, model: str, steps: int, guidance: float, seed: int, batch: int = 32) -> None:
         self.generator = Generator.load(model, engine.device())
         self.steps, self.guidance, self.seed = steps, guidance, seed
+        self.draw = Rowwise(self._draw, batch)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One batch; the failed rows keep the reason in `error`."""
         errors = np.array(batch[schema.ERROR], dtype=object)
-        drawn = np.full(len(errors), None, dtype=object)
-        pictures, good = [], []
-        for index, data in enumerate(batch[schema.GROUND]):
-            if errors[index]:
+        keyed: dict[int, Keyed] = {}
+        for row, data in enumerate(batch[schema.GROUND]):
+            if errors[row]:
                 continue
             try:
-                pictures.append(images.decode(data or b"", self.generator.panorama_size))
-                good.append(index)
+                panorama = images.decode(data or b"", self.generator.panorama_size)
             except images.BadImage as error:
-                errors[index] = f"generate: {schema.GROUND}: {error}"
-        if good:
-            keys = [draws.key(str(batch[schema.PAIR_ID][index])) for index in good]
-            for index, picture in zip(good, self._draw(pictures, keys), strict=True):
-                drawn[index] = images.encode(picture)
+                errors[row] = f"generate: {schema.GROUND}: {error}"
+            else:
+                keyed[row] = panorama, draws.key(str(batch[schema.PAIR_ID][row]))
+        drawn = np.full(len(errors), None, dtype=object)
+        for row, picture in zip(keyed, self.draw(list(keyed.values())), strict=True):
+            if isinstance(picture, Exception):
+                errors[row] = f"generate: {reason(picture)}"
+            else:
+                drawn[row] = images.encode(picture)
         return {**batch, schema.SYNTHETIC: drawn, schema.ERROR: errors}
 
-    def _draw(self, pictures: list[np.ndarray], keys: list[int]) -> np.ndarray:
+    def _draw(self, rows: list[Keyed]) -> list[np.ndarray | Exception]:
         at = self.generator.device
+        pictures, keys = zip(*rows, strict=True)
         panorama = torch.from_numpy(np.stack(pictures)).to(at).permute(0, 3, 1, 2).float() / 255
         drawn = self.generator.sample(
             panorama,
@@ -66,7 +77,12 @@ class GenerateAerial:
             guidance=self.guidance,
             seed=self.seed,
         )
-        return (drawn * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        finite = drawn.isfinite().flatten(1).all(dim=1).tolist()
+        pixels = (drawn * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [
+            picture if fine else ArithmeticError("the picture is not finite")
+            for picture, fine in zip(pixels, finite, strict=True)
+        ]
 
 
 def generate(rows: Dataset, config: Generate) -> Dataset:
@@ -85,4 +101,5 @@ def generate(rows: Dataset, config: Generate) -> Dataset:
         steps=config.steps,
         guidance=config.guidance,
         seed=config.seed,
+        batch=config.pool.batch,
     )
