@@ -4,20 +4,27 @@ ingest -> generate -> segment -> Parquet: each picture is read once, and lives i
 until its row is written. A row that failed stays in the output with its reason in `error`.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyarrow import parquet
+from cvmatch import engine, manifest, progress, schema, storage, tracking
+from cvmatch.flow import Flow, each_step
+from cvmatch.generate.infer import Generate, GenerateAerial, generate
+from cvmatch.ingest import Ingest, accepted, ingest, read_pictures
+from cvmatch.segment.infer import Segment, SegmentAerial, segment
+from cvmatch.written import Judge, Written
 
-from cvmatch import engine, manifest, progress, schema, shard, storage, tracking
-from cvmatch.generate.infer import Generate, generate
-from cvmatch.ingest import Ingest, accepted, ingest
-from cvmatch.segment.infer import Segment, segment
-
-REJECTED = "rejected.jsonl"
 SOURCE = "source.json"
+"""Beside the parts: what they are made from."""
+
+OPERATORS = {
+    "read": read_pictures.__name__,
+    "generate": GenerateAerial.__name__,
+    "segment": SegmentAerial.__name__,
+    "write": "Write",
+}
+"""Stages that the progress shows, as `Flow` takes them."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +52,7 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
 
     Raises:
         ValueError: the output holds rows of other models or settings, the pools do not fit the
-            cluster, or more than `max_rejected` of the rows failed.
+            cluster, or more than `max_rejected` of the rows failed (at once, when so many did).
     """
     output = storage.absolute(config.output).rstrip("/")
     partial = f"{output}.partial"  # beside the output, whose readers take every Parquet file in it
@@ -57,19 +64,38 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
         return manifest.read(output)
     engine.start()
     with tracking.start("synthesize", config) as run:
+        written, flow = Written(output), Flow(OPERATORS)
         with engine.resumable(storage.join(partial, "checkpoint")):
-            engine.preflight(config.generate.pool, config.segment.pool)
-            rows = segment(generate(ingest(config.data), config.generate), config.segment)
-            rows = rows.map_batches(schema.conform, batch_format="pyarrow", batch_size=None)
-            filesystem, path = storage.resolve(output)
-            with progress.watch("synthesize", accepted(config.data), lambda: _written(output)):
-                rows.write_parquet(path, filesystem=filesystem)
-        rejected = _reject(output, config.max_rejected)
-        written = _written(output)
-        manifest.write(output, rows=written, config=config, models=models, source=config.data.root)
+            _stream(config, written, flow)
+        written.update()
+        written.judge(written.rows, config.max_rejected)
+        place = written.name_failed()
+        if written.failed:
+            _log.warning("%d of %d rows failed; see %s", len(written.failed), written.rows, place)
+        manifest.write(
+            output, rows=written.rows, config=config, models=models, source=config.data.root
+        )
         storage.remove(partial)
-        run.metrics({"rows": written, "rejected": rejected})
+        run.metrics({"rows": written.rows, "rejected": len(written.failed)})
+        run.metrics({f"rate/{name}": stage.rate for name, stage in flow.stages.items()})
+        run.tag("slowest", flow.slowest)
     return manifest.read(output)
+
+
+def _stream(config: Synthesize, written: Written, flow: Flow) -> None:
+    """Run the pass to its end, or until too many rows have failed."""
+    engine.preflight(config.generate.pool, config.segment.pool)
+    rows = segment(generate(ingest(config.data), config.generate), config.segment)
+    rows = rows.map_batches(schema.conform, batch_format="pyarrow", batch_size=None)
+    total = accepted(config.data)
+    written.update(running=True)  # what was written before
+    judge = Judge(written, total, config.max_rejected)
+    filesystem, path = storage.resolve(written.output)
+    with (
+        progress.watch("synthesize", total, lambda: written.rows, flow.note),
+        each_step(rows, flow.update, judge),
+    ):
+        rows.write_parquet(path, filesystem=filesystem)
 
 
 def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
@@ -92,7 +118,7 @@ def _claim(output: str, partial: str, made_from: dict[str, Any]) -> bool:
     """
     place = storage.join(output, SOURCE)
     before = storage.read_json(place) if storage.exists(place) else None
-    if before not in (None, made_from) or (before is None and _written(output)):
+    if before not in (None, made_from) or (before is None and _has_parts(output)):
         raise ValueError(
             f"{output}: expected rows made from {made_from}, got rows made from {before}. "
             f"Pass another --output, or delete {output}."
@@ -103,32 +129,5 @@ def _claim(output: str, partial: str, made_from: dict[str, Any]) -> bool:
     return storage.exists(storage.join(output, manifest.NAME))
 
 
-def _reject(output: str, max_share: float) -> int:
-    """Name the failed rows in rejected.jsonl; gives their number."""
-    lines, total = [], 0
-    for table in shard.batches(output, [schema.PAIR_ID, schema.ERROR]):
-        total += len(table)
-        failed = table.filter(table[schema.ERROR].is_valid()).to_pylist()
-        lines += [{"pair_id": row[schema.PAIR_ID], "reason": row[schema.ERROR]} for row in failed]
-    place = storage.join(output, REJECTED)
-    storage.write_text(place, "".join(json.dumps(line) + "\n" for line in lines))
-    if len(lines) > max_share * total:
-        raise ValueError(
-            f"{output}: expected at most {max_share:.0%} of {total} rows to fail, got "
-            f"{len(lines)}; the first: {lines[0]}. All are named in {place}. Mend the pictures or "
-            "raise --max-rejected, and delete this output, which keeps the failed rows."
-        )
-    if lines:
-        _log.warning("%d of %d rows failed; see %s", len(lines), total, place)
-    return len(lines)
-
-
-def _written(output: str) -> int:
-    """Rows of the finished parts, from their footers."""
-    filesystem, path = storage.resolve(output)
-    rows = 0
-    for name in storage.names(output):
-        if name.endswith(".parquet"):
-            with filesystem.open_input_file(f"{path}/{name}") as file:
-                rows += parquet.ParquetFile(file).metadata.num_rows
-    return rows
+def _has_parts(output: str) -> bool:
+    return any(name.endswith(".parquet") for name in storage.names(output))

@@ -1,0 +1,107 @@
+"""The Parquet parts that a stream has written: their rows, and which of these failed."""
+
+import itertools
+import json
+import time
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import compute, parquet
+
+from cvmatch import schema, storage
+
+REJECTED = "rejected.jsonl"
+"""Beside the parts: `pair_id` and `reason` of each failed row."""
+
+LOOK_S = 5.0
+"""Seconds between looks at the parts of a running stream."""
+
+Failed = dict[str, str]
+"""`pair_id` and `reason`."""
+
+Part = tuple[int, list[Failed]]
+"""Rows of a part, and those that failed."""
+
+
+class Written:
+    """What is in the parts of the directory `output` so far; each part is read once."""
+
+    def __init__(self, output: str) -> None:
+        self.output = output
+        self._parts: dict[str, Part] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows, failed or not."""
+        return sum(rows for rows, _ in self._parts.values())
+
+    @property
+    def failed(self) -> list[Failed]:
+        """The failed rows."""
+        return list(itertools.chain.from_iterable(failed for _, failed in self._parts.values()))
+
+    def update(self, running: bool = False) -> None:
+        """Read the parts that are new; `running`: but for those that are being written.
+
+        Raises:
+            pyarrow.ArrowInvalid: one is not whole.
+        """
+        names = [name for name in storage.names(self.output) if name.endswith(".parquet")]
+        found: dict[str, Part] = {}  # without those that a resumed stream deletes, half recorded
+        for name in names:
+            try:
+                found[name] = self._parts.get(name) or _read(storage.join(self.output, name))
+            except (pa.ArrowInvalid, FileNotFoundError):
+                if not running:
+                    raise
+        self._parts = found
+
+    def judge(self, total: int, max_share: float) -> None:
+        """Check how many rows failed.
+
+        Raises:
+            ValueError: more than `max_share` of `total`; they are named in rejected.jsonl.
+        """
+        failed = self.failed
+        if len(failed) > max_share * total:
+            place = self.name_failed()
+            raise ValueError(
+                f"{self.output}: expected at most {max_share:.0%} of {total} rows to fail, got "
+                f"{len(failed)} among the first {self.rows}, such as {failed[0]}. All are named in "
+                f"{place}. Mend the cause or raise --max-rejected, and delete this output, which "
+                "keeps the failed rows."
+            )
+
+    def name_failed(self) -> str:
+        """Write rejected.jsonl; gives its location."""
+        place = storage.join(self.output, REJECTED)
+        storage.write_text(place, "".join(json.dumps(row) + "\n" for row in self.failed))
+        return place
+
+
+class Judge:
+    """Ends a running stream as soon as more than `max_share` of its `total` rows have failed.
+
+    A `flow.Step`.
+    """
+
+    def __init__(self, written: Written, total: int, max_share: float) -> None:
+        self.written, self.total, self.max_share = written, total, max_share
+        self.next = 0.0
+
+    def __call__(self, _: Any) -> None:
+        """Look every `LOOK_S` seconds. Raises ValueError, as `Written.judge`."""
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + LOOK_S
+            self.written.update(running=True)
+            self.written.judge(self.total, self.max_share)
+
+
+def _read(location: str) -> Part:
+    filesystem, path = storage.resolve(location)
+    with filesystem.open_input_file(path) as file:
+        table = parquet.read_table(file, columns=[schema.PAIR_ID, schema.ERROR])
+    failed = table.filter(compute.field(schema.ERROR).is_valid()).to_pylist()
+    return len(table), [
+        {"pair_id": row[schema.PAIR_ID], "reason": row[schema.ERROR]} for row in failed
+    ]

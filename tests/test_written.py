@@ -1,0 +1,75 @@
+"""Rows and failed rows of the parts of a stream, while it writes them and afterwards."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cvmatch import schema
+from cvmatch.written import Judge, Written
+
+
+def part(output: Path, name: str, errors: list[str | None]) -> Path:
+    ids = [f"{name}-{row}" for row in range(len(errors))]
+    table = schema.conform(pa.table({"pair_id": ids, "error": pa.array(errors, pa.string())}))
+    pq.write_table(table, output / f"{name}.parquet")
+    return output / f"{name}.parquet"
+
+
+def test_written_counts_the_parts_and_names_the_failed_rows(tmp_path):
+    part(tmp_path, "a", [None, "no picture"])
+    written = Written(str(tmp_path))
+    written.update()
+    part(tmp_path, "b", [None, None, None])
+    (tmp_path / "manifest.json").write_text("{}")
+    written.update()
+    assert written.rows == 5
+    assert written.failed == [{"pair_id": "a-1", "reason": "no picture"}]
+    place = written.name_failed()
+    assert json.loads(Path(place).read_text()) == {"pair_id": "a-1", "reason": "no picture"}
+
+
+def test_written_leaves_out_a_part_that_is_being_written(tmp_path):
+    part(tmp_path, "a", [None])
+    whole = part(tmp_path, "b", [None, None]).read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:-100])
+    written = Written(str(tmp_path))
+    written.update(running=True)
+    assert written.rows == 1
+    with pytest.raises(pa.ArrowInvalid):
+        written.update()
+    (tmp_path / "b.parquet").write_bytes(whole)
+    written.update(running=True)
+    assert written.rows == 3
+
+
+def test_written_forgets_a_part_that_a_resumed_stream_deleted(tmp_path):
+    part(tmp_path, "a", [None])
+    gone = part(tmp_path, "b", ["no picture"])
+    written = Written(str(tmp_path))
+    written.update()
+    gone.unlink()
+    written.update()
+    assert (written.rows, written.failed) == (1, [])
+
+
+def test_written_judges_the_share_of_all_rows_not_of_those_so_far(tmp_path):
+    part(tmp_path, "a", [None, "no picture", "too large"])
+    written = Written(str(tmp_path))
+    written.update()
+    written.judge(total=40, max_share=0.05)  # 2 of 40
+    with pytest.raises(ValueError, match=r"at most 5% of 30 rows to fail, got 2 among the first 3"):
+        written.judge(total=30, max_share=0.05)
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_judge_ends_a_stream_with_too_many_failed_rows(tmp_path):
+    written = Written(str(tmp_path))
+    judge = Judge(written, total=30, max_share=0.05)
+    judge(None)
+    part(tmp_path, "a", ["no picture"] * 2)
+    judge.next = 0.0  # the time has come to look again
+    with pytest.raises(ValueError, match="no picture"):
+        judge(None)
