@@ -96,7 +96,7 @@ def start(logical_cpus: int = 8, dashboard: bool = False) -> None:
     context.enable_progress_bars = False
     # The second version lists files in tasks that start tasks: 7 s for one small file, against 2.
     context.use_datasource_v2 = False
-    # It raises what it logs as an error, and takes a `flow.Step` that ends a stream for a bug of Ray.
+    # It raises what it logs as an error, and calls the end by a `flow.Step` a bug of Ray.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
