@@ -545,6 +545,24 @@ def test_actor_flip_is_that_of_the_segmenter(published: str):
     np.testing.assert_array_equal([images.decode_ids(data) for data in maps], expected)
 
 
+@pytest.mark.parametrize("side", [SIZE, 2 * SIZE])
+def test_actor_network_that_fails_on_a_row_costs_that_row_only(published: str, side: int):
+    def refuse(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if (inputs[0].flatten(2).std(dim=2) < 1e-6).all(dim=1).any():
+            raise RuntimeError("a picture of one colour")
+
+    pictures = [picture(i, side, side) for i in range(3)]
+    pictures[1][:] = 7
+    rows = rows_of(**{schema.SYNTHETIC: [images.encode(p) for p in pictures]})
+    actor = SegmentAerial(published, overlap=0.25)
+    whole = actor(rows)[schema.SYNTHETIC_CLASSES]
+    actor.segmenter.net.register_forward_pre_hook(refuse)
+    done = actor(rows)
+    assert done[schema.ERROR][1] == "segment: RuntimeError: a picture of one colour"
+    assert done[schema.SYNTHETIC_CLASSES].tolist() == [whole[0], None, whole[2]]
+    assert done[schema.ERROR][[0, 2]].tolist() == [None, None]
+
+
 def test_actor_windows_bad_picture_fails_alone(published: str):
     rows = rows_of()
     rows[schema.SYNTHETIC][0] = b"no picture"

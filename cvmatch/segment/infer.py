@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from ray.data import Dataset
 
 from cvmatch import engine, hub, images, schema
+from cvmatch.rowwise import Rowwise, reason
 from cvmatch.segment.model import Segmenter
 
 Batch = dict[str, np.ndarray]
@@ -43,8 +44,8 @@ class SegmentAerial:
     """`synthetic` (or `aerial`) picture -> `synthetic_classes`, a PNG of class ids (mode L).
 
     The map has the segmenter's own size; with `tile`, a larger picture's map has the picture's. A
-    row with an `error` passes through, its map null; a picture that cannot be decoded becomes the
-    `error` of its row.
+    row with an `error` passes through, its map null; a picture that cannot be decoded, or on which
+    the network fails, becomes the `error` of its row.
     """
 
     def __init__(
@@ -53,25 +54,35 @@ class SegmentAerial:
         source: str = schema.SYNTHETIC,
         flip: bool = False,
         overlap: float | None = None,
+        batch: int = 16,
     ) -> None:
-        """`overlap` of the windows that larger pictures are read in; None: they are resized."""
+        """`overlap` of the windows that larger pictures are read in; None: they are resized.
+
+        `batch`: rows a call of the network, whatever the number of rows at hand (`Rowwise`).
+        """
         self.segmenter = Segmenter.load(model, engine.device())
         self.source, self.flip, self.overlap = source, flip, overlap
+        self.label = Rowwise(self._label, batch)
+        self.label_large = Rowwise(self._label_large, 1)
 
     def __call__(self, batch: Batch) -> Batch:
         """Segment the pictures of one batch of rows."""
         schema.require(batch, (schema.PAIR_ID, self.source, schema.ERROR), "segment")
         errors = [error if isinstance(error, str) else None for error in batch[schema.ERROR]]
-        maps: list[bytes | None] = [None] * len(errors)
         size = self.segmenter.preprocess.size
-        tiles = {}
+        tiles, found = {}, {}
         for row, picture in self._pictures(batch[self.source], errors):
             if picture.shape[1:] == (size, size):
                 tiles[row] = picture
             else:  # at once: a batch of them may be gigabytes
-                maps[row] = images.encode(self._large(picture))
-        for row, ids in zip(tiles, self._ids(list(tiles.values())), strict=True):
-            maps[row] = images.encode(ids)
+                found[row] = self.label_large([picture])[0]
+        found |= zip(tiles, self.label(list(tiles.values())), strict=True)
+        maps: list[bytes | None] = [None] * len(errors)
+        for row, ids in found.items():
+            if isinstance(ids, Exception):
+                errors[row] = f"segment: {reason(ids)}"
+            else:
+                maps[row] = images.encode(ids)
         added = {schema.SYNTHETIC_CLASSES: _objects(maps), schema.ERROR: _objects(errors)}
         return {**batch, **added}
 
@@ -95,17 +106,15 @@ class SegmentAerial:
                 return own
         return preprocess.tile(data)
 
-    def _large(self, picture: UInt8[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, "h w"]:
-        assert self.overlap is not None, "pictures are resized"
-        pixels = torch.tensor(picture, device=engine.device())
-        ids = self.segmenter.predict_large(pixels, overlap=self.overlap, flip=self.flip)
-        return ids.cpu().numpy()
-
-    def _ids(self, tiles: list[np.ndarray]) -> np.ndarray:
-        if not tiles:
-            return np.empty((0, 0, 0), dtype=np.uint8)
+    def _label(self, tiles: list[np.ndarray]) -> list[np.ndarray]:
         pixels = torch.from_numpy(np.stack(tiles)).to(engine.device())
-        return self.segmenter.predict(pixels, flip=self.flip).cpu().numpy()
+        return list(self.segmenter.predict(pixels, flip=self.flip).cpu().numpy())
+
+    def _label_large(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
+        assert self.overlap is not None, "pictures are resized"
+        pixels = torch.tensor(pictures[0], device=engine.device())
+        ids = self.segmenter.predict_large(pixels, overlap=self.overlap, flip=self.flip)
+        return [ids.cpu().numpy()]
 
 
 def segment(rows: Dataset, config: Segment) -> Dataset:
@@ -118,6 +127,7 @@ def segment(rows: Dataset, config: Segment) -> Dataset:
         source=config.source,
         flip=config.flip,
         overlap=config.overlap if config.tile else None,
+        batch=config.pool.batch,
     )
 
 
