@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+from mlflow import MlflowClient
+from ray._private import state as ray_state
 
-from cvmatch import schema, shard, toy
+from cvmatch import schema, shard, toy, tracking
 from cvmatch.engine import Pool
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.infer import Generate
@@ -22,7 +25,7 @@ from cvmatch.ingest import Ingest, ingest
 from cvmatch.segment.infer import Segment
 from cvmatch.segment.model import Segmenter
 from cvmatch.segment.pairs import Preprocess
-from cvmatch.synthesize import Synthesize, synthesize
+from cvmatch.synthesize import OPERATORS, Synthesize, synthesize
 
 pytestmark = pytest.mark.ray
 
@@ -37,10 +40,9 @@ def config(tmp_path_factory, world_root, ray_session):
     Segmenter.from_base(toy.SEGFORMER, Preprocess(size=64)).save(f"{at}/segmenter")
     return Synthesize(
         data=Ingest(root=world_root, block=2),
-        # Batches as large as blocks, so that a resumed run has the same: the last bits of a picture
-        # depend on its batch.
-        generate=Generate(model=f"{at}/generator", steps=2, pool=Pool(batch=2)),
-        segment=Segment(model=f"{at}/segmenter", pool=Pool(batch=2)),
+        # Batches that blocks do not fill, so that a resumed run makes other ones.
+        generate=Generate(model=f"{at}/generator", steps=2, pool=Pool(batch=5)),
+        segment=Segment(model=f"{at}/segmenter", pool=Pool(batch=3)),
         output=f"{at}/rows",
     )
 
@@ -70,6 +72,16 @@ def test_synthesize_writes_every_pair_once_with_a_manifest(undisturbed, config):
     assert not os.path.exists(f"{config.output}.partial")
 
 
+def test_synthesize_records_the_speed_of_its_stages(undisturbed):
+    client = MlflowClient(tracking.tracking_uri())
+    (experiment,) = client.search_experiments(filter_string="name = 'cvmatch'")
+    found = client.search_runs([experiment.experiment_id], "tags.stage = 'synthesize'")
+    run = next(one for one in found if one.info.status == "FINISHED")
+    rates = {name: run.data.metrics[f"rate/{name}"] for name in OPERATORS}
+    assert all(rate > 0 for rate in rates.values())
+    assert run.data.tags["slowest"] == min(rates, key=rates.get)
+
+
 def test_synthesize_again_keeps_the_finished_output(undisturbed, config):
     before = {p.name: p.stat().st_mtime_ns for p in Path(config.output).glob("*.parquet")}
     assert synthesize(config)["rows"] == 24
@@ -89,7 +101,7 @@ def killed(config, tmp_path_factory):
     words = [
         *("--data.root", begun.data.root, "--data.block", "2"),
         *("--generate.model", begun.generate.model, "--generate.steps", "2"),
-        *("--generate.pool.batch", "2", "--segment.pool.batch", "2"),
+        *("--generate.pool.batch", "5", "--segment.pool.batch", "3"),
         *("--segment.model", begun.segment.model),
         *("--output", begun.output),
     ]
@@ -98,7 +110,7 @@ def killed(config, tmp_path_factory):
         [sys.executable, str(JOB), *words], env={**os.environ, "RAY_ADDRESS": address}
     )
     try:
-        _wait(lambda: len(list(Path(begun.output).glob("*.parquet"))) >= 2, driver)
+        _wait(lambda: driver.poll() is None and len(_parts(begun)) >= 2)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
@@ -143,9 +155,53 @@ def test_synthesize_names_a_bad_picture_and_goes_on(config, world_root, tmp_path
     assert [json.loads(line)["pair_id"] for line in lines] == [ids[3]]
 
 
-def _wait(ready, process, seconds: float = 120.0) -> None:
+def test_synthesize_stops_when_too_many_rows_fail(config, world_root, tmp_path):
+    data = tmp_path / "world"
+    shutil.copytree(world_root, data, ignore=shutil.ignore_patterns(".cvmatch"))
+    broken = replace(
+        config,
+        data=Ingest(root=str(data), block=4),
+        output=str(tmp_path / "rows"),
+        max_rejected=0.1,
+    )
+    ids = sorted(row[schema.PAIR_ID] for row in ingest(broken.data).take_all())
+    for pair_id in ids[:3]:  # of 24
+        (data / "streetview" / f"{pair_id}.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"at most 10% of 24 rows to fail, got 3 .*not a PNG"):
+        synthesize(broken)
+    lines = (Path(broken.output) / "rejected.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["pair_id"] for line in lines) == ids[:3]
+    assert not (Path(broken.output) / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("actor", ["GenerateAerial", "SegmentAerial"])
+def test_synthesize_with_a_killed_replica_makes_the_same_rows(undisturbed, config, actor, tmp_path):
+    other = replace(config, output=str(tmp_path / "rows"))
+    with ThreadPoolExecutor() as threads:
+        killed = threads.submit(_kill_a_replica, actor, other)
+        synthesize(other)
+        actor_id, parts = killed.result()
+    assert parts < len(_parts(other)), "it was killed when all was done"
+    assert ray_state.actors(actor_id)["NumRestarts"] == 1
+    assert rows(other.output) == undisturbed[1]
+
+
+def _kill_a_replica(actor: str, config: Synthesize) -> tuple[str, int]:
+    """Kill a replica when parts are there; gives its id and the number of parts."""
+    _wait(lambda: len(_parts(config)) >= 2)
+    actors = ray_state.actors().values()
+    (alive,) = (one for one in actors if actor in one["ActorClassName"] and one["State"] == "ALIVE")
+    os.kill(alive["Pid"], signal.SIGKILL)
+    return alive["ActorID"], len(_parts(config))
+
+
+def _parts(config: Synthesize) -> list[Path]:
+    return list(Path(config.output).glob("*.parquet"))
+
+
+def _wait(ready, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
-        assert process.poll() is None, "the job ended before it could be killed"
         assert time.monotonic() < end, "nothing was written in time"
         time.sleep(0.02)
