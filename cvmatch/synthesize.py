@@ -67,7 +67,6 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
         written, flow = Written(output), Flow(OPERATORS)
         with engine.resumable(storage.join(partial, "checkpoint")):
             _stream(config, written, flow)
-        written.update()
         written.judge(written.rows, config.max_rejected)
         place = written.name_failed()
         if written.failed:
@@ -96,6 +95,7 @@ def _stream(config: Synthesize, written: Written, flow: Flow) -> None:
         each_step(rows, flow.update, judge),
     ):
         rows.write_parquet(path, filesystem=filesystem)
+        written.update()
 
 
 def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
