@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from cvmatch import images, metrics, schema
 
-_NCC = 16  # side of the pictures that generation is retrieved by, as in world.md
+VIEWS: tuple[metrics.View, ...] = ("luminance", "chroma", "gradient")
+"""What true tiles are found by."""
+
 _CHUNK = 1024  # pictures a side of one block of correlations
 
 
@@ -23,28 +24,34 @@ def generation(
     """How well A (`synthetic`) shows its tile C (`aerial`), against the tile of the row before.
 
     PSNR in dB, SSIM and luminance correlation (NCC) at A's size; and recall of C among all tiles by
-    the NCC with A at 16 x 16, no model in between. Empty where no row has both pictures.
+    the NCC with A at 16 x 16, no model in between, also by chroma and by gradient, which no term of
+    the training looks at (`chroma/recall@1`). Empty where no row has both pictures.
     """
     values: dict[str, list[Tensor]] = {}
-    small: list[Tensor] = []
+    seen: dict[metrics.View, list[Tensor]] = {view: [] for view in VIEWS}
     before = None
     for row in rows:
         if not (row[schema.SYNTHETIC] and row[schema.AERIAL]):
             continue
         drawn = images.decode(row[schema.SYNTHETIC])
         pair = [_planes(row[name], drawn.shape[:2]) for name in (schema.SYNTHETIC, schema.AERIAL)]
-        small.append(F.adaptive_avg_pool2d(torch.cat(pair), _NCC))
+        for view, some in seen.items():
+            some.append(metrics.planes(torch.cat(pair), view))
         others = {"": pair[1], "_shuffled": before}
         for suffix, true in others.items():
             if true is not None and true.shape == pair[0].shape:
                 for metric in (metrics.psnr, metrics.ssim, metrics.ncc):
                     values.setdefault(metric.__name__ + suffix, []).append(metric(pair[0], true))
         before = pair[1]
-    if not small:
+    if before is None:
         return {}
     result = {name: torch.cat(some).mean().item() for name, some in values.items()}
-    predicted, true = torch.stack(small).unbind(1)
-    return result | _retrieved(predicted, true, bootstrap, seed)
+    for view, some in seen.items():
+        predicted, true = torch.stack(some).unbind(1)
+        found = retrieved(predicted, true, bootstrap, seed)
+        prefix = "" if view == "luminance" else f"{view}/"
+        result |= {prefix + name: value for name, value in found.items()}
+    return result
 
 
 def segmentation(
@@ -82,12 +89,20 @@ def segmentation(
     }
 
 
-def _retrieved(predicted: Tensor, true: Tensor, bootstrap: int, seed: int) -> dict[str, float]:
-    """Recall of each true picture among all by NCC, a block of correlations at a time."""
+def retrieved(
+    predicted: Float[Tensor, "row plane h w"],
+    true: Float[Tensor, "row plane h w"],
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Recall@1, @1 % and @10 % of each true picture among all, with intervals, by `metrics.planes`.
+
+    A block of correlations at a time; no trained model in between.
+    """
     ranked = []
     for begin in range(0, len(true), _CHUNK):
         part = predicted[begin : begin + _CHUNK]
-        blocks = [_correlated(part, other) for other in true.split(_CHUNK)]
+        blocks = [metrics.retrieval_by_ncc(part, other) for other in true.split(_CHUNK)]
         own = torch.arange(begin, begin + len(part))
         ranked.append(metrics.ranks(torch.cat(blocks, dim=1), own))
     rank = torch.cat(ranked)
@@ -97,13 +112,6 @@ def _retrieved(predicted: Tensor, true: Tensor, bootstrap: int, seed: int) -> di
         low, high = metrics.bootstrap((rank < k).float(), bootstrap, seed)
         result |= {f"{name}_k": float(k), f"{name}_low": low, f"{name}_high": high}
     return result
-
-
-def _correlated(predicted: Tensor, true: Tensor) -> Tensor:
-    """`metrics.retrieval_by_ncc` of unequal numbers of pictures."""
-    rows = max(len(predicted), len(true))
-    one, other = (F.pad(p, (0, 0, 0, 0, 0, 0, 0, rows - len(p))) for p in (predicted, true))
-    return metrics.retrieval_by_ncc(one, other)[: len(predicted), : len(true)]
 
 
 def _planes(data: bytes, size: tuple[int, ...]) -> Float[Tensor, "1 3 h w"]:

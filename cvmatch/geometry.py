@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,11 +81,33 @@ def lay_rays(
     return F.grid_sample(wrapped, grid, padding_mode="border", align_corners=False)
 
 
-def roll(
-    panorama: Float[Tensor, "batch channel height width"], quarter_turns: int
-) -> Float[Tensor, "batch channel height width"]:
-    """The panorama of a tile turned by `torch.rot90(tile, quarter_turns)` (counter-clockwise)."""
-    return torch.roll(panorama, -quarter_turns * panorama.shape[-1] // 4, dims=-1)
+def turned_panorama(
+    panorama: Shaped[Tensor, "row channel height width"],
+    turns: Int64[Tensor, " row"],
+    mirror: Bool[Tensor, " row"],
+) -> Shaped[Tensor, "row channel height width"]:
+    """Panoramas of tiles that `turned_tile` has turned; exact where 4 divides the width.
+
+    Mirroring keeps column 0, which looks south in both (column j becomes column -j), so the polar
+    view of a turned tile is the turned polar view.
+    """
+    width = panorama.shape[-1]
+    column = torch.arange(width, device=panorama.device)[None]
+    column = torch.where(mirror[:, None], -column, column) + turns[:, None] * (width // 4)
+    index = (column % width)[:, None, None].expand(-1, *panorama.shape[1:3], -1)
+    return panorama.gather(-1, index)
+
+
+def turned_tile(
+    tile: Shaped[Tensor, "row *channel size size"],
+    turns: Int64[Tensor, " row"],
+    mirror: Bool[Tensor, " row"],
+) -> Shaped[Tensor, "row *channel size size"]:
+    """Each tile or map by its `turns` quarters counter-clockwise, then east and west exchanged."""
+    rows = (-1,) + (1,) * (tile.ndim - 1)
+    tile = torch.where((turns % 2 == 1).view(rows), tile.rot90(1, (-2, -1)), tile)
+    tile = torch.where((turns >= 2).view(rows), tile.rot90(2, (-2, -1)), tile)
+    return torch.where(mirror.view(rows), tile.flip(-1), tile)
 
 
 def crop_starts(width: int, crop: int, crops: int) -> list[int]:

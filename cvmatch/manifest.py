@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor, nn
 
 from cvmatch import __version__, schema, storage
 from cvmatch import config as configs
@@ -41,6 +42,20 @@ def fingerprint(directory: str) -> str:
             "local directory that training published or that the hub's files were downloaded to."
         )
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+def weights(*modules: nn.Module) -> str:
+    """SHA-256 (hex) of the tensors of modules in memory, by name: for models without a directory.
+
+    A hub's revision may move, and a directory may be renamed; the weights say what was computed.
+    """
+    states = [module.state_dict() for module in modules]
+    return digest([_line(name, state[name]) for state in states for name in sorted(state)])
+
+
+def digest(plain: Any) -> str:
+    """SHA-256 (hex) of a value as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def write(output: str, *, rows: int, config: Any, models: Mapping[str, str], source: str) -> None:
@@ -107,14 +122,13 @@ def _files(directory: str) -> list[str]:
 
 
 def _tensors(path: str) -> list[str]:
-    lines = []
     with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            tensor = file.get_tensor(name).contiguous()
-            data = tensor.reshape(-1).view(torch.uint8).numpy()
-            digest = hashlib.sha256(data).hexdigest()
-            lines.append(f"tensor {name} {tensor.dtype} {tuple(tensor.shape)} {digest}")
-    return lines
+        return [_line(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+
+
+def _line(name: str, tensor: Tensor) -> str:
+    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+    return f"tensor {name} {tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def _canonical(path: str) -> str:

@@ -1,6 +1,7 @@
 """Scores and pictures in, numbers of the protocols out; pure functions, named ready for MLflow."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64, Integer, Num
@@ -12,6 +13,10 @@ FLAT = 1e-4
 """L2 norm of the centred luminance (of values in [0, 1]) below which a picture is flat."""
 
 _WINDOW = 11
+
+View = Literal["luminance", "chroma", "gradient"]
+"""What of pictures is compared."""
+
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to mode L
 
 
@@ -169,15 +174,33 @@ def ncc(predicted: Float[Tensor, "n 3 h w"], true: Float[Tensor, "n 3 h w"]) -> 
     return (_centred(predicted) * _centred(true)).sum(dim=1)
 
 
-def retrieval_by_ncc(
-    predicted: Float[Tensor, "n 3 h w"], true: Float[Tensor, "n 3 h w"], size: int = 16
-) -> Float[Tensor, "n n"]:
-    """Correlation, in [-1, 1], of each predicted picture (row) with every true one (column).
+def planes(
+    pictures: Float[Tensor, "n 3 h w"], view: View = "luminance", size: int = 16
+) -> Float[Tensor, "n plane {size} {size}"]:
+    """A view of RGB pictures, averaged to `size` x `size`, for `retrieval_by_ncc`.
 
-    Of the luminance averaged to `size` x `size`: does a generated tile identify its place, with no
-    trained model in between? Rank with `ranks(scores, torch.arange(n))`. Flat pictures score 0.
+    `luminance` is what generators are trained on; `chroma` (blue and red less luminance) and
+    `gradient` (its magnitude at full size, Sobel) are not.
     """
-    return _centred(_shrunk(predicted, size)) @ _centred(_shrunk(true, size)).T
+    luma = torch.einsum("nchw,c->nhw", pictures, pictures.new_tensor(_LUMA))[:, None]
+    seen = pictures[:, [2, 0]] - luma if view == "chroma" else luma
+    if view == "gradient":
+        slope = pictures.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
+        padded = nn.functional.pad(luma, (1, 1, 1, 1), mode="replicate")
+        both = nn.functional.conv2d(padded, torch.stack([slope, slope.T])[:, None])
+        seen = both.square().sum(dim=1, keepdim=True).sqrt()
+    return nn.functional.adaptive_avg_pool2d(seen, size)
+
+
+def retrieval_by_ncc(
+    predicted: Float[Tensor, "row plane h w"], true: Float[Tensor, "column plane h w"]
+) -> Float[Tensor, "row column"]:
+    """Correlation, in [-1, 1], of each predicted picture with every true one, of their `planes`.
+
+    Does a generated tile identify its place, with no trained model in between? Rank with
+    `ranks(scores, torch.arange(n))`. Flat pictures score 0.
+    """
+    return _standard(predicted) @ _standard(true).T
 
 
 def _check_truth(score: Tensor, truth: Tensor) -> None:
@@ -199,13 +222,13 @@ def _blurred(pictures: Tensor) -> Tensor:
     return planes.unflatten(0, pictures.shape[:2])[:, :, 0]
 
 
-def _shrunk(pictures: Tensor, size: int) -> Tensor:
-    return nn.functional.adaptive_avg_pool2d(pictures, size)
-
-
 def _centred(pictures: Tensor) -> Tensor:
-    """Luminance as rows of mean 0 and norm 1; 0 for flat pictures, whose rounding is no signal."""
-    luma = torch.einsum("nchw,c->nhw", pictures, pictures.new_tensor(_LUMA)).flatten(1)
-    luma = luma - luma.mean(dim=1, keepdim=True)
-    norm = luma.norm(dim=1, keepdim=True)
-    return torch.where(norm > FLAT, luma / norm, 0.0)
+    """Luminance as rows of mean 0 and norm 1."""
+    return _standard(torch.einsum("nchw,c->nhw", pictures, pictures.new_tensor(_LUMA))[:, None])
+
+
+def _standard(planes: Tensor) -> Tensor:
+    """Rows of mean 0 (of each plane) and norm 1; 0 for flat ones, whose rounding is no signal."""
+    rows = (planes - planes.mean(dim=(2, 3), keepdim=True)).flatten(1)
+    norm = rows.norm(dim=1, keepdim=True)
+    return torch.where(norm > FLAT, rows / norm, 0.0)

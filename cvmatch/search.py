@@ -87,7 +87,7 @@ def search(config: SearchFiles) -> Iterator[dict[str, Any]]:
     """
     pictures = _pictures(config.panorama)
     index = Index.open(config.index)
-    return _search(config, pictures, index, _actors(config, index))
+    return _search(config, pictures, index, _actors(config, index, len(pictures)))
 
 
 def rank(
@@ -155,13 +155,14 @@ def _sorted(rows: np.ndarray, scores: np.ndarray, top_k: int) -> Ranked:
     return Ranked(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
 
 
-def _actors(config: SearchFiles, index: Index) -> list[Any]:
+def _actors(config: SearchFiles, index: Index, rows: int) -> list[Any]:
     actors: list[Any] = []
+    batch = min(rows, _BATCH)  # a network pads what it is given to its batch
     if config.generator:
         model = os.path.abspath(os.path.expanduser(config.generator))
-        actors.append(GenerateAerial(model, config.steps, config.guidance, config.seed))
+        actors.append(GenerateAerial(model, config.steps, config.guidance, config.seed, batch))
     if config.segmenter:
-        actors.append(SegmentAerial(config.segmenter))
+        actors.append(SegmentAerial(config.segmenter, batch=batch))
     return [*actors, EmbedQuery(index.heads, config.level)]
 
 

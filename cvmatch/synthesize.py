@@ -15,9 +15,6 @@ from cvmatch.ingest import Ingest, accepted, ingest, read_pictures
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
 from cvmatch.written import Judge, Written
 
-SOURCE = "source.json"
-"""Beside the parts: what they are made from."""
-
 OPERATORS = {
     "read": read_pictures.__name__,
     "generate": GenerateAerial.__name__,
@@ -55,17 +52,16 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
             cluster, or more than `max_rejected` of the rows failed (at once, when so many did).
     """
     output = storage.absolute(config.output).rstrip("/")
-    partial = f"{output}.partial"  # beside the output, whose readers take every Parquet file in it
+    written, flow = Written(output), Flow(OPERATORS)
     models = {
         "generator": manifest.fingerprint(config.generate.model),
         "segmenter": manifest.fingerprint(config.segment.model),
     }
-    if _claim(output, partial, _made_from(config, models)):
+    if written.claim(_made_from(config, models)):
         return manifest.read(output)
     engine.start()
     with tracking.start("synthesize", config) as run:
-        written, flow = Written(output), Flow(OPERATORS)
-        with engine.resumable(storage.join(partial, "checkpoint")):
+        with engine.resumable(storage.join(written.partial, "checkpoint")):
             _stream(config, written, flow)
         written.judge(written.rows, config.max_rejected)
         place = written.name_failed()
@@ -74,7 +70,7 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
         manifest.write(
             output, rows=written.rows, config=config, models=models, source=config.data.root
         )
-        storage.remove(partial)
+        storage.remove(written.partial)
         run.metrics({"rows": written.rows, "rejected": len(written.failed)})
         run.metrics({f"rate/{name}": stage.rate for name, stage in flow.stages.items()})
         run.tag("slowest", flow.slowest)
@@ -107,27 +103,5 @@ def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
         "split": config.data.split,
         "limit": config.data.limit,
         "sampling": [asked.steps, asked.guidance, asked.seed],
+        "maps": [config.segment.flip, config.segment.tile, config.segment.overlap],
     }
-
-
-def _claim(output: str, partial: str, made_from: dict[str, Any]) -> bool:
-    """Say what the output is being made from; True where it is whole already.
-
-    Raises:
-        ValueError: it holds rows that were made from something else.
-    """
-    place = storage.join(output, SOURCE)
-    before = storage.read_json(place) if storage.exists(place) else None
-    if before not in (None, made_from) or (before is None and _has_parts(output)):
-        raise ValueError(
-            f"{output}: expected rows made from {made_from}, got rows made from {before}. "
-            f"Pass another --output, or delete {output}."
-        )
-    if before is None:
-        storage.remove(partial)  # of an output that was deleted: it would leave out those rows
-    storage.write_json(place, made_from)
-    return storage.exists(storage.join(output, manifest.NAME))
-
-
-def _has_parts(output: str) -> bool:
-    return any(name.endswith(".parquet") for name in storage.names(output))

@@ -8,7 +8,10 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute, parquet
 
-from cvmatch import schema, storage
+from cvmatch import manifest, schema, storage
+
+SOURCE = "source.json"
+"""Beside the parts: what they are made from."""
 
 REJECTED = "rejected.jsonl"
 """Beside the parts: `pair_id` and `reason` of each failed row."""
@@ -31,6 +34,32 @@ class Written:
         self._parts: dict[str, Part] = {}
 
     @property
+    def partial(self) -> str:
+        """Directory for what an unfinished output needs to resume.
+
+        Beside the output, whose readers take every Parquet file in it.
+        """
+        return f"{self.output}.partial"
+
+    def claim(self, made_from: dict[str, Any]) -> bool:
+        """Say what the output is being made from; True where it is whole already.
+
+        Raises:
+            ValueError: it holds rows that were made from something else.
+        """
+        place = storage.join(self.output, SOURCE)
+        before = storage.read_json(place) if storage.exists(place) else None
+        if before not in (None, made_from) or (before is None and self._names()):
+            raise ValueError(
+                f"{self.output}: expected rows made from {made_from}, got rows made from {before}. "
+                f"Pass another location for the output, or delete {self.output}."
+            )
+        if before is None:
+            storage.remove(self.partial)  # of a deleted output: it would leave out those rows
+        storage.write_json(place, made_from)
+        return storage.exists(storage.join(self.output, manifest.NAME))
+
+    @property
     def rows(self) -> int:
         """Rows, failed or not."""
         return sum(rows for rows, _ in self._parts.values())
@@ -46,15 +75,17 @@ class Written:
         Raises:
             pyarrow.ArrowInvalid: one is not whole.
         """
-        names = [name for name in storage.names(self.output) if name.endswith(".parquet")]
         found: dict[str, Part] = {}  # without those that a resumed stream deletes, half recorded
-        for name in names:
+        for name in self._names():
             try:
                 found[name] = self._parts.get(name) or _read(storage.join(self.output, name))
             except (pa.ArrowInvalid, FileNotFoundError):
                 if not running:
                     raise
         self._parts = found
+
+    def _names(self) -> list[str]:
+        return [name for name in storage.names(self.output) if name.endswith(".parquet")]
 
     def judge(self, total: int, max_share: float) -> None:
         """Check how many rows failed.
@@ -100,7 +131,10 @@ class Judge:
 def _read(location: str) -> Part:
     filesystem, path = storage.resolve(location)
     with filesystem.open_input_file(path) as file:
-        table = parquet.read_table(file, columns=[schema.PAIR_ID, schema.ERROR])
+        content = parquet.ParquetFile(file)
+        if schema.ERROR not in content.schema_arrow.names:  # a stream that leaves such rows out
+            return content.metadata.num_rows, []
+        table = content.read(columns=[schema.PAIR_ID, schema.ERROR])
     failed = table.filter(compute.field(schema.ERROR).is_valid()).to_pylist()
     return len(table), [
         {"pair_id": row[schema.PAIR_ID], "reason": row[schema.ERROR]} for row in failed

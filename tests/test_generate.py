@@ -12,18 +12,24 @@ from torchvision.models.vgg import cfgs, make_layers
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip import CLIPConfig, CLIPTextConfig
 
-from cvmatch import draws, images, schema, towers
+from cvmatch import draws, geometry, images, metrics, schema, towers
 from cvmatch.engine import Pool
-from cvmatch.generate import infer, loss, parts
-from cvmatch.generate.condition import Condition, Conditioning
+from cvmatch.generate import adapt, infer, loss, parts
+from cvmatch.generate.condition import Condition, Conditioning, Seen
+from cvmatch.generate.encode import Encode, encode, encoded
+from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.model import Generator, widen
-from cvmatch.generate.pairs import decode_batch
+from cvmatch.generate.noise import Noise
+from cvmatch.generate.pairs import decode, decode_batch
 from cvmatch.generate.perceptual import Lpips, published_weights
 from cvmatch.generate.rays import Rays, token_places
-from cvmatch.generate.samples import sample_grid
-from cvmatch.generate.train import GeneratorTask, RaysTask, TrainGenerator, train
+from cvmatch.generate.rays_task import RaysTask
+from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.task import VALIDATION, GeneratorTask
+from cvmatch.generate.train import TrainGenerator, train
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.training import Fit
+from cvmatch.training.meters import Means
 
 PANORAMA = (64, 256)
 # gain 1: these tests give the map's weights themselves, or their own learning rate.
@@ -77,10 +83,11 @@ def _write(directory: str, prediction: str = "epsilon") -> None:
     processor.save_pretrained(clip)
 
 
-def _base(directory: str, conditioning: Conditioning = TOY) -> Generator:
-    return Generator.base(
-        os.path.join(directory, "diffusion"), os.path.join(directory, "clip"), conditioning
-    )
+def _base(
+    directory: str, conditioning: Conditioning = TOY, prediction: parts.Prediction = "base"
+) -> Generator:
+    folders = (os.path.join(directory, name) for name in ("diffusion", "clip"))
+    return Generator.base(*folders, conditioning, prediction=prediction)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +128,10 @@ def _ground(rows: int, first: int = 0) -> torch.Tensor:
     return _batch(rows, first)["ground"].float() / 255
 
 
+def _condition(generator: Generator, ground: torch.Tensor) -> Condition:
+    return generator.condition(generator.frozen.look(ground))
+
+
 def _train(
     generator: Generator, perceptual: Lpips | None = None, **changes: object
 ) -> GeneratorTask:
@@ -137,7 +148,7 @@ def _train(
 
 def test_unet_widened_for_the_map_answers_as_the_base_unet(toy: str, generator: Generator):
     base = UNet2DConditionModel.from_pretrained(os.path.join(toy, "diffusion", "unet")).eval()
-    condition = generator.condition(_ground(2))
+    condition = _condition(generator, _ground(2))
     noisy, step = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
     expected = base(noisy, step, encoder_hidden_states=condition.tokens).sample
     assert condition.map is not None
@@ -149,7 +160,7 @@ def test_gain_is_a_louder_map(toy: str, generator: Generator):
     _informative(generator)
     loud = _base(toy, replace(TOY, gain=3.0))
     loud.load_state_dict(generator.state_dict())
-    condition = generator.condition(_ground(2))
+    condition = _condition(generator, _ground(2))
     assert condition.map is not None
     tripled = Condition(condition.tokens, 3 * condition.map)
     noisy, step = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
@@ -169,17 +180,17 @@ def test_unet_with_more_inputs_than_the_mode_needs_is_refused(generator: Generat
 
 
 def test_condition_has_all_tokens_of_all_crops(toy: str, generator: Generator):
-    assert generator.condition(_ground(2)).tokens.shape == (2, 4 * (64 + 1), 64)
+    assert _condition(generator, _ground(2)).tokens.shape == (2, 4 * (64 + 1), 64)
     pooled = _base(toy, Conditioning(mode="pooled", panorama_width=256, crops=4))
-    assert pooled.condition(_ground(2)).tokens.shape == (2, 1, 64)
-    assert pooled.condition(_ground(2)).map is None
+    assert _condition(pooled, _ground(2)).tokens.shape == (2, 1, 64)
+    assert _condition(pooled, _ground(2)).map is None
 
 
 def test_condition_each_crop_has_tokens_of_its_own(generator: Generator):
     ground = _ground(1)
     painted = ground.clone()
     painted[..., 32:96] = 1 - painted[..., 32:96]  # the second of four crops, which looks west
-    before, after = (generator.condition(g).tokens.view(4, 65, 64) for g in (ground, painted))
+    before, after = (_condition(generator, g).tokens.view(4, 65, 64) for g in (ground, painted))
     changed = (after - before).abs().amax(-1) > 1e-4
     assert changed[1].all()
     assert not changed[[0, 2, 3]].any()
@@ -187,13 +198,13 @@ def test_condition_each_crop_has_tokens_of_its_own(generator: Generator):
 
 def test_condition_of_stored_states_equals_that_of_the_panorama(generator: Generator):
     ground = _ground(2)
-    stored = generator.condition(ground, generator.states(ground))
-    assert torch.equal(stored.tokens, generator.condition(ground).tokens)
+    stored = generator.condition(Seen(*(value.clone() for value in generator.frozen.look(ground))))
+    assert torch.equal(stored.tokens, _condition(generator, ground).tokens)
 
 
 def test_condition_of_another_panorama_size_says_which_is_expected(generator: Generator):
     with pytest.raises(ValueError, match=r"expected panoramas of \(64, 256\)"):
-        generator.condition(torch.zeros(1, 3, 64, 128))
+        _condition(generator, torch.zeros(1, 3, 64, 128))
 
 
 def test_conditioning_with_crops_that_leave_a_gap_is_refused(toy: str):
@@ -230,7 +241,7 @@ def test_rays_bright_northern_columns_change_only_the_northern_part_most():
 def test_dropped_condition_is_the_null_and_an_empty_map(generator: Generator):
     with torch.no_grad():
         generator.conditioner.null.copy_(torch.arange(64.0))
-    condition = generator.condition(_ground(2))
+    condition = _condition(generator, _ground(2))
     half = generator.conditioner.dropped(condition, torch.tensor([True, False]))
     assert half.map is not None
     assert torch.equal(half.tokens[0], condition.tokens[0])
@@ -288,20 +299,23 @@ def test_scheduler_that_predicts_the_sample_is_refused(tmp_path):
 # Losses
 
 
-@pytest.mark.parametrize("term", ["noise", "clip", "vae", "map", "contrast"])
+TERMS = ("noise", "clip", "vae", "map", "contrast", "identify")
+
+
+@pytest.mark.parametrize("term", TERMS)
 def test_loss_each_term_alone_has_gradient_into_what_it_trains(
     generator: Generator, perceptual: Lpips, term: str
 ):
-    weights = {f"w_{name}": 0.0 for name in ("noise", "clip", "vae", "map", "contrast")}
-    task = _train(generator, perceptual, **weights | {f"w_{term}": 1.0})
+    weights = {f"w_{name}": 0.0 for name in TERMS} | {f"w_{term}": 1.0}
+    task = _train(generator, perceptual, **weights, identify_noise=0.0, drop=0.0)
     task(_batch(4))["loss"].backward()
     trained = generator.conditioner.rays if term in ("map", "contrast") else generator.unet
     gradient = [weight.grad for weight in trained.parameters() if weight.grad is not None]
     total = sum(part.abs().sum() for part in gradient)
     assert torch.isfinite(total)
     assert total > 1e-6
-    assert all(weight.grad is None for weight in generator.clip.parameters())
-    assert all(weight.grad is None for weight in generator.vae.parameters())
+    assert all(weight.grad is None for weight in generator.frozen.clip.parameters())
+    assert all(weight.grad is None for weight in generator.frozen.vae.parameters())
 
 
 def test_loss_gradient_reaches_projection_and_rays_once_the_map_has_weight(generator: Generator):
@@ -368,9 +382,121 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(generator: Generator):
 def test_loss_with_stored_latents_and_states_equals_the_live_one(generator: Generator):
     task, batch = _train(generator, w_clip=0.0, w_vae=0.0), _batch(2)
     live = task(batch)["loss"]
-    batch["latent"] = generator.encode(batch["aerial"].float() / 255)
-    batch["states"] = generator.states(batch["ground"].float() / 255)
+    batch["latent"] = generator.frozen.encode(batch["aerial"].float() / 255)[:, None]
+    batch["states"] = generator.frozen.look(batch["ground"].float() / 255).states[:, None]
     torch.testing.assert_close(task(batch)["loss"], live)
+
+
+def test_told_apart_rewards_drawings_nearest_to_their_own_tile():
+    true = torch.nn.functional.adaptive_avg_pool2d(_batch(6)["aerial"].float() / 127.5 - 1, 8)
+    everyone = torch.ones(6, dtype=torch.bool)
+    assert loss.told_apart(true, true, everyone) < 0.1
+    assert loss.told_apart(true.roll(1, 0), true, everyone) > 2
+    # A drawing that is left out neither counts nor rivals: here, row 0 is a copy of row 1's.
+    copied = torch.cat([true[1:2], true[1:]])
+    others = everyone.clone()
+    others[0] = False
+    assert loss.told_apart(copied, true, others) < 0.1 < loss.told_apart(copied, true, everyone)
+    assert loss.told_apart(true, true, ~everyone) == 0
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_the_error_of_the_clean_latent(toy: str, prediction: str):
+    noise = _base(toy, prediction=prediction).noise
+    latent, step = torch.randn(3, 4, 4, 4), torch.tensor([20, 500, 980])
+    error = torch.randn_like(latent)
+    other = torch.randn_like(latent)
+    answer = noise.target(latent, other, step) + error
+    wrong = noise.clean(noise.add(latent, other, step), answer, step) - latent
+    ratio = noise.signal[step] / (1 - noise.signal[step])
+    expected = ratio.clamp(max=5) * wrong.square().mean(dim=(1, 2, 3))
+    found = noise.weight(step, 5.0) * error.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert torch.equal(noise.weight(step, 0.0), torch.ones(3))
+
+
+def test_variant_of_a_row_turns_its_latent_panorama_and_tile_alike(toy: str):
+    """Stored variants and live encoding of the turned pair give the same loss."""
+    generator = _base(toy, prediction="v_prediction")  # whose target is made of the latent
+    generator.frozen.vae.register_to_config(scaling_factor=10.0)  # about unit variance
+    task = _train(generator, w_clip=0.0, w_vae=0.0, turns=True, mirror=True)
+    batch = _batch(6)
+    live = task(batch)["loss"]
+    ground, tile = batch["ground"].float() / 255, batch["aerial"].float() / 255
+    latents, states = [], []
+    for mirror in (False, True):
+        for turns in range(4):
+            how = torch.full((6,), turns), torch.full((6,), mirror)
+            latents.append(generator.frozen.encode(geometry.turned_tile(tile, *how)))
+            states.append(generator.frozen.look(geometry.turned_panorama(ground, *how)).states)
+    stored = {"latent": torch.stack(latents, 1), "states": torch.stack(states, 1)}
+    torch.testing.assert_close(task(batch | stored)["loss"], live, rtol=1e-5, atol=1e-5)
+    other = stored | {"latent": stored["latent"].roll(1, 1)}
+    assert (task(batch | other)["loss"] - live).abs() > 1e-3
+    assert (_train(generator, w_clip=0.0, w_vae=0.0)(batch)["loss"] - live).abs() > 1e-3
+
+
+def test_average_is_what_is_validated_and_saved_and_survives_a_resume(
+    generator: Generator, tmp_path
+):
+    task = _train(generator, w_clip=0.0, w_vae=0.0, lr=1e-2, ema=0.9, judge=0)
+    optimizer = torch.optim.SGD(task.groups(), lr=1e-2)
+    seen = []
+    for _ in range(3):
+        seen.append(generator.unet.conv_out.weight.detach().clone())
+        optimizer.zero_grad()
+        task(_batch(2))["loss"].backward()
+        optimizer.step()
+    mean = seen[0]
+    for count, value in enumerate(seen):
+        decay = min(0.9, (1 + count) / (10 + count))
+        mean = decay * mean + (1 - decay) * value
+    task.save(str(tmp_path))
+    saved = Generator.load(str(tmp_path)).unet.conv_out.weight
+    torch.testing.assert_close(saved, mean)
+    again = GeneratorTask(generator, task.recipe)
+    again.load_state_dict(task.state_dict())
+    torch.testing.assert_close(again.published().unet.conv_out.weight, mean)
+    assert torch.equal(generator.unet.conv_out.weight, task.generator.unet.conv_out.weight)
+
+
+def test_lora_trains_adapters_and_publishes_a_plain_unet(generator: Generator, tmp_path):
+    before = generator.unet.state_dict()
+    task = _train(generator, w_clip=0.0, w_vae=0.0, train_unet="lora", lora_rank=2, lr=1e-2)
+    trained = [n for n, weight in generator.unet.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all("lora_" in name or name.startswith("conv_in.") for name in trained)
+    optimizer = torch.optim.Adam(task.groups())
+    for _ in range(3):
+        optimizer.zero_grad()
+        task(_batch(2))["loss"].backward()
+        optimizer.step()
+    task.save(str(tmp_path))
+    plain = Generator.load(str(tmp_path))
+    assert plain.unet.state_dict().keys() == before.keys()
+    condition = _condition(generator.eval(), _ground(2))
+    noisy, step = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
+    found = plain.predict(noisy, step, condition)
+    torch.testing.assert_close(found, generator.predict(noisy, step, condition))
+    generator.unet.disable_adapters()
+    assert (found - generator.predict(noisy, step, condition)).abs().max() > 1e-3
+
+
+def test_last_layers_of_clip_learn_where_asked_and_do_not_judge(
+    generator: Generator, perceptual: Lpips
+):
+    task = _train(generator, perceptual, train_clip=1, encode="live", drop=0.0)
+    task(_batch(2))["loss"].backward()
+    layers = generator.frozen.clip.encoder.layers
+    assert sum(weight.grad.abs().sum() for weight in layers[-1].parameters()) > 0
+    assert all(weight.grad is None for weight in layers[0].parameters())
+    assert all(weight.grad is None for weight in task.judging.parameters())
+    grouped = {id(weight) for group in task.groups() for weight in group["params"]}
+    assert {id(weight) for weight in layers[-1].parameters()} <= grouped
+    with pytest.raises(ValueError, match="at most 2"):
+        adapt.choose(generator, "all", 4, 3)
+    with pytest.raises(ValueError, match="--encode live"):
+        TrainGenerator(train_clip=1)
 
 
 def test_loss_training_on_one_batch_makes_the_right_panorama_better_than_a_shuffled_one(
@@ -394,7 +520,9 @@ def test_loss_validation_is_the_same_every_time(generator: Generator):
     with torch.no_grad():
         first, second = task(_batch(2, epoch=0)), task(_batch(2, epoch=5))
     assert torch.equal(first["loss_correct"], second["loss_correct"])
-    assert set(first) == {"loss", "loss_correct", "loss_shuffled", "map", "contrast"}
+    averaged = {name for name in first if not name.startswith("rows/")}
+    levels = {f"loss_{kind}/{at}" for kind in ("correct", "shuffled") for at in VALIDATION}
+    assert averaged == {"loss", "loss_correct", "loss_shuffled", "map", "contrast"} | levels
 
 
 def test_map_terms_of_the_true_tile_are_best():
@@ -408,7 +536,7 @@ def test_map_terms_of_the_true_tile_are_best():
 
 def test_rays_task_learns_and_its_weights_fit_the_generator(generator: Generator, tmp_path):
     torch.manual_seed(0)
-    task = RaysTask(TrainGenerator(conditioning=TOY), 16)
+    task = RaysTask(Recipe(), 16, TOY.channels)
     optimizer = torch.optim.Adam(task.groups())
     losses = []
     for _ in range(15):
@@ -624,12 +752,25 @@ def test_decode_batch_stops_at_a_picture_that_ingest_let_through():
         decode_batch(_rows(), parts.Sizes(PANORAMA, 64, 16))
 
 
-def test_sample_grid_shows_panorama_synthetic_and_true_tile(generator: Generator):
-    batch = {name: value.numpy() for name, value in _batch(2).items() if name != "epoch"}
-    grid = sample_grid(generator.eval(), batch)
-    assert grid.shape == (2 * 64, 256 + 64 + 64, 3)
-    np.testing.assert_array_equal(grid[:64, -64:], batch["aerial"][0].transpose(1, 2, 0))
-    np.testing.assert_array_equal(grid[64:, :256], batch["ground"][1].transpose(1, 2, 0))
+def test_validation_judges_its_first_rows_and_shows_them(generator: Generator):
+    task = _train(generator, w_vae=0.0, judge=3).eval()
+    means = Means()
+    batches = [_batch(2), _batch(2, first=2), _batch(2, first=4)]
+    with torch.no_grad():
+        for batch in batches:
+            means.add(task(batch), 2)
+    summary = task.summary(means.reduce(1))
+    judged = torch.cat([batch["aerial"] for batch in batches])[:3]
+    ground = torch.cat([batch["ground"] for batch in batches])[:3]
+    keys = torch.cat([batch["key"] for batch in batches])[:3]
+    drawn = generator.sample(ground.float() / 255, keys)
+    expected = metrics.psnr(drawn, judged.float() / 255).mean().item()
+    assert summary["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert summary["gallery"] == 3
+    samples = summary["samples"]
+    assert samples.shape == (3 * 64, 256 + 64 + 64, 3)
+    np.testing.assert_array_equal(samples[:64, -64:], judged[0].permute(1, 2, 0))
+    np.testing.assert_array_equal(samples[64:128, :256], ground[1].permute(1, 2, 0))
 
 
 # The stage on Ray
@@ -648,13 +789,17 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
         perceptual=str(tmp_path / "tower"),
         conditioning=TOY,
         pretrain_rays=1,
-        samples=2,
+        mirror=True,
+        encoded=str(tmp_path / "encoded"),
         output=str(tmp_path / "generator"),
         fit=Fit(epochs=1, batch=6, storage=str(tmp_path / "runs")),
     )
-    metrics = train(config).metrics or {}
+    result = train(config)
+    found = result.metrics or {}
     names = ["train/noise", "train/clip", "train/vae", "val/loss_correct", "val/loss_shuffled"]
-    assert all(np.isfinite(metrics[name]) and metrics[name] > 0 for name in names)
+    assert all(np.isfinite(found[name]) and found[name] > 0 for name in [*names, "val/lpips"])
+    assert 0 <= found["val/recall_at_10_percent"] <= 1
+    assert os.path.exists(os.path.join(result.checkpoint.path, "samples.png"))
     rows = ingest(data)
     drawn = infer.generate(
         rows, infer.Generate(model=config.output, steps=2, pool=Pool(batch=8))
@@ -674,6 +819,45 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     )
     difference = images.decode(row[schema.SYNTHETIC]) - alone[0].permute(1, 2, 0).numpy() * 255
     assert np.abs(difference).max() < 1.5
+
+
+@pytest.mark.ray
+def test_encode_keeps_what_live_training_would_compute(toy: str, world_root: str, tmp_path):
+    data = Ingest(root=world_root, split="val", block=4)
+    asked = Encode(
+        data=data,
+        diffusion=os.path.join(toy, "diffusion"),
+        revision="main",
+        clip=os.path.join(toy, "clip"),
+        conditioning=TOY,
+        turns=False,
+        mirror=True,
+        output=str(tmp_path / "encoded"),
+        pool=Pool(batch=4),
+    )
+    directory = encode(asked)
+    sizes = parts.sizes(asked.diffusion, asked.clip, TOY.panorama_width)
+    stored = {row["key"]: row for row in encoded(directory, sizes).take_all()}
+    live = {row["key"]: row for row in decode(ingest(data), sizes).take_all()}
+    assert stored.keys() == live.keys()
+    model = _base(toy)
+    for key, row in live.items():
+        found = stored[key]
+        np.testing.assert_array_equal(found["ground"], row["ground"])
+        np.testing.assert_array_equal(found["aerial"], row["aerial"])
+        ground, tile = (torch.from_numpy(row[n].copy())[None] / 255 for n in ("ground", "aerial"))
+        mirrored = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
+        tiles = torch.cat([tile, geometry.turned_tile(tile, *mirrored)])
+        views = torch.cat([ground, geometry.turned_panorama(ground, *mirrored)])
+        latent, states = (torch.from_numpy(found[name].copy()) for name in ("latent", "states"))
+        torch.testing.assert_close(latent.float(), model.frozen.encode(tiles), atol=5e-3, rtol=2e-3)
+        seen = model.frozen.look(views).states
+        torch.testing.assert_close(states.float(), seen, atol=5e-3, rtol=2e-3)
+    parquet = os.path.join(directory, sorted(os.listdir(directory))[0])
+    before = os.stat(parquet).st_mtime_ns
+    assert encode(asked) == directory  # found, and left as it is
+    assert os.stat(parquet).st_mtime_ns == before
+    assert encode(replace(asked, mirror=False)) != directory
 
 
 # The real architecture
@@ -702,7 +886,8 @@ def test_generator_of_stable_diffusion_and_clip_has_the_published_sizes():
         clip = CLIPVisionModel(CLIPVisionConfig(patch_size=32))
     assert (_count(unet), _count(vae), _count(clip)) == (859.5, 83.7, 87.5)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    model = Generator(parts.Parts(unet, vae, scheduler, clip, CLIPImageProcessor()), Conditioning())
+    frozen = Frozen(parts.Encoders(clip, CLIPImageProcessor(), vae), Conditioning())
+    model = Generator(frozen, unet, Noise(scheduler))
     assert (model.tile, model.latent, model.panorama_size) == (512, (4, 64, 64), (224, 1232))
     assert model.unet.conv_in.weight.shape == (320, 4 + 16, 3, 3)
     assert model.conditioner.project.weight.shape == (768, 768)

@@ -15,7 +15,8 @@ from cvmatch.geometry import (
     polar,
     polar_image,
     ray_grid,
-    roll,
+    turned_panorama,
+    turned_tile,
 )
 
 
@@ -95,13 +96,19 @@ def test_polar_bottom_row_is_the_camera_and_top_row_the_circle():
     size=st.integers(4, 40),
     height=st.integers(2, 20),
     quarter=st.integers(1, 16),
-    turns=st.integers(-3, 6),
+    turns=st.integers(0, 3),
+    mirror=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_polar_of_a_turned_tile_is_the_rolled_polar(size, height, quarter, turns, seed):
+def test_turned_panorama_is_the_polar_view_of_the_turned_tile(
+    size, height, quarter, turns, mirror, seed
+):
     tile = torch.rand((2, 3, size, size), generator=torch.Generator().manual_seed(seed))
-    turned = polar(torch.rot90(tile, turns, dims=(-2, -1)), height, 4 * quarter)
-    assert torch.allclose(turned, roll(polar(tile, height, 4 * quarter), turns), atol=1e-4)
+    change = torch.tensor([turns, 0]), torch.tensor([mirror, False])  # the second row stays
+    view = polar(tile, height, 4 * quarter)
+    turned = polar(turned_tile(tile, *change), height, 4 * quarter)
+    assert torch.allclose(turned, turned_panorama(view, *change), atol=1e-4)
+    assert torch.equal(turned_panorama(view, *change)[1], view[1])
 
 
 def test_polar_of_a_mirrored_tile_is_the_reversed_polar():

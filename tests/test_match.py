@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from cvmatch import draws, geometry, images, manifest, schema
+from cvmatch.colour import jittered
 from cvmatch.match import loss
-from cvmatch.match.augment import Views, augmented, jittered, turned
+from cvmatch.match.augment import Views, augmented, turned
 from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, MatcherConfig, Query
 from cvmatch.match.pairs import decode_batch

@@ -203,20 +203,50 @@ def test_ncc_flat_picture_is_zero():
     assert metrics.ncc(torch.full((1, 3, 8, 8), 0.3), true).item() == 0.0
 
 
-def test_retrieval_by_ncc_faithful_pictures_find_their_own():
-    true = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(6))
-    score = metrics.retrieval_by_ncc(0.5 * true + 0.1, true)
+def noise(rows: int, size: int, seed: int) -> torch.Tensor:
+    return torch.rand(rows, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("view", ["luminance", "chroma", "gradient"])
+def test_retrieval_by_ncc_faithful_pictures_find_their_own(view: metrics.View):
+    true = noise(20, 64, 6)
+    found = metrics.planes(0.5 * true + 0.1, view)  # paler and brighter
+    score = metrics.retrieval_by_ncc(found, metrics.planes(true, view))
     assert metrics.ranks(score, torch.arange(20)).tolist() == [0] * 20
 
 
 def test_retrieval_by_ncc_flat_pictures_rank_last():
-    true = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(7))
-    score = metrics.retrieval_by_ncc(torch.full_like(true, 0.4), true)
+    true = noise(20, 64, 7)
+    flat = metrics.planes(torch.full_like(true, 0.4))
+    score = metrics.retrieval_by_ncc(flat, metrics.planes(true))
     assert metrics.ranks(score, torch.arange(20)).tolist() == [19] * 20
 
 
 def test_retrieval_by_ncc_at_full_size_has_ncc_on_its_diagonal():
-    generator = torch.Generator().manual_seed(8)
-    predicted, true = (torch.rand(5, 3, 16, 16, generator=generator) for _ in range(2))
-    diagonal = metrics.retrieval_by_ncc(predicted, true).diagonal()
-    assert diagonal.tolist() == pytest.approx(metrics.ncc(predicted, true).tolist(), abs=1e-5)
+    predicted, true = noise(5, 16, 8), noise(5, 16, 9)
+    score = metrics.retrieval_by_ncc(metrics.planes(predicted), metrics.planes(true))
+    assert score.diagonal().tolist() == pytest.approx(metrics.ncc(predicted, true).tolist())
+
+
+def test_planes_of_grey_pictures_have_no_chroma_and_of_flat_ones_no_gradient():
+    grey = noise(1, 8, 0)[:, :1].expand(-1, 3, -1, -1)
+    assert metrics.planes(grey, "chroma", 8).abs().max() < 1e-6
+    assert metrics.planes(torch.full((1, 3, 8, 8), 0.7), "gradient", 8).abs().max() < 1e-6
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8) / 10  # 0.1 a column
+    inner = metrics.planes(ramp, "gradient", 8)[..., 1:-1]
+    torch.testing.assert_close(inner, torch.full((1, 1, 8, 6), 0.1))
+
+
+def test_planes_of_one_view_do_not_see_what_another_compares():
+    red, cyan = (torch.tensor(c).view(1, 3, 1, 1) for c in ([0.5, 0.1, 0.1], [0.1, 0.3, 0.3]))
+    half = torch.zeros(1, 1, 8, 8)
+    half[..., 4:] = 1
+    one, other = half * red + (1 - half) * cyan, half * cyan + (1 - half) * red
+    chroma = metrics.retrieval_by_ncc(
+        metrics.planes(one, "chroma", 8), metrics.planes(other, "chroma", 8)
+    )
+    gradient = metrics.retrieval_by_ncc(
+        metrics.planes(one, "gradient", 8), metrics.planes(other, "gradient", 8)
+    )
+    assert chroma.item() == pytest.approx(-1, abs=1e-4)  # the halves have changed colours
+    assert gradient.item() == pytest.approx(1, abs=1e-4)  # the edge is where it was

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch.nn import functional as F
 from transformers import SegformerForSemanticSegmentation
 
 from cvmatch import metrics, toy
-from cvmatch.generate.parts import load_parts
+from cvmatch.generate.condition import Condition, Conditioning
+from cvmatch.generate.model import Generator
 from cvmatch.segment.model import Segmenter
 from cvmatch.segment.pairs import Preprocess
 from cvmatch.towers import features, normalise
@@ -31,8 +31,8 @@ def place():
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return load_parts(toy.DIFFUSION, toy.CLIP)
+def generator():
+    return Generator.base(toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4))
 
 
 def test_toy_models_fit_in_twelve_megabytes():
@@ -40,32 +40,30 @@ def test_toy_models_fit_in_twelve_megabytes():
     assert 1 * MEGABYTE < size <= 12 * MEGABYTE
 
 
-def test_toy_models_load_in_single_precision(parts):
-    for model in (parts.unet, parts.vae, parts.clip, features(toy.TOWER)):
+def test_toy_models_load_in_single_precision(generator):
+    for model in (generator, features(toy.TOWER)):
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
-def test_toy_vae_keeps_a_tile(parts, place):
+def test_toy_vae_keeps_a_tile(generator, place):
     image = place[2].float() / 255
     with torch.no_grad():
-        latent = parts.vae.encode(image * 2 - 1).latent_dist.mode()
-        again = (parts.vae.decode(latent).sample / 2 + 0.5).clamp(0, 1)
+        latent = generator.frozen.encode(image)
+        again = generator.frozen.decode(latent).clamp(0, 1)
     flat = image.mean(dim=(2, 3), keepdim=True).expand_as(image)
     assert metrics.psnr(again, image).mean() > metrics.psnr(flat, image).mean() + 4  # dB
-    scaled = latent * parts.vae.config["scaling_factor"]
-    assert scaled.std().item() == pytest.approx(1, abs=0.3)
+    assert latent.std().item() == pytest.approx(1, abs=0.3)
 
 
-def test_toy_unet_denoises_tiles(parts, place):
-    latents = pretrain.encode(parts.vae, place[2]) * parts.vae.config["scaling_factor"]
-    scheduler: DDPMScheduler = parts.scheduler
+def test_toy_unet_denoises_tiles(generator, place):
+    latents = generator.frozen.encode(place[2].float() / 255)
     step = torch.full((len(latents),), 300)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    noisy = scheduler.add_noise(latents, noise, step)
+    noisy = generator.noise.add(latents, noise, step)
+    nothing = Condition(torch.zeros(len(latents), 4, 64), torch.zeros(len(latents), 16, 16, 16))
     with torch.no_grad():
-        tokens = latents.new_zeros(len(latents), 4, parts.unet.config["cross_attention_dim"])
-        told = parts.unet(noisy, step, tokens).sample
-    target = scheduler.get_velocity(latents, noise, step)
+        told = generator.predict(noisy, step, nothing)
+    target = generator.noise.target(latents, noise, step)
     assert F.mse_loss(told, target) < 0.7 * target.square().mean()
 
 

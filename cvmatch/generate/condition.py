@@ -1,7 +1,7 @@
 """The trained half of conditioning: CLIP states and panorama -> what the UNet is told."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,6 +46,15 @@ class Conditioning:
         return self.mode == "tokens+geometry"
 
 
+class Seen(NamedTuple):
+    """What the trained parts are given of a panorama (`Generator.look`)."""
+
+    states: Float[Tensor, "batch token state"]
+    """CLIP's states of the azimuth crops: all tokens, or their pooled mean (one)."""
+    view: Float[Tensor, "batch 3 rows columns"]
+    """The panorama at the size of the rays, in [0, 1]."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Condition:
     """What one UNet call is told: tokens for the cross-attention, and the map (or None)."""
@@ -88,17 +97,12 @@ class Conditioner(nn.Module):
         if config.geometry:
             self.rays = Rays(config.channels)
 
-    def forward(
-        self,
-        states: Float[Tensor, "batch token state"],
-        panorama: Float[Tensor, "batch 3 height width"],
-        size: int,
-    ) -> Condition:
+    def forward(self, seen: Seen, size: int) -> Condition:
         """Condition for latents of `size` cells a side."""
-        tokens = self.project(self.norm(states))
+        tokens = self.project(self.norm(seen.states))
         if self.config.mode != "pooled":
             tokens = tokens + self.place(self.places)
-        return Condition(tokens, self.rays(panorama, size) if self.config.geometry else None)
+        return Condition(tokens, self.rays(seen.view, size) if self.config.geometry else None)
 
     def dropped(self, condition: Condition, keep: Bool[Tensor, " batch"]) -> Condition:
         """`condition` where `keep`; elsewhere the learned null as every token, and an empty map."""

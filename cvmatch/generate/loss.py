@@ -1,11 +1,11 @@
 """What the generator is trained on: noise, the picture that its answer implies, and the map."""
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvmatch.generate.model import Generator
+from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.perceptual import Lpips
 
 _IDENTIFY = 16
@@ -29,7 +29,7 @@ def image_rows(
 
 
 def image_terms(
-    generator: Generator,
+    frozen: Frozen,
     perceptual: Lpips | None,
     clean: Float[Tensor, "row c h w"],
     tile: Float[Tensor, "row 3 height width"],
@@ -39,10 +39,10 @@ def image_terms(
 
     Without `perceptual` only `clip`. Gradient flows through the frozen networks into `clean`.
     """
-    picture = generator.decode(clean)
+    picture = frozen.decode(clean)
     with torch.no_grad():
-        true = generator.embed(tile)
-    distances = {"clip": 1 - F.cosine_similarity(generator.embed(picture), true).float()}
+        true = frozen.embed(tile)
+    distances = {"clip": 1 - F.cosine_similarity(frozen.embed(picture), true).float()}
     if perceptual is not None:
         distances["vae"] = perceptual(picture, tile).float()
     return {name: (strength * value).mean() for name, value in distances.items()}
@@ -56,10 +56,44 @@ def map_terms(
     Scores of the latter are luminance correlations (NCC) of drawn with true tiles; both directions.
     """
     true = F.adaptive_avg_pool2d(tile * 2 - 1, drawn.shape[-1])
-    score = _SHARPNESS * correlation(drawn.float(), true)
-    own = torch.arange(len(score), device=score.device)
-    contrast = (F.cross_entropy(score, own) + F.cross_entropy(score.T, own)) / 2
+    everyone = torch.ones(len(true), dtype=torch.bool, device=true.device)
+    contrast = told_apart(drawn.float(), true, everyone)
     return {"map": F.mse_loss(drawn.float(), true), "contrast": contrast}
+
+
+def identify_terms(
+    colours: nn.Conv2d,
+    latent: Float[Tensor, "batch c h w"],
+    clean: Float[Tensor, "batch c h w"],
+    tile: Float[Tensor, "batch 3 height width"],
+    rows: Bool[Tensor, " batch"],
+) -> dict[str, Tensor]:
+    """`identify`: InfoNCE of the predicted latents (`clean`) of `rows`, by colours read off them.
+
+    `read`: squared error of that reading on the true latents, from which alone it learns: no
+    prediction can please it. A tile's colours are 90 % a linear function of its latent.
+    """
+    true = F.adaptive_avg_pool2d(tile * 2 - 1, latent.shape[-1])
+    weight, bias = colours.weight.detach(), colours.bias
+    drawn = F.conv2d(clean, weight, bias if bias is None else bias.detach(), padding=1)
+    return {"read": F.mse_loss(colours(latent), true), "identify": told_apart(drawn, true, rows)}
+
+
+def told_apart(
+    drawn: Float[Tensor, "batch 3 size size"],
+    true: Float[Tensor, "batch 3 size size"],
+    rows: Bool[Tensor, " batch"],
+) -> Float[Tensor, ""]:
+    """InfoNCE of `rows` over the batch by luminance correlation (NCC), both directions; 0 if none.
+
+    Rows that are left out stay as rivals: the true tiles of all, the drawings of none.
+    """
+    score = _SHARPNESS * correlation(drawn, true)
+    own = torch.arange(len(score), device=score.device)
+    across = F.cross_entropy(score, own, reduction="none")
+    others = score.masked_fill(~rows[:, None], -torch.inf).T
+    back = F.cross_entropy(others[rows], own[rows], reduction="none") if rows.any() else across[:0]
+    return (across[rows].sum() + back.sum()) / (2 * rows.sum().clamp(min=1))
 
 
 def correlation(

@@ -14,19 +14,32 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cvmatch import draws, geometry
-from cvmatch.generate.condition import Condition, Conditioner, Conditioning
+from cvmatch import draws
+from cvmatch.generate.condition import Condition, Conditioner, Conditioning, Seen
+from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.noise import Noise
-from cvmatch.generate.parts import CLIP, DIFFUSION, Parts, load_parts, tile_size
+from cvmatch.generate.parts import (
+    CLIP,
+    DIFFUSION,
+    Prediction,
+    load_encoders,
+    load_unet,
+    tile_size,
+)
+
+STEPS = 12
+"""Solver steps; 4 to 12 identify the tile equally well (reference/world.md, section 8)."""
+
+GUIDANCE = 2.0
+"""Guidance scale; 4 oversaturates."""
 
 _FORMAT = 2  # 1 knew no gain: its UNets were trained with 1
 _CONFIG, _WEIGHTS = "conditioner.json", "conditioner.safetensors"
 
 
 class Generator(nn.Module):
-    """Trained: `unet` and `conditioner`. Frozen, always in evaluation mode: `clip` and `vae`.
+    """Trained: `unet` and `conditioner`. Frozen: `frozen`, CLIP and the VAE.
 
     Pictures are RGB in [0, 1]: panoramas `panorama_size` = (height, width), tiles `tile` pixels a
     side; latents are `latent` = (channels, size, size), scaled to about unit variance.
@@ -34,37 +47,24 @@ class Generator(nn.Module):
 
     # Any: diffusers' annotations are unions over flags that are not used here.
     unet: Any
-    vae: Any
-    clip: Any
-    mean: Tensor
-    deviation: Tensor
 
-    def __init__(self, parts: Parts, conditioning: Conditioning) -> None:
+    def __init__(self, frozen: Frozen, unet: UNet2DConditionModel, noise: Noise) -> None:
         super().__init__()
-        self.unet, self.vae, self.clip = parts.unet, parts.vae, parts.clip
-        self.noise, self.processor = Noise(parts.scheduler), parts.processor
-        self.conditioning = conditioning
-        vision: Any = parts.clip.config
+        self.frozen, self.unet, self.noise = frozen, unet, noise
+        self.conditioning = conditioning = frozen.conditioning
+        vision: Any = frozen.clip.config
         self.conditioner = Conditioner(
             conditioning,
             states=vision.hidden_size,
-            width=parts.unet.config["cross_attention_dim"],
+            width=unet.config["cross_attention_dim"],
             height=vision.image_size,
             patch=vision.patch_size,
         )
-        channels, size = parts.vae.config["latent_channels"], parts.unet.config["sample_size"]
+        channels, size = frozen.vae.config["latent_channels"], unet.config["sample_size"]
         self.latent = (channels, size, size)
-        self.tile = tile_size(parts.unet, parts.vae)
-        self.panorama_size = (vision.image_size, conditioning.panorama_width)
-        widen(self.unet, channels + (conditioning.channels if conditioning.geometry else 0))
-        for name, values in zip(
-            ("mean", "deviation"),
-            (self.processor.image_mean, self.processor.image_std),
-            strict=True,
-        ):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
-        self.clip.requires_grad_(False).eval()
-        self.vae.requires_grad_(False).eval()
+        self.tile = tile_size(unet, frozen.vae)
+        self.panorama_size = frozen.panorama_size
+        widen(unet, channels + (conditioning.channels if conditioning.geometry else 0))
 
     @classmethod
     def base(
@@ -73,16 +73,21 @@ class Generator(nn.Module):
         clip: str = CLIP,
         conditioning: Conditioning | None = None,
         revision: str = "main",
+        prediction: Prediction = "base",
     ) -> "Generator":
         """Untrained: the base UNet unchanged behind a new conditioner.
 
         `diffusion` and `clip` are hub ids or local directories (safetensors); `revision` is of
-        `diffusion`.
+        `diffusion`; `prediction` is what the UNet shall learn to answer, in place of the base's.
 
         Raises:
             ValueError: a base model cannot be found; says what to download and which flag takes it.
         """
-        return cls(load_parts(diffusion, clip, revision), conditioning or Conditioning())
+        frozen = Frozen(load_encoders(diffusion, clip, revision), conditioning or Conditioning())
+        unet, scheduler = load_unet(diffusion, revision)
+        if prediction != "base":
+            scheduler.register_to_config(prediction_type=prediction)
+        return cls(frozen, unet, Noise(scheduler))
 
     @classmethod
     def load(cls, directory: str, device: torch.device | str = "cpu") -> "Generator":
@@ -91,70 +96,34 @@ class Generator(nn.Module):
         Raises:
             ValueError: not such a directory.
         """
-        record = require(directory)
-        parts = load_parts(directory, directory, folder="clip")
-        model = cls(parts, Conditioning(**record["conditioning"]))
+        conditioning = Conditioning(**require(directory)["conditioning"])
+        frozen = Frozen(load_encoders(directory, directory, folder="clip"), conditioning)
+        unet, scheduler = load_unet(directory)
+        model = cls(frozen, unet, Noise(scheduler))
         model.conditioner.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)))
         return model.to(device).eval()
 
     def save(self, directory: str) -> None:
         """Write `unet/ vae/ scheduler/` as Stable Diffusion has them, `clip/`, the conditioner."""
-        parts = {"unet": self.unet, "vae": self.vae, "clip": self.clip}
+        frozen = self.frozen
+        parts = {"unet": self.unet, "vae": frozen.vae, "clip": frozen.clip}
         for name, part in {**parts, "scheduler": self.noise.scheduler}.items():
             part.save_pretrained(os.path.join(directory, name))
-        self.processor.save_pretrained(os.path.join(directory, "clip"))
+        frozen.processor.save_pretrained(os.path.join(directory, "clip"))
         state = {name: value.contiguous() for name, value in self.conditioner.state_dict().items()}
         save_file(state, os.path.join(directory, _WEIGHTS))
         record = {"format": _FORMAT, "conditioning": dataclasses.asdict(self.conditioning)}
         with open(os.path.join(directory, _CONFIG), "w") as file:
             json.dump(record, file, indent=2, sort_keys=True)
 
-    def train(self, mode: bool = True) -> "Generator":
-        """Switch the trained parts; the frozen ones stay in evaluation mode."""
-        super().train(mode)
-        self.clip.eval()
-        self.vae.eval()
-        return self
-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.mean.device
+        return self.frozen.mean.device
 
-    @torch.no_grad()
-    def states(
-        self, panorama: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token state"]:
-        """Frozen CLIP's states of the azimuth crops: all tokens, or their pooled mean (one).
-
-        A panorama has the same states in every epoch, so a training set may store them.
-        """
-        crops = geometry.azimuth_crops(panorama, self.conditioning.crops)
-        seen = self.clip(self._normalised(crops.flatten(0, 1)))
-        if self.conditioning.mode == "pooled":
-            return seen.pooler_output.unflatten(0, crops.shape[:2]).mean(dim=1, keepdim=True)
-        return seen.last_hidden_state.unflatten(0, crops.shape[:2]).flatten(1, 2)
-
-    def condition(
-        self,
-        panorama: Float[Tensor, "batch 3 height width"],
-        states: Float[Tensor, "batch token state"] | None = None,
-    ) -> Condition:
-        """What the UNet is told of panoramas: the one function behind training and sampling.
-
-        `states` are stored results of `states(panorama)`.
-
-        Raises:
-            ValueError: the panoramas have another size than the model was built for.
-        """
-        if panorama.shape[-2:] != self.panorama_size:
-            raise ValueError(
-                f"generator: expected panoramas of {self.panorama_size} (height, width) pixels, "
-                f"got {tuple(panorama.shape[-2:])}. Decode them to that size, or train with "
-                "--conditioning.panorama-width."
-            )
-        states = self.states(panorama) if states is None else states
-        return self.conditioner(states, panorama, self.latent[1])
+    def condition(self, seen: Seen) -> Condition:
+        """What the UNet is told: the one function behind training and sampling, after `look`."""
+        return self.conditioner(seen, self.latent[1])
 
     def predict(
         self,
@@ -170,30 +139,24 @@ class Generator(nn.Module):
         return self.unet(noisy, step, encoder_hidden_states=condition.tokens).sample
 
     @torch.no_grad()
-    def encode(self, tile: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
-        """Latents of tiles: the VAE's posterior mean, so that one encoding serves all epochs."""
-        posterior = self.vae.encode(tile * 2 - 1).latent_dist
-        return posterior.mode() * self.vae.config["scaling_factor"]
-
-    def decode(self, latent: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 3 height width"]:
-        """Pictures of latents, in [0, 1] up to the VAE's error (not clamped: gradient flows)."""
-        return self.vae.decode(latent / self.vae.config["scaling_factor"]).sample / 2 + 0.5
-
-    def embed(self, picture: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch state"]:
-        """CLIP's pooled vector of square pictures; gradient flows into them."""
-        size = self.clip.config.image_size
-        if picture.shape[-1] != size:
-            picture = F.interpolate(picture, (size, size), mode="bilinear", antialias=True)
-        return self.clip(self._normalised(picture)).pooler_output
-
-    @torch.no_grad()
     def sample(
         self,
         panorama: Float[Tensor, "batch 3 height width"],
         keys: Int64[Tensor, " batch"],
+        **options: Any,
+    ) -> Float[Tensor, "batch 3 size size"]:
+        """`draw` of what CLIP and the rays see of the panoramas."""
+        with self._halved():
+            return self.draw(self.frozen.look(panorama), keys, **options)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        seen: Seen,
+        keys: Int64[Tensor, " batch"],
         *,
-        steps: int = 12,
-        guidance: float = 2.0,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
         seed: int = 0,
     ) -> Float[Tensor, "batch 3 size size"]:
         """Synthetic aerials in [0, 1], by DPM-Solver++ with classifier-free guidance.
@@ -201,8 +164,8 @@ class Generator(nn.Module):
         The noise of a row depends on its key (`draws.key(pair_id)`) and `seed` alone, so a picture
         does not depend on its batch. `guidance` 1 is the plain conditional model, in half the time.
         """
-        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            condition = self.condition(panorama)
+        with self._halved():
+            condition = self.condition(seen)
             both = _doubled(self.conditioner, condition) if guidance != 1 else condition
             latent = draws.normal(keys, draws.stream(seed, purpose="sample"), *self.latent)
             solver: Any = self.noise.solver(steps)
@@ -214,10 +177,11 @@ class Generator(nn.Module):
                     right, null = answer.chunk(2)
                     answer = null + guidance * (right - null)
                 latent = solver.step(answer, step, latent).prev_sample
-            return self.decode(latent).float().clamp(0, 1)
+            return self.frozen.decode(latent).float().clamp(0, 1)
 
-    def _normalised(self, picture: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        return (picture - self.mean) / self.deviation
+    def _halved(self) -> torch.autocast:
+        """bf16 on a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
 
 
 def require(directory: str) -> dict[str, Any]:

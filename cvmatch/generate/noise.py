@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -52,6 +53,16 @@ class Noise(nn.Module):
         """x0_hat that the UNet's answer implies: (x_t - s eps) / a, or a x_t - s v."""
         a, s = self._mix(step)
         return a * noisy - s * answer if self.velocity else (noisy - s * answer) / a
+
+    def weight(self, step: Int64[Tensor, " batch"], gamma: float) -> Float[Tensor, " batch"]:
+        """Min-SNR weight of the squared error of the answer (Hang et al. 2023); 1 for gamma 0.
+
+        min(SNR, gamma) times the error of x_0, written for what the UNet answers.
+        """
+        if not gamma:
+            return torch.ones_like(self.signal[step])
+        ratio = self.signal[step] / (1 - self.signal[step])
+        return ratio.clamp(max=gamma) / (ratio + 1 if self.velocity else ratio)
 
     def solver(self, steps: int) -> DPMSolverMultistepScheduler:
         """DPM-Solver++ (Lu et al. 2022) of second order, set to `steps` steps from pure noise."""

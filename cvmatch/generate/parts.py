@@ -1,7 +1,7 @@
 """The pretrained parts of the generator, in Stable Diffusion's on-disk layout or from the hub."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -13,20 +13,21 @@ from cvmatch.generate.pairs import Sizes
 DIFFUSION = "CompVis/stable-diffusion-v1-4"
 CLIP = "openai/clip-vit-base-patch32"
 
+Prediction = Literal["base", "epsilon", "v_prediction"]
+"""What a UNet answers: the noise, or the velocity a noise - s x_0; base: as it was trained."""
 
-@dataclasses.dataclass
-class Parts:
-    """Pretrained networks, and the configs that say how they were trained."""
 
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    scheduler: DDPMScheduler
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """Pretrained networks that stay frozen."""
+
     clip: CLIPVisionModel
     processor: CLIPImageProcessor
+    vae: AutoencoderKL
 
 
-def load_parts(diffusion: str, clip: str, revision: str = "main", folder: str = "") -> Parts:
-    """Read the parts from hub ids or local directories; `folder` is CLIP's subfolder, if any.
+def load_encoders(diffusion: str, clip: str, revision: str = "main", folder: str = "") -> Encoders:
+    """Read the frozen parts from hub ids or local directories; `folder` is CLIP's subfolder.
 
     Raises:
         ValueError: a part is not there and the hub cannot be reached; says what to download, and
@@ -34,11 +35,7 @@ def load_parts(diffusion: str, clip: str, revision: str = "main", folder: str = 
     """
     clip_folder: dict[str, Any] = {"subfolder": folder} if folder else {}
     with hub.located(diffusion, "--diffusion") as safe:
-        at: dict[str, Any] = {"revision": revision}
-        noise: Any = DDPMScheduler.load_config(diffusion, subfolder="scheduler", **at)
-        scheduler: Any = DDPMScheduler.from_config(noise)
-        unet = UNet2DConditionModel.from_pretrained(diffusion, subfolder="unet", **at, **safe)
-        vae = AutoencoderKL.from_pretrained(diffusion, subfolder="vae", **at, **safe)
+        vae = AutoencoderKL.from_pretrained(diffusion, subfolder="vae", revision=revision, **safe)
     with hub.located(clip, "--clip") as safe:
         vision = CLIPVisionModel.from_pretrained(
             clip,
@@ -47,15 +44,30 @@ def load_parts(diffusion: str, clip: str, revision: str = "main", folder: str = 
             **safe,
         )
         processor = CLIPImageProcessor.from_pretrained(clip, **clip_folder)
+    return Encoders(vision, processor, vae)
+
+
+def load_unet(diffusion: str, revision: str = "main") -> tuple[UNet2DConditionModel, DDPMScheduler]:
+    """Read the denoiser and the noise schedule that it was trained with.
+
+    Raises:
+        ValueError: as `load_encoders`, or the schedule is of another kind of model.
+    """
+    with hub.located(diffusion, "--diffusion") as safe:
+        noise: Any = DDPMScheduler.load_config(diffusion, subfolder="scheduler", revision=revision)
+        scheduler: Any = DDPMScheduler.from_config(noise)
+        unet = UNet2DConditionModel.from_pretrained(
+            diffusion, subfolder="unet", revision=revision, **safe
+        )
     _check(scheduler)
-    return Parts(unet, vae, scheduler, vision, processor)
+    return unet, scheduler
 
 
 def sizes(diffusion: str, clip: str, panorama_width: int, revision: str = "main") -> Sizes:
     """Sizes of the pictures, from the config files alone: a driver holds no weights.
 
     Raises:
-        ValueError: as `load_parts`.
+        ValueError: as `load_encoders`.
     """
     with hub.located(diffusion, "--diffusion"):
         unet: Any = UNet2DConditionModel.load_config(diffusion, subfolder="unet", revision=revision)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cvmatch import geometry
 
 HEIGHT, WIDTH = 64, 256
-"""Pixels of the panorama that the network looks at; larger panoramas are averaged down to it."""
+"""Pixels of the panorama that the network looks at; `view` averages larger ones down to it."""
 
 BINS = 16
 """Values along a ray, from the tile's inscribed circle (first) to the camera (last)."""
@@ -61,17 +61,22 @@ class Rays(nn.Module):
         self.picture = nn.Conv2d(channels, 3, 1)
 
     def forward(
-        self, panorama: Float[Tensor, "batch 3 height width"], size: int
+        self, view: Float[Tensor, "batch 3 64 256"], size: int
     ) -> Float[Tensor, "batch channel {size} {size}"]:
-        """North-up map of RGB panoramas in [0, 1], `size` cells a side over the tile's extent."""
-        if panorama.shape[-2:] != (HEIGHT, WIDTH):
-            panorama = F.interpolate(panorama, (HEIGHT, WIDTH), mode="area")
-        x = self.stem(panorama * 2 - 1).flatten(1, 2)[:, :, None]
+        """North-up map of `view`s, `size` cells a side over the tile's extent."""
+        x = self.stem(view * 2 - 1).flatten(1, 2)[:, :, None]
         x = F.silu(self.enter(x))
         for layer in self.along:
             x = x + layer(x)
         rays = self.leave(x)[:, :, 0].unflatten(1, (-1, BINS))
         return geometry.lay_rays(rays, size)
+
+
+def view(panorama: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 64 256"]:
+    """RGB panoramas in [0, 1] at the size that `Rays` takes."""
+    if panorama.shape[-2:] == (HEIGHT, WIDTH):
+        return panorama
+    return F.interpolate(panorama, (HEIGHT, WIDTH), mode="area")
 
 
 def angles(

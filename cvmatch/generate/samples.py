@@ -2,23 +2,20 @@
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from cvmatch.generate.model import Generator
 
-
-def sample_grid(generator: Generator, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Picture (uint8) with a row for each pair: panorama, synthetic aerial, true aerial."""
-    ground = torch.from_numpy(np.array(batch["ground"]))
-    keys = torch.from_numpy(np.array(batch["key"]))
-    at = generator.device
-    drawn = generator.sample(ground.to(at).float() / 255, keys.to(at)).cpu()
-    aerial = torch.from_numpy(np.array(batch["aerial"])).float() / 255
-    columns = [_high(ground.float() / 255, generator.tile), drawn, aerial]
+def sheet(
+    ground: Float[Tensor, "row 3 h w"],
+    drawn: Float[Tensor, "row 3 size size"],
+    aerial: Float[Tensor, "row 3 size size"],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Picture of rows, one above the other: panorama, synthetic aerial, true aerial, in [0, 1]."""
+    columns = [_high(ground, drawn.shape[-1]), drawn, aerial]
     grid = torch.cat(columns, dim=-1).permute(0, 2, 3, 1).flatten(0, 1)
-    return (grid.clamp(0, 1) * 255).round().byte().numpy()
+    return (grid.clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
 def _high(picture: Float[Tensor, "b 3 h w"], height: int) -> Float[Tensor, "b 3 {height} v"]:

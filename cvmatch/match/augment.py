@@ -5,20 +5,11 @@ All choices are draws of (row key, epoch), so that workers, batches and restarts
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from cvmatch import draws
-
-BRIGHTNESS = 0.2
-"""Largest change of a view's brightness, as a share."""
-
-CONTRAST = 0.2
-"""Largest change of its contrast, as a share."""
-
-TINT = 0.1
-"""Largest change of each colour channel, as a share."""
+from cvmatch import draws, geometry
+from cvmatch.colour import jittered
 
 
 class Views(NamedTuple):
@@ -50,36 +41,9 @@ def augmented(views: Views, key: Int64[Tensor, " row"], seed: int, epoch: int) -
 def turned(views: Views, turns: Int64[Tensor, " row"], mirror: Bool[Tensor, " row"]) -> Views:
     """Each row's maps by `turns` quarters counter-clockwise, then east and west exchanged.
 
-    The panorama rolls and reverses with them. Reversing keeps column 0, which looks south in both
-    (column j becomes column -j), so the polar view of the result is the result of the polar view.
+    The panorama with them (`geometry.turned_panorama`).
     """
     return Views(
-        _turned_panorama(views.ground, turns, mirror),
-        *(_turned_map(tile, turns, mirror) for tile in views[1:]),
+        geometry.turned_panorama(views.ground, turns, mirror),
+        *(geometry.turned_tile(tile, turns, mirror) for tile in views[1:]),
     )
-
-
-def jittered(
-    picture: Float[Tensor, "row 3 h w"], key: Int64[Tensor, " row"], stream: int
-) -> Float[Tensor, "row 3 h w"]:
-    """Other brightness, contrast and tint for each row; stays in [0, 1]."""
-    change = 2 * draws.uniform(key, stream, 5)[..., None, None] - 1
-    mean = picture.mean(dim=(1, 2, 3), keepdim=True)
-    contrast = (picture - mean) * (1 + CONTRAST * change[:, 3:4]) + mean
-    gain = (1 + BRIGHTNESS * change[:, 4:5]) * (1 + TINT * change[:, :3])
-    return (contrast * gain).clamp(0, 1)
-
-
-def _turned_panorama(ground: Tensor, turns: Tensor, mirror: Tensor) -> Tensor:
-    width = ground.shape[-1]
-    column = torch.arange(width, device=ground.device)[None]
-    column = torch.where(mirror[:, None], -column, column) + turns[:, None] * (width // 4)
-    index = (column % width)[:, None, None].expand(-1, *ground.shape[1:3], -1)
-    return ground.gather(-1, index)
-
-
-def _turned_map(tile: Tensor, turns: Tensor, mirror: Tensor) -> Tensor:
-    rows = (-1,) + (1,) * (tile.ndim - 1)
-    tile = torch.where((turns % 2 == 1).view(rows), tile.rot90(1, (-2, -1)), tile)
-    tile = torch.where((turns >= 2).view(rows), tile.rot90(2, (-2, -1)), tile)
-    return torch.where(mirror.view(rows), tile.flip(-1), tile)

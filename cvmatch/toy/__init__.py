@@ -12,7 +12,7 @@ MODELS = os.path.join(_HERE, "models")
 """Directory of the base models that the package carries."""
 
 DIFFUSION = os.path.join(MODELS, "diffusion")
-"""Stable Diffusion's layout (`unet/ vae/ scheduler/`): 64 x 64 tiles, 4 x 16 x 16 latents."""
+"""Stable Diffusion's layout (`unet/ vae/ scheduler/`): 64 x 64 tiles, 8 x 16 x 16 latents."""
 
 CLIP = os.path.join(MODELS, "clip")
 """A CLIP vision tower: 64 x 64 pictures, patches of 8."""

@@ -77,7 +77,7 @@ def pretrain_vae(
         up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore
         block_out_channels=(16, 32, 64),  # pyright: ignore
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=8,  # of tiles of 64 pixels, 4 lose roads and trees (22.8 dB; 8: 24.9)
         norm_num_groups=8,
         sample_size=TILE,
         mid_block_add_attention=False,
@@ -92,7 +92,9 @@ def pretrain_vae(
         perceptual = F.l1_loss(seen, wanted) / wanted.abs().mean()
         return F.l1_loss(again, image) + 0.2 * perceptual + 1e-5 * latent.kl().mean()
 
-    _optimise(vae.parameters(), loss, len(aerial), steps, 16, 2e-3)
+    average = _Average(vae, 0.995)
+    _optimise(vae.parameters(), loss, len(aerial), steps, 16, 1.5e-3, average.update)
+    average.copy_to(vae)
     latents = encode(vae, aerial[:512])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return vae
@@ -101,7 +103,7 @@ def pretrain_vae(
 @torch.inference_mode()
 def encode(
     vae: AutoencoderKL, aerial: UInt8[Tensor, "pair 3 64 64"]
-) -> Float[Tensor, "pair 4 16 16"]:
+) -> Float[Tensor, "pair 8 16 16"]:
     """Latent means, not scaled."""
     parts = [
         vae.encode(part.float() / 127.5 - 1).latent_dist.mode()  # pyright: ignore
@@ -111,12 +113,14 @@ def encode(
 
 
 def pretrain_unet(
-    latents: Float[Tensor, "pair 4 16 16"], scaling_factor: float, steps: int
+    latents: Float[Tensor, "pair 8 16 16"], scaling_factor: float, steps: int
 ) -> tuple[UNet2DConditionModel, DDPMScheduler]:
     """A UNet that denoises latents of tiles without condition (its tokens are zero)."""
     unet = UNet2DConditionModel(
         sample_size=TILE // 4,
-        block_out_channels=(48, 64, 96),
+        in_channels=latents.shape[1],
+        out_channels=latents.shape[1],
+        block_out_channels=(48, 80, 112),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -131,7 +135,7 @@ def pretrain_unet(
         prediction_type="v_prediction",
         clip_sample=False,
     )
-    average = _Average(unet)
+    average = _Average(unet, 0.9985)
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
         clean = latents[rows] * scaling_factor
@@ -218,7 +222,7 @@ def class_shares(
 class _Average:
     """Running mean of a model's weights, which samples better than the last ones."""
 
-    def __init__(self, model: nn.Module, decay: float = 0.998) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
         self.mean = {name: value.clone() for name, value in model.state_dict().items()}
 

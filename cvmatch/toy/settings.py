@@ -98,10 +98,11 @@ def settings(config: Demo) -> Settings:
             val=val,
             base=toy.SEGFORMER,
             size=128,
-            lr=3e-4,
-            lr_head=1e-3,
+            lr=1e-3,
+            lr_head=3e-3,
+            dice=0.5,
             output=f"{at}/models/segmenter",
-            fit=fit("segmenter", 2, 16),
+            fit=fit("segmenter", 2, 8),
         ),
         generator=TrainGenerator(
             data=train,
@@ -110,9 +111,14 @@ def settings(config: Demo) -> Settings:
             clip=toy.CLIP,
             perceptual=toy.TOWER,
             conditioning=Conditioning(panorama_width=WIDTH, crops=4),
+            w_contrast=0.2,
+            w_identify=0.1,
+            mirror=True,
             lr=5e-4,
+            lr_rays=2e-3,
             pretrain_rays=1 if tiny else 4,
             freeze_rays=True,
+            encoded=f"{at}/encoded",
             output=f"{at}/models/generator",
             fit=fit("generator", 3, 32),
         ),
@@ -142,9 +148,12 @@ def _synthesize(at: str, data: Ingest) -> Synthesize:
     return Synthesize(
         data=data,
         generate=Generate(
-            model=f"{at}/models/generator", steps=3, guidance=3.0, pool=Pool(size=2, batch=16)
+            model=f"{at}/models/generator",
+            steps=3,
+            guidance=3.0,
+            pool=Pool(size=2, batch=16, calls=2),
         ),
-        segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16)),
+        segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16, calls=2)),
         output=f"{at}/synthesized/{data.split}",
     )
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -20,7 +21,7 @@ from ray.train import Checkpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from cvmatch import draws, engine, storage
+from cvmatch import draws, engine, images, storage
 from cvmatch.training import runs
 from cvmatch.training.meters import Means, Meter, tensors
 from cvmatch.training.task import Fit, Task
@@ -107,15 +108,25 @@ def run(job: Job, place: Place) -> None:
         torch.manual_seed(draws.stream(job.fit.seed, epoch, f"torch {place.rank}"))
         metrics: dict[str, Any] = {"epoch": epoch + 1}
         metrics |= trainee.train(epoch, meter)
-        if job.validate:
-            metrics |= trainee.validate()
+        pictures = {}
+        if job.validate and validates(job.fit, epoch):
+            found, pictures = trainee.validate()
+            metrics |= found
         trainee.adjust(metrics)
         with tempfile.TemporaryDirectory() as directory:
             if place.rank == 0:
                 trainee.save(directory, epoch + 1)
                 with open(os.path.join(directory, runs.CURVE), "w", encoding="utf-8") as file:
                     json.dump(meter.take(), file)
+                for name, pixels in pictures.items():
+                    with open(os.path.join(directory, f"{name}.png"), "wb") as file:
+                        file.write(images.encode(pixels))
             place.commit(metrics, directory)
+
+
+def validates(fit: Fit, epoch: int) -> bool:
+    """Whether the epoch (from 0) ends with a validation."""
+    return (epoch + 1) % fit.validate_every == 0 or epoch + 1 == fit.epochs
 
 
 class Trainee:
@@ -170,8 +181,8 @@ class Trainee:
         return found
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """The task's summary of the means over all validation rows, as `val/...`."""
+    def validate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """The task's summary of all validation rows: scalars as `val/...`, and its pictures."""
         self.task.eval()
         means, number = Means(), torch.tensor(0)
         for batch in self._batches("val", None):
@@ -179,7 +190,9 @@ class Trainee:
             with self._autocast():
                 means.add(self.task({**batch, "epoch": number}), len(batch["key"]))
         summary = self.task.summary(means.reduce(self.place.world))
-        return {f"val/{name}": float(value) for name, value in summary.items()}
+        pictures = {name: v for name, v in summary.items() if isinstance(v, np.ndarray)}
+        scalars = {f"val/{k}": float(v) for k, v in summary.items() if k not in pictures}
+        return scalars, pictures
 
     def adjust(self, metrics: dict[str, Any]) -> None:
         """Note the learning rates; with plateau, lower them where the validation loss stalls."""

@@ -11,42 +11,58 @@ from torch import Tensor
 from cvmatch import storage
 from cvmatch.training import runs
 
+ROWS = "rows/"
+"""Names of evaluation results that are kept row by row begin with this (`Task.forward`)."""
+
 POINTS = 200
 """Points of a run's loss curve, at most about."""
 
 
 class Means:
-    """Means of named tensors over rows, of batches of any sizes."""
+    """Means of named tensors over rows, of batches of any sizes; `rows/...` are kept row by row."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.kept: dict[str, list[Tensor]] = {}
         self.rows = 0
 
     def add(self, values: Mapping[str, Tensor], rows: int) -> None:
         """Count the means over a batch of `rows`."""
         for name, value in values.items():
+            if name.startswith(ROWS):
+                self.kept.setdefault(name, []).append(value.detach().cpu())
+                continue
             share = value.detach().double() * rows
             self.sums[name] = self.sums[name] + share if name in self.sums else share
         self.rows += rows
 
     def reduce(self, world: int) -> dict[str, Tensor]:
-        """The means over the rows of all workers, on the CPU; the same on each.
+        """The means over the rows of all workers, and their kept rows, on the CPU; same on each.
 
         Raises:
             ValueError: there were no rows at all.
         """
-        own = ({name: value.cpu() for name, value in self.sums.items()}, self.rows)
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        kept = {name: torch.cat(values) for name, values in self.kept.items()}
+        own = (sums, kept, self.rows)
         found: list = [own]
         if world > 1:
             # As objects: a worker without a validation row does not know the names.
             found = [None] * world
             torch.distributed.all_gather_object(found, own)
-        total = sum(rows for _, rows in found)
+        total = sum(rows for _, _, rows in found)
         if not total:
             raise ValueError("no rows: pass validation rows that are not empty, or none (val=None)")
-        names = dict.fromkeys(name for sums, _ in found for name in sums)
-        parts = {name: [sums[name] for sums, _ in found if name in sums] for name in names}
-        return {name: torch.stack(part).sum(0) / total for name, part in parts.items()}
+        summed = _gathered([sums for sums, _, _ in found])
+        rows = _gathered([kept for _, kept, _ in found])
+        means = {name: torch.stack(parts).sum(0) / total for name, parts in summed.items()}
+        return means | {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _gathered(found: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """The values of each name; not every worker has all of them."""
+    names = dict.fromkeys(name for values in found for name in values)
+    return {name: [values[name] for values in found if name in values] for name in names}
 
 
 class Meter:

@@ -2,7 +2,8 @@
 
     <storage>/<name>/epochs.json       what the run is, and the metrics of each finished epoch
     <storage>/<name>/progress.json     the step it is at
-    <storage>/<name>/epoch_0003/       model/ (for inference), state.pt (to resume), curve.json
+    <storage>/<name>/epoch_0003/       model/ (for inference), state.pt (to resume), curve.json,
+                                       pictures
 
 Both ways of training (Ray Train, this process) write it alike. An epoch counts once it is in the
 ledger, and it gets there after its checkpoint is whole.
@@ -18,7 +19,7 @@ import pandas as pd
 from pyarrow import fs
 from ray.train import Checkpoint, Result, UserCallback
 
-from cvmatch import storage, tracking
+from cvmatch import images, storage, tracking
 
 LEDGER = "epochs.json"
 PROGRESS = "progress.json"
@@ -46,6 +47,9 @@ class RunDirectory:
     """Metric that ranks checkpoints; "": the later the better."""
     mode: str = "min"
     """Whether a small (`min`) or a large (`max`) value of `best` is good."""
+
+    every: int = 1
+    """Epochs from one validation to the next, whose metrics an epoch may lack."""
 
     def entries(self) -> list[dict[str, Any]]:
         """Metrics of the finished epochs, in their order."""
@@ -111,14 +115,15 @@ class RunDirectory:
     def _ranked(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not self.best:
             return entries[::-1]
-        missing = [e["epoch"] for e in entries if self.best not in e]
-        if missing:
+        judged = [e for e in entries if self.best in e]
+        others = [e for e in entries if self.best not in e]  # epochs without a validation
+        if others and not judged and len(others) >= self.every:
             raise ValueError(
                 f"{self.location}: expected the metric {self.best!r} (--fit.best), got "
                 f"{sorted(entries[0])}. Name one of those, or pass validation rows."
             )
         sign = 1 if self.mode == "min" else -1
-        return sorted(entries, key=lambda e: (sign * e[self.best], -e["epoch"]))
+        return sorted(judged, key=lambda e: (sign * e[self.best], -e["epoch"])) + others[::-1]
 
     def _holds(self, epoch: int) -> bool:
         return storage.exists(storage.join(self.location, name_of(epoch)))
@@ -157,6 +162,14 @@ class Recorder(UserCallback):
             )
             self.run.points(("step/loss", step, loss) for step, loss in curve)
             self.run.metrics(metrics[0], step=metrics[0]["epoch"])
+            self._pictures(name_of(metrics[0]["epoch"]))
+
+    def _pictures(self, epoch: str) -> None:
+        place = storage.join(self.directory.location, epoch)
+        for file in storage.names(place):
+            if self.run and file.endswith(".png"):
+                pixels = images.decode(storage.read_bytes(storage.join(place, file)))
+                self.run.image(f"{file.removesuffix('.png')}/{epoch}", pixels)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Say in MLflow why the workers were started again."""

@@ -35,7 +35,7 @@ from cvmatch.training.task import Fit, Task
 _log = logging.getLogger(__name__)
 
 _FREE = {"epochs", "workers", "cpus_per_worker", "gpus_per_worker", "label", "storage", "name"}
-_FREE |= {"keep", "best", "best_mode", "max_failures", "cache"}
+_FREE |= {"keep", "best", "best_mode", "max_failures", "cache", "validate_every"}
 """Fields of Fit that may change when a run is resumed."""
 
 _listeners: ContextVar[tuple[UserCallback, ...]] = ContextVar("cvmatch_listeners", default=())
@@ -61,7 +61,11 @@ def fit(
     name = fit.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     location = storage.join(storage.absolute(fit.storage), name)
     directory = runs.RunDirectory(
-        location=location, keep=fit.keep, best=fit.best, mode=fit.best_mode
+        location=location,
+        keep=fit.keep,
+        best=fit.best,
+        mode=fit.best_mode,
+        every=fit.validate_every,
     )
     _check(train, val, fit)
     directory.claim(_identity(build, fit))

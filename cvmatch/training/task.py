@@ -1,8 +1,10 @@
 """What is trained (`Task`) and how (`Fit`)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 
@@ -26,6 +28,8 @@ class Fit:
     """Share of the steps in which the rate rises from zero (not with plateau)."""
     patience: int = 3
     """Epochs without a better validation loss before plateau lowers the rate."""
+    validate_every: int = 1
+    """Epochs from one validation to the next; the last epoch always has one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     workers: int = 0
@@ -62,9 +66,16 @@ class Fit:
                 f"fit: expected a batch that {shares} workers can share evenly, got {self.batch}. "
                 f"Try --fit.batch {max(shares, round(self.batch / shares) * shares)}."
             )
-        if min(self.epochs, self.accumulate, self.keep) < 1 or self.workers < 0:
+        if min(self.epochs, self.accumulate, self.keep, self.validate_every) < 1:
             raise ValueError(
-                f"fit: expected epochs, accumulate and keep >= 1 and workers >= 0, got {self}."
+                f"fit: expected epochs, accumulate, keep and validate_every >= 1, got {self}."
+            )
+        if self.workers < 0:
+            raise ValueError(f"fit: expected workers >= 0, got {self.workers}.")
+        if self.schedule == "plateau" and self.validate_every > 1:
+            raise ValueError(
+                "fit: schedule plateau watches the loss of every epoch, got validate_every "
+                f"{self.validate_every}. Set --fit.validate-every 1, or another schedule."
             )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"fit: warmup is a share of the steps in [0, 1), got {self.warmup}.")
@@ -86,8 +97,9 @@ class Task(Protocol):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`loss` and its parts: means over the rows of the batch.
 
-        In evaluation mode tensors with axes may be among them (a confusion matrix a row). There,
-        workers see different numbers of batches, so it must not call collectives.
+        In evaluation mode tensors with axes may be among them (a confusion matrix a row), and names
+        that begin with `rows/`, whose rows are not averaged but kept for `summary`. There, workers
+        see different numbers of batches, so it must not call collectives.
         """
         ...
 
@@ -99,6 +111,9 @@ class Task(Protocol):
         """Write the model directory that inference loads."""
         ...
 
-    def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """Means over all validation rows -> scalars to log (`confusion` -> mIoU)."""
+    def summary(self, means: dict[str, Tensor]) -> Mapping[str, float | np.ndarray]:
+        """Means over all validation rows, and kept rows -> scalars to log (`confusion` -> mIoU).
+
+        An array (uint8, height x width x 3) is a picture of the epoch.
+        """
         ...

@@ -1,0 +1,175 @@
+"""Encode once: what the frozen networks give of every pair, as Parquet, which training streams.
+
+A row has its pictures and, for each variant (turned or mirrored), the latent of the tile and CLIP's
+states of the panorama, in half precision: rounding of 5e-4, against noise of 1 that training adds.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from ray.data import Dataset
+from torch import Tensor
+
+from cvmatch import draws, engine, geometry, images, manifest, progress, schema, storage
+from cvmatch.flow import Flow, each_step
+from cvmatch.generate import parts, rays, variants
+from cvmatch.generate.condition import Conditioning
+from cvmatch.generate.frozen import Frozen
+from cvmatch.generate.pairs import Sizes
+from cvmatch.ingest import Ingest, accepted, ingest, read_pictures
+from cvmatch.written import Judge, Written
+
+VERSION = 1
+"""Version of the rows on disk."""
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encode:
+    """Run the frozen networks over pairs, and keep what they give."""
+
+    data: Ingest
+    """Pairs."""
+    diffusion: str
+    """Whose VAE: hub id or local directory."""
+    revision: str
+    """Revision of `diffusion` on the hub."""
+    clip: str
+    """CLIP with a vision tower: hub id or local directory."""
+    conditioning: Conditioning
+    """How CLIP looks at panoramas."""
+    turns: bool
+    """Also of tiles turned by one, two and three quarters."""
+    mirror: bool
+    """Also of mirrored ones."""
+    output: str
+    """Directory of encoded data sets; this one's name is a fingerprint of all it depends on."""
+    pool: engine.Pool
+    """Actors."""
+
+
+class EncodePairs:
+    """Rows of PAIRS -> `pair_id`, `key`, `ground`, `aerial`, `latent`, `states`; no failed rows."""
+
+    def __init__(self, config: Encode, sizes: Sizes) -> None:
+        encoders = parts.load_encoders(config.diffusion, config.clip, config.revision)
+        self.frozen = Frozen(encoders, config.conditioning).to(engine.device())
+        self.config, self.sizes = config, sizes
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Encode the pairs of one batch; pictures that ingest passed are there."""
+        good = [i for i, error in enumerate(batch[schema.ERROR]) if not error]
+        ids = [str(batch[schema.PAIR_ID][i]) for i in good]
+        ground = _stack([batch[schema.GROUND][i] for i in good], self.sizes.panorama)
+        tile = _stack([batch[schema.AERIAL][i] for i in good], (self.sizes.tile, self.sizes.tile))
+        latents, states, view = self._encoded(ground, tile)
+        return {
+            schema.PAIR_ID: np.array(ids, dtype=object),
+            "key": np.array([draws.key(name) for name in ids], dtype=np.int64),
+            schema.GROUND: _pictures(view),
+            schema.AERIAL: np.array([batch[schema.AERIAL][i] for i in good], dtype=object),
+            "latent": latents,
+            "states": states,
+        }
+
+    @torch.inference_mode()
+    def _encoded(self, ground: Tensor, tile: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        at = self.frozen.mean.device
+        ground, tile = ground.to(at) / 255, tile.to(at) / 255
+        latents, states = [], []
+        for variant in range(variants.count(self.config.turns, self.config.mirror)):
+            chosen = torch.full((len(tile),), variant, device=at)
+            how = variants.change(chosen, self.config.turns)
+            latents.append(self.frozen.encode(geometry.turned_tile(tile, *how)))
+            states.append(self.frozen.look(geometry.turned_panorama(ground, *how)).states)
+        halves = [torch.stack(some, dim=1).half().cpu().numpy() for some in (latents, states)]
+        return halves[0], halves[1], rays.view(ground)
+
+
+def encode(config: Encode) -> str:
+    """Write the encoded rows, or find them there; gives their directory.
+
+    A pass that was killed goes on where it stopped.
+
+    Raises:
+        ValueError: a base model or the data is not there, or the directory holds other rows.
+    """
+    made_from = _made_from(config)
+    name = f"{config.data.split}-{manifest.digest(made_from)[:12]}"
+    written = Written(storage.join(storage.absolute(config.output), name))
+    if written.claim(made_from):
+        return written.output
+    with engine.resumable(storage.join(written.partial, "checkpoint")):
+        _stream(config, written)
+    models = {"encoders": made_from["encoders"]}
+    source = config.data.root
+    manifest.write(written.output, rows=written.rows, config=config, models=models, source=source)
+    storage.remove(written.partial)
+    return written.output
+
+
+def encoded(directory: str, sizes: Sizes) -> Dataset:
+    """The rows that `encode` wrote, as the tensors of `pairs.decode` and `latent`, `states`."""
+    filesystem, path = storage.resolve(directory)
+    rows: Any = ray.data.read_parquet(path, filesystem=filesystem, file_extensions=["parquet"])
+    return rows.map_batches(_tensors, fn_kwargs={"tile": sizes.tile}, batch_size=None)
+
+
+def _tensors(batch: Batch, tile: int) -> Batch:
+    ground = _stack(list(batch[schema.GROUND]), (rays.HEIGHT, rays.WIDTH))
+    aerial = _stack(list(batch[schema.AERIAL]), (tile, tile))
+    kept = {name: batch[name] for name in ("key", "latent", "states")}
+    return kept | {"ground": ground.numpy(), "aerial": aerial.numpy()}
+
+
+def _stream(config: Encode, written: Written) -> None:
+    engine.preflight(config.pool)
+    looks = config.conditioning
+    sizes = parts.sizes(config.diffusion, config.clip, looks.panorama_width, config.revision)
+    rows = ingest(config.data)
+    total = accepted(config.data)
+    rows = engine.map_actors(rows, EncodePairs, config.pool, config=config, sizes=sizes)
+    filesystem, path = storage.resolve(written.output)
+    flow = Flow({"read": read_pictures.__name__, "encode": EncodePairs.__name__, "write": "Write"})
+    with (
+        progress.watch(f"encode {config.data.split}", total, lambda: written.rows, flow.note),
+        each_step(rows, flow.update, Judge(written, total, max_share=0.0)),
+    ):
+        rows.write_parquet(path, filesystem=filesystem)
+    written.update()
+
+
+def _made_from(config: Encode) -> dict[str, Any]:
+    """What the rows depend on."""
+    encoders = parts.load_encoders(config.diffusion, config.clip, config.revision)
+    looks = config.conditioning
+    return {
+        "version": VERSION,
+        "encoders": manifest.weights(encoders.clip, encoders.vae),
+        "tokens": looks.mode != "pooled",
+        "panorama": [looks.panorama_width, looks.crops],
+        "variants": [config.turns, config.mirror],
+        "pictures": images.PREPROCESS,
+        "root": storage.absolute(config.data.root),
+        "split": config.data.split,
+        "limit": config.data.limit,
+    }
+
+
+def _stack(pictures: list[bytes], size: tuple[int, int]) -> Tensor:
+    """Decoded pictures as uint8 planes."""
+    pixels = [torch.from_numpy(images.decode(data, size).copy()) for data in pictures]
+    whole = torch.stack(pixels) if pixels else torch.zeros(0, *size, 3, dtype=torch.uint8)
+    return whole.permute(0, 3, 1, 2).contiguous()
+
+
+def _pictures(planes: Tensor) -> np.ndarray:
+    """Encoded pictures of planes in [0, 1]."""
+    pixels = (planes * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    encoded = np.empty(len(pixels), dtype=object)
+    encoded[:] = [images.encode(picture) for picture in pixels]
+    return encoded

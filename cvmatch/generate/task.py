@@ -1,0 +1,231 @@
+"""The generator's training step: a batch of pairs -> its losses, and what a validation shows."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cvmatch import draws, fidelity, metrics
+from cvmatch.generate import adapt, loss
+from cvmatch.generate.condition import Condition, Seen
+from cvmatch.generate.model import Generator
+from cvmatch.generate.perceptual import Lpips
+from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.samples import sheet
+from cvmatch.generate.variants import varied
+from cvmatch.training.meters import ROWS
+
+VALIDATION = (0.2, 0.5, 0.8)
+"""Noise levels of the validation loss, as shares of the schedule: the same for every row."""
+
+_MEASURES = (metrics.psnr, metrics.ssim, metrics.ncc)
+
+SHOWN = 6
+"""Rows of the picture G | A | C of a validation."""
+
+
+class GeneratorTask(nn.Module):
+    """`ground`, `aerial` (uint8, CHW) and `key` -> the losses of the generator.
+
+    Where the batch has `latent` and `states` (of each variant: `encode`), these are used in place
+    of the frozen encoders, and `ground` is the view of the rays.
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        generator: Generator,
+        recipe: Recipe,
+        perceptual: Lpips | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`perceptual` may be None where `recipe.w_vae` is 0."""
+        super().__init__()
+        if recipe.w_vae and perceptual is None:
+            raise ValueError("GeneratorTask: w_vae needs a perceptual network, or w_vae=0")
+        self.generator, self.recipe, self.perceptual = generator, recipe, perceptual
+        self.seed, self.judged = seed, 0
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.colours = (
+            nn.Conv2d(generator.latent[0], 3, 3, padding=1) if recipe.w_identify else None
+        )
+        # CLIP also judges pictures, and must not learn to be pleased.
+        self.judging = copy.deepcopy(generator.frozen) if recipe.train_clip else generator.frozen
+        adapt.choose(generator, recipe.train_unet, recipe.lora_rank, recipe.train_clip)
+        if recipe.freeze_rays and generator.conditioning.geometry:
+            generator.conditioner.rays.requires_grad_(False)
+        if recipe.save_memory:
+            generator.unet.enable_gradient_checkpointing()
+        self.average = adapt.Average(recipe.ema) if recipe.ema else None
+        self._means: list[Generator] = []  # a list, since a module would become a part of this
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch; in evaluation mode with the right and with a shuffled panorama."""
+        latent, seen, tile = self._seen(batch)
+        if not self.training:
+            return self._validate(latent, seen, tile, batch["key"])
+        if self.average:
+            self.average.update(adapt.trained_weights(self.generator))
+        condition = self.generator.condition(seen)
+        named = self._diffuse(latent, condition, tile, batch)
+        if condition.map is not None and not self.recipe.freeze_rays:
+            named |= self._map_terms(self.generator, condition.map, tile)
+        weights = {name: getattr(self.recipe, f"w_{name}", 1.0) for name in named}
+        total = torch.stack([weights[name] * value for name, value in named.items()]).sum()
+        return {"loss": total, **{name: value.detach() for name, value in named.items()}}
+
+    def train(self, mode: bool = True) -> "GeneratorTask":
+        """A validation is of the mean weights, where there are any, and judges its first rows."""
+        self.judged = 0
+        self._means.clear()
+        return super().train(mode)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters by learning rate: the base's, and what starts from random weights."""
+        model = self.generator
+        base = [p for part in (model.unet, model.frozen) for p in part.parameters()]
+        parts = [part for part in (model.conditioner, self.colours) if part is not None]
+        new = [weight for part in parts for weight in part.parameters()]
+        trained = [weight for weight in base if weight.requires_grad]
+        return [
+            {"params": trained, "lr": self.recipe.lr},
+            {"params": new, "lr": self.recipe.lr_rays},
+        ]
+
+    def save(self, directory: str) -> None:
+        """Write the directory that `Generator.load` reads."""
+        adapt.merged(self.published()).save(directory)
+
+    def summary(self, means: dict[str, Tensor]) -> dict[str, float | np.ndarray]:
+        """Validation means; `gap`: by which share a shuffled panorama is worse, 0 where not used.
+
+        `gap/0.8` and the like are of one noise level.
+
+        Of the judged rows: mean PSNR (dB), SSIM, NCC and LPIPS, recall of the true tile by the
+        NCC among them (`fidelity.retrieved`), and the picture `samples`, G | A | C.
+        """
+        found: dict[str, Any] = {k: float(v) for k, v in means.items() if not v.ndim}
+        for at in ("", *(f"/{share}" for share in VALIDATION)):
+            right, wrong = found[f"loss_correct{at}"], found[f"loss_shuffled{at}"]
+            found[f"gap{at}"] = wrong / max(right, 1e-12) - 1
+        kept = {k.removeprefix(ROWS): v for k, v in means.items() if k.startswith(ROWS)}
+        if kept:
+            view, drawn, true = (kept.pop(name) for name in ("view", "drawn", "true"))
+            found |= {name: value.mean().item() for name, value in kept.items()}
+            found |= _metric_names(fidelity.retrieved(metrics.planes(drawn), metrics.planes(true)))
+            found["samples"] = sheet(view[:SHOWN], drawn[:SHOWN], true[:SHOWN])
+        return found
+
+    def published(self) -> Generator:
+        """What is validated and saved: the generator, or a copy with its mean weights."""
+        if self.average is None:
+            return self.generator
+        if not self._means:
+            self._means.append(self.average.of(self.generator).eval())
+        return self._means[0]
+
+    # --- the parts of a step ---
+
+    def _seen(self, batch: dict[str, Tensor]) -> tuple[Tensor, Seen, Tensor]:
+        """Latent, what is seen of the panorama, and tile in [0, 1], of one variant of each row."""
+        ground, tile = batch["ground"].float() / 255, batch["aerial"].float() / 255
+        chosen = torch.zeros_like(batch["key"])
+        if self.training:
+            ground, tile, chosen = varied(ground, tile, batch, self.recipe, self.seed)
+        if "latent" not in batch:
+            return self.generator.frozen.encode(tile).float(), self._look(ground), tile
+        row = torch.arange(len(chosen), device=chosen.device)
+        latent, states = (batch[name][row, chosen].float() for name in ("latent", "states"))
+        return latent, Seen(states, ground), tile
+
+    def _look(self, ground: Tensor) -> Seen:
+        with torch.set_grad_enabled(self.training and self.recipe.train_clip > 0):
+            return self.generator.frozen.look(ground)
+
+    def _diffuse(
+        self, latent: Tensor, condition: Condition, tile: Tensor, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        model, recipe, keys = self.generator, self.recipe, batch["key"]
+
+        def numbers(purpose: str) -> int:
+            return draws.stream(self.seed, int(batch["epoch"]), purpose)
+
+        step = (draws.uniform(keys, numbers("step")) * len(model.noise.signal)).long()
+        noise = draws.normal(keys, numbers("noise"), *model.latent)
+        keep = draws.uniform(keys, numbers("drop")) >= recipe.drop
+        noisy = model.noise.add(latent, noise, step)
+        answer = model.predict(noisy, step, model.conditioner.dropped(condition, keep)).float()
+        error = (answer - model.noise.target(latent, noise, step)).square().mean(dim=(1, 2, 3))
+        named = {"noise": (model.noise.weight(step, recipe.min_snr) * error).mean()}
+        if self.colours is not None:
+            rows = keep & (step >= recipe.identify_noise * len(model.noise.signal))
+            clean = model.noise.clean(noisy, answer, step)
+            named |= loss.identify_terms(self.colours, latent, clean, tile, rows)
+        acts = int(self.steps) % recipe.image_every == 0 and (recipe.w_clip or recipe.w_vae)
+        self.steps += 1
+        if acts:
+            order = draws.uniform(keys, numbers("image"))
+            rows, strength = loss.image_rows(
+                model.noise.signal[step], order, recipe.image_rows, recipe.image_signal
+            )
+            clean = model.noise.clean(noisy[rows], answer[rows], step[rows])
+            strength = strength * recipe.image_every  # so that the mean over steps stays the same
+            perceptual = self.perceptual if recipe.w_vae else None
+            named |= loss.image_terms(self.judging, perceptual, clean, tile[rows], strength)
+        return named
+
+    def _validate(
+        self, latent: Tensor, seen: Seen, tile: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
+        """Noise error over VALIDATION, with the row's own panorama and with its neighbour's."""
+        model = self.published()
+        condition = model.condition(seen)
+        totals = {"loss_correct": latent.new_zeros(()), "loss_shuffled": latent.new_zeros(())}
+        for share in VALIDATION:
+            step = torch.full_like(keys, round(share * len(model.noise.signal)))
+            stream = draws.stream(self.seed, purpose=f"validation {share}")
+            noise = draws.normal(keys, stream, *model.latent)
+            noisy, target = (
+                model.noise.add(latent, noise, step),
+                model.noise.target(latent, noise, step),
+            )
+            for name, given in (
+                ("loss_correct", condition),
+                ("loss_shuffled", condition.rolled()),
+            ):
+                error = F.mse_loss(model.predict(noisy, step, given).float(), target)
+                totals[name] = totals[name] + error / len(VALIDATION)
+                totals[f"{name}/{share}"] = error
+        found = {"loss": totals["loss_correct"], **totals}
+        if condition.map is not None:
+            found |= self._map_terms(model, condition.map, tile)
+        rows = min(len(keys), self.recipe.judge - self.judged)
+        if rows > 0:
+            self.judged += rows
+            part = Seen(*(value[:rows] for value in seen))
+            found |= self._judged(model, part, tile[:rows], keys[:rows])
+        return found
+
+    def _judged(
+        self, model: Generator, seen: Seen, tile: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
+        """What is drawn of panoramas, and how near it comes to the true tiles, row by row."""
+        drawn = model.draw(seen, keys)
+        found = {metric.__name__: metric(drawn, tile) for metric in _MEASURES}
+        if self.perceptual is not None:
+            found["lpips"] = self.perceptual(drawn, tile)
+        found |= {"drawn": drawn, "true": tile, "view": seen.view}
+        return {f"{ROWS}{name}": value for name, value in found.items()}
+
+    @staticmethod
+    def _map_terms(model: Generator, drawn: Tensor, tile: Tensor) -> dict[str, Tensor]:
+        return loss.map_terms(model.conditioner.rays.picture(drawn), tile)
+
+
+def _metric_names(values: dict[str, float]) -> dict[str, float]:
+    """MLflow's names have neither @ nor %."""
+    return {k.replace("@", "_at_").replace("%", "_percent"): v for k, v in values.items()}
