@@ -103,6 +103,26 @@ def ingest(config: Ingest) -> Dataset:
     return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
 
 
+def fingerprint(config: Ingest) -> str:
+    """Hash (SHA-256) of ids, names and sizes of the pictures that the last `ingest` gave.
+
+    Sizes stand for the content: a data set that is made anew at its place has others.
+    """
+    found = layout.find(config.root)
+    content = storage.read_bytes(storage.join(_cache(config, found), PAIRS))
+    rows = pq.read_table(pa.BufferReader(content), columns=[PAIR_ID, *FILES.values()])
+    filesystem, base = storage.resolve(found.root)
+    files = {file for name in FILES.values() for file in rows[name].to_pylist() if file}
+    folders = sorted({f"{base}/{file}".rpartition("/")[0] for file in files})
+    there = {
+        info.path.removeprefix(f"{base}/"): info.size
+        for folder in folders
+        for info in filesystem.get_file_info(fs.FileSelector(folder))
+    }
+    sizes = [there.get(file) for file in sorted(files)]
+    return hashlib.sha256(json.dumps([rows.to_pylist(), sizes]).encode()).hexdigest()
+
+
 def accepted(config: Ingest) -> int:
     """Number of rows that the last `ingest` of this split gave."""
     cache = _cache(config, layout.find(config.root))

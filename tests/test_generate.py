@@ -1,6 +1,7 @@
 """The generator: conditioning, losses with gradient, sampling by key, and the real sizes."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -858,6 +859,14 @@ def test_encode_keeps_what_live_training_would_compute(toy: str, world_root: str
     assert encode(asked) == directory  # found, and left as it is
     assert os.stat(parquet).st_mtime_ns == before
     assert encode(replace(asked, mirror=False)) != directory
+    # Other pictures at the same place are not taken for these.
+    copied = tmp_path / "world"
+    shutil.copytree(world_root, copied)
+    moved = replace(asked, data=replace(data, root=str(copied)))
+    assert encode(moved) == directory  # the same pictures elsewhere are
+    picture = next((copied / "bingmap").iterdir())
+    images.open_image(picture.read_bytes()).transpose(0).save(picture)
+    assert encode(replace(moved, data=replace(moved.data, recheck=True))) != directory
 
 
 # The real architecture

@@ -62,7 +62,7 @@ def place(tmp_path_factory, world_root, ray_session):
         "train_generator.py",
         f"{data} --diffusion {toy.DIFFUSION} --clip {toy.CLIP} --perceptual {toy.TOWER} "
         f"--conditioning.panorama-width 256 --conditioning.crops 4 --output {at}/generator "
-        "--fit.name generator",
+        f"--encoded {at}/encoded --fit.name generator",
     )
     for split in ("train", "val"):
         last(

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from cvmatch import manifest, schema
 
@@ -58,6 +59,18 @@ def test_fingerprint_changes_with_settings(tmp_path):
     before = manifest.fingerprint(model(tmp_path / "before"))
     after = model(tmp_path / "after", settings={"width": 9, "layers": [1, 2]})
     assert manifest.fingerprint(after) != before
+
+
+def test_weights_of_modules_change_with_a_value_and_with_a_name():
+    torch.manual_seed(0)
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(one.state_dict())
+    assert manifest.weights(one) == manifest.weights(other)
+    assert manifest.weights(one) != manifest.weights(nn.Sequential(one))
+    with torch.no_grad():
+        other.bias[0] += 1e-6
+    assert manifest.weights(one) != manifest.weights(other)
+    assert manifest.weights(one, other) != manifest.weights(other, one)
 
 
 def test_fingerprint_of_a_directory_without_weights_says_so(tmp_path):

@@ -14,13 +14,14 @@ import pytest
 import ray
 import ray.data
 import torch
+from mlflow import MlflowClient
 from ray.train import UserCallback
 from safetensors.torch import load_file
 from tiny_stage import LineTask, rows
 from torch import nn
 
 from cvmatch import config as configs
-from cvmatch import draws, tracking, training
+from cvmatch import draws, images, tracking, training
 from cvmatch.training import loop, meters, runs
 
 LINE = functools.partial(LineTask, 0.05, 0.1)
@@ -118,6 +119,16 @@ def test_means_weigh_batches_by_their_rows():
     found = means.reduce(world=1)
     assert found["loss"].item() == 2.0
     assert found["table"].tolist() == [0.75, 0.25]
+
+
+def test_means_keep_the_rows_that_a_task_asks_to_keep():
+    means = meters.Means()
+    means.add({"loss": torch.tensor(1.0), "rows/score": torch.tensor([1.0, 2.0])}, rows=2)
+    means.add({"loss": torch.tensor(4.0), "rows/score": torch.tensor([3.0])}, rows=1)
+    means.add({"loss": torch.tensor(2.0)}, rows=1)  # a batch may keep none
+    found = means.reduce(world=1)
+    assert found["rows/score"].tolist() == [1.0, 2.0, 3.0]
+    assert found["loss"].item() == 2.0
 
 
 def test_means_of_no_rows_say_so():
@@ -237,6 +248,40 @@ def test_fit_validates_all_rows_at_epoch_zero_with_a_partial_batch(ray_session, 
     assert metrics["val/epoch"] == 0
     assert metrics["val/signs"] == pytest.approx(1)
     assert metrics["lr"] == pytest.approx(10 * metrics["lr/1"])
+
+
+@pytest.mark.ray
+def test_fit_validates_every_few_epochs_and_at_the_last(ray_session, fit):
+    often = named(fit, "few", epochs=5, validate_every=2, best="val/loss", keep=1)
+    result = trained(LINE, rows(19), rows(13, seed=1), often)
+    entries = result.metrics_dataframe
+    assert entries["val/loss"].notna().tolist() == [False, True, False, True, True]
+    best = entries.loc[entries["val/loss"].idxmin(), "epoch"]
+    assert result.metrics["epoch"] == best  # never one that was not looked at
+    with pytest.raises(ValueError, match="validate_every 2"):
+        training.Fit(schedule="plateau", validate_every=2)
+
+
+class PictureTask(LineTask):
+    """A line whose validation shows a picture."""
+
+    def summary(self, means):
+        return super().summary(means) | {"shade": np.full((2, 3, 3), 7, np.uint8)}
+
+
+@pytest.mark.ray
+def test_fit_keeps_the_pictures_of_a_validation_in_the_checkpoint_and_the_run(
+    ray_session, fit, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    build = functools.partial(PictureTask, 0.05)
+    with tracking.start("line", Settings(fit)) as run:
+        result = training.fit(build, rows(19), rows(13, seed=1), named(fit, "shown"), run)
+    with open(f"{result.checkpoint.path}/shade.png", "rb") as file:
+        assert (images.decode(file.read()) == 7).all()
+    client = MlflowClient(run.uri)
+    kept = [file.path for file in client.list_artifacts(run.run_id, "shade")]
+    assert kept == [f"shade/epoch_{epoch:04d}.png" for epoch in (1, 2, 3)]
 
 
 @pytest.mark.ray

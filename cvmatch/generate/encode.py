@@ -19,7 +19,7 @@ from cvmatch.generate import parts, rays, variants
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.pairs import Sizes
-from cvmatch.ingest import Ingest, accepted, ingest, read_pictures
+from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.written import Judge, Written
 
 VERSION = 1
@@ -98,6 +98,7 @@ def encode(config: Encode) -> str:
     Raises:
         ValueError: a base model or the data is not there, or the directory holds other rows.
     """
+    ingest(config.data)  # lazy, but for its check of the files, which the fingerprint is of
     made_from = _made_from(config)
     name = f"{config.data.split}-{manifest.digest(made_from)[:12]}"
     written = Written(storage.join(storage.absolute(config.output), name))
@@ -153,10 +154,8 @@ def _made_from(config: Encode) -> dict[str, Any]:
         "tokens": looks.mode != "pooled",
         "panorama": [looks.panorama_width, looks.crops],
         "variants": [config.turns, config.mirror],
-        "pictures": images.PREPROCESS,
-        "root": storage.absolute(config.data.root),
-        "split": config.data.split,
-        "limit": config.data.limit,
+        "decoder": images.PREPROCESS,
+        "pictures": fingerprint(config.data),
     }
 
 

@@ -82,7 +82,10 @@ class GeneratorTask(nn.Module):
         """A validation is of the mean weights, where there are any, and judges its first rows."""
         self.judged = 0
         self._means.clear()
-        return super().train(mode)
+        super().train(mode)
+        if self.recipe.freeze_rays and self.generator.conditioning.geometry:
+            self.generator.conditioner.rays.eval()
+        return self
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameters by learning rate: the base's, and what starts from random weights."""

@@ -83,8 +83,8 @@ def train(config: TrainGenerator) -> Result:
         config.diffusion, config.clip, config.conditioning.panorama_width, config.revision
     )
     with tracking.start("generate", config) as run:
-        data = _rows(config, config.data, sizes, config.turns, config.mirror)
-        val = config.val and _rows(config, config.val, sizes, turns=False, mirror=False)
+        data = training_rows(config, config.data, sizes, config.turns, config.mirror)
+        val = config.val and training_rows(config, config.val, sizes, turns=False, mirror=False)
         rays = ""
         if config.pretrain_rays and config.conditioning.geometry:
             rays = _pretrain(config, data, val, sizes)
@@ -105,7 +105,9 @@ def build_task(config: TrainGenerator, rays: str = "") -> GeneratorTask:
     return GeneratorTask(generator, config, lpips, config.fit.seed)
 
 
-def _rows(config: TrainGenerator, data: Ingest, sizes: Sizes, turns: bool, mirror: bool) -> Dataset:
+def training_rows(
+    config: TrainGenerator, data: Ingest, sizes: Sizes, turns: bool, mirror: bool
+) -> Dataset:
     """Pairs as the tensors of `GeneratorTask`."""
     if config.encode == "live":
         return training.cached(decode(ingest(data), sizes), config.fit)

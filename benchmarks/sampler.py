@@ -1,0 +1,153 @@
+"""Sampling: what steps, guidance and batches cost and bring, against one picture at a time."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _harness import Bench, finish, flags
+from diffusers import DDIMScheduler
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from cvmatch import draws, engine, fidelity, metrics, progress, toy
+from cvmatch.generate.condition import Conditioning
+from cvmatch.generate.infer import Generate
+from cvmatch.generate.model import Generator
+from cvmatch.generate.pairs import Sizes, decode
+from cvmatch.ingest import Ingest, ingest
+from cvmatch.world import MakeWorld, make_world
+
+PROTOTYPE = 50
+"""DDIM steps of the published prototype, which draws one picture at a time in single precision."""
+
+GRID = (
+    *((2, 4.0), (3, 1.0), (3, 2.0), (3, 3.0), (3, 4.0), (3, 6.0), (4, 4.0), (6, 3.0), (6, 4.0)),
+    *((12, 2.0), (12, 4.0)),
+)
+"""Steps and guidance of the batched sampler."""
+
+Draw = Callable[[Float[Tensor, "row 3 h w"], Int64[Tensor, " row"]], Float[Tensor, "row 3 s s"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerBench(Bench):
+    """Pictures a second, and how well they find their tiles."""
+
+    data: str = ""
+    """Data set whose split `val` is drawn; empty: a world is made for the run."""
+    generator: str = ""
+    """Trained generator (toy sizes); empty: an untrained one, whose pictures find nothing."""
+    held_out: int = 0
+    """Pairs that the batched sampler draws; 0: 500, quick 96."""
+    one_by_one: int = 0
+    """Pairs that the loop draws, one by one; 0: 500, quick 24."""
+    batch: int = 32
+    """Pictures a call of the batched sampler."""
+
+
+def ddim(model: Generator, guidance: float) -> Draw:
+    """What the prototype does for a picture, with our conditioning: DDIM, two passes a step."""
+
+    @torch.no_grad()
+    def draw(panorama: Tensor, keys: Tensor) -> Tensor:
+        condition = model.condition(model.frozen.look(panorama))
+        keep = torch.zeros(len(keys), dtype=torch.bool)
+        null = model.conditioner.dropped(condition, keep)
+        scheduler: Any = DDIMScheduler.from_config(model.noise.scheduler.config)
+        scheduler.set_timesteps(PROTOTYPE)
+        latent = draws.normal(keys, draws.stream(0, purpose="sample"), *model.latent)
+        for step in scheduler.timesteps:
+            at = torch.full((len(keys),), int(step), dtype=torch.int64)
+            right, wrong = (model.predict(latent, at, given) for given in (condition, null))
+            answer = wrong + guidance * (right - wrong)
+            latent = scheduler.step(answer, step, latent).prev_sample
+        return model.frozen.decode(latent).clamp(0, 1)
+
+    return draw
+
+
+def measured(
+    name: str, draw: Draw, pairs: dict[str, Tensor], batch: int
+) -> tuple[dict[str, Any], float]:
+    """A row of the table, and pictures a second."""
+    drawn: list[Tensor] = []
+    draw(pairs["ground"][:batch], pairs["key"][:batch])  # warm
+    begin = time.perf_counter()
+    with progress.watch(name, len(pairs["key"]), lambda: sum(map(len, drawn))):
+        for ground, key in zip(
+            pairs["ground"].split(batch), pairs["key"].split(batch), strict=True
+        ):
+            drawn.append(draw(ground, key))
+    speed = len(pairs["key"]) / (time.perf_counter() - begin)
+    pictures, true = torch.cat(drawn), pairs["aerial"]
+    found = fidelity.retrieved(metrics.planes(pictures), metrics.planes(true))
+    return {
+        "sampler": name,
+        "pictures": len(true),
+        "pictures/s": speed,
+        **{
+            f"R{at}, %": f"{100 * found[at]:.1f} [{100 * found[at + '_low']:.1f}, "
+            f"{100 * found[at + '_high']:.1f}]"
+            for at in ("recall@1", "recall@1%", "recall@10%")
+        },
+        "NCC": metrics.ncc(pictures, true).mean().item(),
+        "SSIM": metrics.ssim(pictures, true).mean().item(),
+        "contrast": pictures.std(dim=(2, 3)).mean().item(),
+    }, speed
+
+
+def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
+    """Decoded pairs; pictures in [0, 1]."""
+    sizes = Sizes(model.panorama_size, model.tile, model.latent[1])
+    rows: Any = decode(ingest(Ingest(root=root, split="val", limit=count)), sizes)
+    found = rows.take_batch(count, batch_format="numpy")
+    tensors = {name: torch.from_numpy(values.copy()) for name, values in found.items()}
+    return {n: v.float() / 255 if v.dtype == torch.uint8 else v for n, v in tensors.items()}
+
+
+def main(asked: SamplerBench) -> None:
+    """The loop, then the grid."""
+    count = asked.held_out or (96 if asked.quick else 500)
+    few = asked.one_by_one or (24 if asked.quick else 500)
+    engine.start(logical_cpus=4)
+    with tempfile.TemporaryDirectory() as at:
+        root = asked.data or f"{at}/world"
+        if not asked.data:
+            make_world(MakeWorld(output=root, preset="standard", train=16, val=count))
+        if asked.generator:
+            model = Generator.load(asked.generator, engine.device())
+        else:
+            model = Generator.base(
+                toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4)
+            )
+        pairs = held_out(root, count, model.eval())
+    default = Generate()
+    some = {name: values[:few] for name, values in pairs.items()}
+    name = f"one picture at a time, {PROTOTYPE} DDIM steps, guidance {default.guidance:g}"
+    row, slow = measured(name, ddim(model, default.guidance), some, 1)
+    rows, figures = [row], {"loop.pictures_per_s": slow}
+    chosen = (default.steps, default.guidance)
+    for steps, guidance in sorted({*GRID, chosen}):
+
+        def draw(ground: Tensor, key: Tensor, how: tuple[int, float] = (steps, guidance)) -> Tensor:
+            return model.sample(ground, key, steps=how[0], guidance=how[1])
+
+        row, speed = measured(f"{steps} steps, guidance {guidance:g}", draw, pairs, asked.batch)
+        rows.append(row)
+        if (steps, guidance) == chosen:
+            row["sampler"] += " (default)"
+            figures |= {"default.pictures_per_s": speed, "default.ratio": speed / slow}
+    notes = (
+        f"One process, {torch.get_num_threads()} threads, fp32, batches of {asked.batch} (of 1 in "
+        "the loop); DPM-Solver++ of second order, both conditions in one pass of the UNet. The "
+        "loop's DDIM asks the UNet twice a step. Contrast: deviation over a picture's pixels.",
+        "" if asked.generator else "The generator is untrained: only the speeds mean something.",
+    )
+    finish(asked, "Sampler", rows, figures, [note for note in notes if note])
+
+
+if __name__ == "__main__":
+    main(flags(SamplerBench))
