@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 
 from cvmatch import images, schema, storage
 from cvmatch.generate.infer import GenerateAerial
+from cvmatch.generate.model import GUIDANCE, STEPS
 from cvmatch.index import EXHAUSTIVE, Index
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
 from cvmatch.match.model import Level, Query
@@ -40,9 +41,9 @@ class SearchFiles:
     """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
     segmenter: str = ""
     """Local directory of a segmenter, to search with its class map too; empty: none."""
-    steps: int = 12
+    steps: int = STEPS
     """Solver steps of the generator."""
-    guidance: float = 2.0
+    guidance: float = GUIDANCE
     """Guidance scale of the generator; 1: none."""
     mode: Mode = "auto"
     """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""

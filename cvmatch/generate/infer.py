@@ -7,7 +7,7 @@ import torch
 from ray.data import Dataset
 
 from cvmatch import draws, engine, images, schema, storage
-from cvmatch.generate.model import Generator, require
+from cvmatch.generate.model import GUIDANCE, STEPS, Generator, require
 from cvmatch.rowwise import Rowwise, reason
 
 Keyed = tuple[np.ndarray, int]
@@ -20,10 +20,10 @@ class Generate:
 
     model: str = "models/generator"
     """Local directory that train_generator published."""
-    steps: int = 12
-    """Solver steps; 4 to 12 identify the tile equally well (reference/world.md, section 8)."""
-    guidance: float = 2.0
-    """Guidance scale; 1: none, half the time; 4 oversaturates."""
+    steps: int = STEPS
+    """Solver steps."""
+    guidance: float = GUIDANCE
+    """Guidance scale; 1: none, half the time."""
     seed: int = 0
     """Other seeds draw other pictures of the same panorama."""
     pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32, calls=2))

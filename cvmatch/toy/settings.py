@@ -150,7 +150,6 @@ def _synthesize(at: str, data: Ingest) -> Synthesize:
         generate=Generate(
             model=f"{at}/models/generator",
             steps=3,
-            guidance=3.0,
             pool=Pool(size=2, batch=16, calls=2),
         ),
         segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16, calls=2)),
