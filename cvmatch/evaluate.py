@@ -21,7 +21,8 @@ from pyarrow import parquet
 from torch import Tensor
 
 from cvmatch import draws, geometry, images, retrieval, schema, shard, storage, tracking
-from cvmatch.fidelity import generation, segmentation
+from cvmatch.fidelity import Distance, generation, segmentation
+from cvmatch.frechet import distance
 from cvmatch.index import Index
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, Level, Query
 from cvmatch.match.train import IDS, training_ids
@@ -52,6 +53,9 @@ class Evaluate:
     """Radius of the near gallery around the true tile, in metres."""
     num_classes: int = 5
     """Classes of the segmenter: 5, or 6 with cars."""
+    fid: str = ""
+    """Network of the FID of synthetic aerials: inception, or a tower by name or directory; empty:
+    not measured."""
     output: str = "data/evaluation"
     """Directory for results.json and queries.parquet."""
     bootstrap: int = 1000
@@ -111,7 +115,9 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
             numbers["ms"] = {m: retrieval.milliseconds(index, query, m) for m in config.modes}
             results["retrieval"].setdefault(view.name, {})[level] = numbers
             tables.append(_per_query(ids, index, view, level, found))
-        results["generation"] = generation(_rows(config.queries), config.bootstrap, config.seed)
+        results["generation"] = generation(
+            _rows(config.queries), config.bootstrap, config.seed, _distance(config)
+        )
         results["segmentation"] = segmentation(_rows(config.queries), config.num_classes)
         results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # NaN, inf
         _write(config.output, results, tables)
@@ -229,6 +235,10 @@ def _batches(location: str, columns: Iterable[str] = ()) -> Iterator[dict[str, l
         whole = table.filter(table[schema.ERROR].is_null())
         if len(whole):
             yield whole.to_pydict()
+
+
+def _distance(config: Evaluate) -> Distance | None:
+    return distance(config.fid) if config.fid else None
 
 
 def _rows(location: str) -> Iterator[dict[str, Any]]:

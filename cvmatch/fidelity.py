@@ -4,13 +4,26 @@ Always against shuffled rows too: a dead condition scores the same for both.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cvmatch import images, metrics, schema
+
+
+class Distance(Protocol):
+    """A distance of two sets of pictures, such as torchmetrics' FID."""
+
+    def update(self, imgs: Tensor, real: bool) -> None:
+        """Count pictures (uint8) of one of the sets."""
+        ...
+
+    def compute(self) -> Tensor:
+        """The distance."""
+        ...
+
 
 VIEWS: tuple[metrics.View, ...] = ("luminance", "chroma", "gradient")
 """What true tiles are found by."""
@@ -19,13 +32,17 @@ _CHUNK = 1024  # pictures a side of one block of correlations
 
 
 def generation(
-    rows: Iterable[Mapping[str, Any]], bootstrap: int = 1000, seed: int = 0
+    rows: Iterable[Mapping[str, Any]],
+    bootstrap: int = 1000,
+    seed: int = 0,
+    distance: Distance | None = None,
 ) -> dict[str, float]:
     """How well A (`synthetic`) shows its tile C (`aerial`), against the tile of the row before.
 
     PSNR in dB, SSIM and luminance correlation (NCC) at A's size; and recall of C among all tiles by
     the NCC with A at 16 x 16, no model in between, also by chroma and by gradient, which no term of
-    the training looks at (`chroma/recall@1`). Empty where no row has both pictures.
+    the training looks at (`chroma/recall@1`). With `distance` (`frechet.distance`) also `fid`, of
+    all A from all C. Empty where no row has both pictures.
     """
     values: dict[str, list[Tensor]] = {}
     seen: dict[metrics.View, list[Tensor]] = {view: [] for view in VIEWS}
@@ -35,13 +52,12 @@ def generation(
             continue
         drawn = images.decode(row[schema.SYNTHETIC])
         pair = [_planes(row[name], drawn.shape[:2]) for name in (schema.SYNTHETIC, schema.AERIAL)]
+        if distance is not None:
+            for true, pixels in enumerate(pair):
+                distance.update((pixels * 255).round().byte(), real=bool(true))
         for view, some in seen.items():
             some.append(metrics.planes(torch.cat(pair), view))
-        others = {"": pair[1], "_shuffled": before}
-        for suffix, true in others.items():
-            if true is not None and true.shape == pair[0].shape:
-                for metric in (metrics.psnr, metrics.ssim, metrics.ncc):
-                    values.setdefault(metric.__name__ + suffix, []).append(metric(pair[0], true))
+        _compare(pair[0], {"": pair[1], "_shuffled": before}, values)
         before = pair[1]
     if before is None:
         return {}
@@ -51,7 +67,17 @@ def generation(
         found = retrieved(predicted, true, bootstrap, seed)
         prefix = "" if view == "luminance" else f"{view}/"
         result |= {prefix + name: value for name, value in found.items()}
-    return result
+    return result | ({"fid": distance.compute().item()} if distance is not None else {})
+
+
+def _compare(
+    drawn: Tensor, others: Mapping[str, Tensor | None], values: dict[str, list[Tensor]]
+) -> None:
+    """Add the measures of a drawn picture against each of the others to `values`."""
+    for suffix, true in others.items():
+        if true is not None and true.shape == drawn.shape:
+            for metric in (metrics.psnr, metrics.ssim, metrics.ncc):
+                values.setdefault(metric.__name__ + suffix, []).append(metric(drawn, true))
 
 
 def segmentation(

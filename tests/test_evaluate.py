@@ -11,9 +11,10 @@ import tiny_index as tiny
 import torch
 from pyarrow import parquet
 
-from cvmatch import images, retrieval, schema
+from cvmatch import images, retrieval, schema, toy
 from cvmatch.evaluate import Evaluate, View, check_unseen, embedded, evaluate, flat, seen, true_rows
 from cvmatch.fidelity import generation, segmentation
+from cvmatch.frechet import distance
 from cvmatch.index import Index
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, MatcherConfig, Query
@@ -282,6 +283,27 @@ def test_generation_in_blocks_equals_one_block(monkeypatch):
     monkeypatch.setattr("cvmatch.fidelity._CHUNK", 4)
     assert generation(pictures(11, half), bootstrap=20) == whole
     assert whole["recall@1_low"] <= whole["recall@1"] <= whole["recall@1_high"]
+
+
+def test_generation_fid_is_small_for_the_same_pictures_in_another_order_and_not_for_others():
+    def brighter(number):
+        pixels = images.decode(tile(number)).astype(int) + 60
+        return images.encode(pixels.clip(0, 255).astype(np.uint8))
+
+    moved = generation(
+        pictures(12, lambda n: tile((n + 1) % 12)), bootstrap=5, distance=distance(toy.TOWER)
+    )
+    other = generation(pictures(12, brighter), bootstrap=5, distance=distance(toy.TOWER))
+    assert moved["fid"] < 0.01 * other["fid"]
+
+
+def test_generation_fid_of_a_network_that_is_not_here_says_what_to_do(monkeypatch):
+    def missing(**_):
+        raise ModuleNotFoundError("no torch-fidelity")
+
+    monkeypatch.setattr("cvmatch.frechet.FrechetInceptionDistance", missing)
+    with pytest.raises(ValueError, match=r"pip install torch-fidelity.*--fid vgg16"):
+        distance("inception")
 
 
 def test_generation_without_pictures_is_empty():
