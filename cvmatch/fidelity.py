@@ -4,7 +4,7 @@ Always against shuffled rows too: a dead condition scores the same for both.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor
 from cvmatch import images, metrics, schema
 
 
+@runtime_checkable
 class Distance(Protocol):
     """A distance of two sets of pictures, such as torchmetrics' FID."""
 

@@ -27,7 +27,7 @@ def distance(network: str) -> FrechetInceptionDistance:
     except (ImportError, OSError) as error:  # no torch-fidelity; no network to fetch its weights
         raise ValueError(
             "fid inception: expected torch-fidelity (`pip install torch-fidelity`) and its "
-            f"weights, which it fetches into torch's hub directory. Got: {error}. Without a network "
+            f"weights, fetched into torch's hub directory. Got: {error}. Without a network "
             "copy that directory, or pass the name or directory of a tower: --fid vgg16."
         ) from error
 
