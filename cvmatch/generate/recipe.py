@@ -20,7 +20,7 @@ class Recipe:
     """Weight of telling the true tile from the batch's others by that drawing."""
     w_identify: float = 0.0
     """Weight of telling it by what the UNet predicts of the picture; 0: not computed."""
-    identify_noise: float = 0.5
+    identify_noise: float = 0.75
     """Least noise for that term, as a share of the schedule; with less, the input tells it all."""
     image_rows: int = 4
     """Rows of a step (of one worker) that the two image terms, w_clip and w_vae, look at."""

@@ -21,15 +21,15 @@ from cvmatch.toy.settings import Demo, Settings
 from cvmatch.tune import TuneResult
 
 EXPECTED = {
-    "world": 52,
-    "segmenter": 52,
-    "generator": 140,
-    "synthesize": 84,
-    "tune": 62,
-    "matcher": 108,
-    "index": 11,
-    "evaluate": 12,
-    "search": 2,
+    "world": 39,
+    "segmenter": 58,
+    "generator": 164,
+    "synthesize": 61,
+    "tune": 44,
+    "matcher": 95,
+    "index": 6,
+    "evaluate": 6,
+    "search": 1,
 }
 """Seconds of each stage of the demo preset on two cores: how long is left is reckoned from them."""
 

@@ -89,7 +89,7 @@ def settings(config: Demo) -> Settings:
         lr_towers=5e-4,
         lr_heads=5e-4,
         output=f"{at}/models/matcher",
-        fit=fit("matcher", 10, 32, config.workers),
+        fit=fit("matcher", 14, 32, config.workers),
     )
     return Settings(
         world=MakeWorld(output=f"{at}/world", preset=config.preset, seed=config.seed),
