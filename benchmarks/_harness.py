@@ -70,7 +70,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _command(script: str) -> str:
-    return " ".join(["python", f"benchmarks/{script}.py", *sys.argv[1:]])
+    """As it was typed, but for where this machine keeps things."""
+    words = [os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{script}.py", *words])
 
 
 def _commit() -> str:
