@@ -89,7 +89,7 @@ def measured(
         "pictures": len(true),
         "pictures/s": speed,
         **{
-            f"R{at}, %": f"{100 * found[at]:.1f} [{100 * found[at + '_low']:.1f}, "
+            f"{at.replace('recall', 'R')}, %": f"{100 * found[at]:.1f} [{100 * found[at + '_low']:.1f}, "
             f"{100 * found[at + '_high']:.1f}]"
             for at in ("recall@1", "recall@1%", "recall@10%")
         },
