@@ -29,6 +29,8 @@ GRID = (
 )
 """Steps and guidance of the batched sampler."""
 
+RECALLS = ("recall@1", "recall@1%", "recall@10%")
+
 Draw = Callable[[Float[Tensor, "row 3 h w"], Int64[Tensor, " row"]], Float[Tensor, "row 3 s s"]]
 
 
@@ -88,15 +90,16 @@ def measured(
         "sampler": name,
         "pictures": len(true),
         "pictures/s": speed,
-        **{
-            f"{at.replace('recall', 'R')}, %": f"{100 * found[at]:.1f} [{100 * found[at + '_low']:.1f}, "
-            f"{100 * found[at + '_high']:.1f}]"
-            for at in ("recall@1", "recall@1%", "recall@10%")
-        },
+        **{f"{at.replace('recall', 'R')}, %": _percent(found, at) for at in RECALLS},
         "NCC": metrics.ncc(pictures, true).mean().item(),
         "SSIM": metrics.ssim(pictures, true).mean().item(),
         "contrast": pictures.std(dim=(2, 3)).mean().item(),
     }, speed
+
+
+def _percent(found: dict[str, float], name: str) -> str:
+    value, low, high = (100 * found[name + end] for end in ("", "_low", "_high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
