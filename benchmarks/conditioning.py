@@ -1,6 +1,5 @@
 """What the generator is told of the panorama: pooled, tokens, tokens and geometry, side by side."""
 
-import dataclasses
 import os
 import tempfile
 import time
@@ -175,12 +174,11 @@ def main(asked: ConditioningBench) -> None:
             os.makedirs(asked.results, exist_ok=True)
             with open(f"{asked.results}/{stamp}-conditioning-{mode}.png", "wb") as file:
                 file.write(images.encode(sheet(rows[:SHOWN])))
-    asking = dataclasses.replace(asked, modes=tuple(found))
     figures: dict[str, float] = {}
     for mode, numbers in found.items():
         figures |= figures_of(mode, numbers)
     table = [row_of(mode, numbers) for mode, numbers in found.items()]
-    finish(asking, "Conditioning of the generator", table, figures, _notes(found))
+    finish(asked, "Conditioning of the generator", table, figures, _notes(found))
 
 
 def _held_out(asked: ConditioningBench, root: str) -> Ingest:

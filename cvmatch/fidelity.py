@@ -29,6 +29,9 @@ class Distance(Protocol):
 VIEWS: tuple[metrics.View, ...] = ("luminance", "chroma", "gradient")
 """What true tiles are found by."""
 
+MEASURES = (metrics.psnr, metrics.ssim, metrics.ncc)
+"""How near a picture comes to another of its size."""
+
 _CHUNK = 1024  # pictures a side of one block of correlations
 
 
@@ -77,7 +80,7 @@ def _compare(
     """Add the measures of a drawn picture against each of the others to `values`."""
     for suffix, true in others.items():
         if true is not None and true.shape == drawn.shape:
-            for metric in (metrics.psnr, metrics.ssim, metrics.ncc):
+            for metric in MEASURES:
                 values.setdefault(metric.__name__ + suffix, []).append(metric(drawn, true))
 
 

@@ -136,17 +136,29 @@ def test_synthesize_killed_in_the_middle_goes_on_where_it_stopped(undisturbed, k
     assert rows(killed.output) == undisturbed[1]
 
 
-def test_synthesize_names_a_bad_picture_and_goes_on(config, world_root, tmp_path):
+@pytest.fixture
+def copied(config, world_root, tmp_path):
+    """Settings for a copy of the world, whose pictures have been checked, and its ids."""
     data = tmp_path / "world"
     shutil.copytree(world_root, data, ignore=shutil.ignore_patterns(".cvmatch"))
-    broken = replace(
+    found = replace(
         config,
         data=Ingest(root=str(data), block=4),
         output=str(tmp_path / "rows"),
         max_rejected=0.1,
     )
-    ids = sorted(row[schema.PAIR_ID] for row in ingest(broken.data).take_all())
-    (data / "streetview" / f"{ids[3]}.jpg").write_bytes(b"no picture")  # after it was checked
+    ids = sorted(row[schema.PAIR_ID] for row in ingest(found.data).take_all())
+    return found, ids
+
+
+def _spoil(settings, pair_id: str) -> None:
+    """Make the panorama of a pair unreadable."""
+    (Path(settings.data.root) / "streetview" / f"{pair_id}.jpg").write_bytes(b"no picture")
+
+
+def test_synthesize_names_a_bad_picture_and_goes_on(copied):
+    broken, ids = copied
+    _spoil(broken, ids[3])
     synthesize(broken)
     found = rows(broken.output)
     assert len(found) == len(ids)
@@ -155,18 +167,10 @@ def test_synthesize_names_a_bad_picture_and_goes_on(config, world_root, tmp_path
     assert [json.loads(line)["pair_id"] for line in lines] == [ids[3]]
 
 
-def test_synthesize_stops_when_too_many_rows_fail(config, world_root, tmp_path):
-    data = tmp_path / "world"
-    shutil.copytree(world_root, data, ignore=shutil.ignore_patterns(".cvmatch"))
-    broken = replace(
-        config,
-        data=Ingest(root=str(data), block=4),
-        output=str(tmp_path / "rows"),
-        max_rejected=0.1,
-    )
-    ids = sorted(row[schema.PAIR_ID] for row in ingest(broken.data).take_all())
+def test_synthesize_stops_when_too_many_rows_fail(copied):
+    broken, ids = copied
     for pair_id in ids[:3]:  # of 24
-        (data / "streetview" / f"{pair_id}.jpg").write_bytes(b"no picture")
+        _spoil(broken, pair_id)
     with pytest.raises(ValueError, match=r"at most 10% of 24 rows to fail, got 3 .*not a PNG"):
         synthesize(broken)
     lines = (Path(broken.output) / "rejected.jsonl").read_text().splitlines()

@@ -258,6 +258,9 @@ def test_fit_validates_every_few_epochs_and_at_the_last(ray_session, fit):
     assert entries["val/loss"].notna().tolist() == [False, True, False, True, True]
     best = entries.loc[entries["val/loss"].idxmin(), "epoch"]
     assert result.metrics["epoch"] == best  # never one that was not looked at
+    unknown = named(fit, "unknown", epochs=5, validate_every=5, best="val/nothing", keep=1)
+    with pytest.raises(ValueError, match="val/nothing"):
+        training.fit(LINE, rows(19), rows(13, seed=1), unknown)
     with pytest.raises(ValueError, match="validate_every 2"):
         training.Fit(schedule="plateau", validate_every=2)
 

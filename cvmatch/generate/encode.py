@@ -13,12 +13,12 @@ import torch
 from ray.data import Dataset
 from torch import Tensor
 
-from cvmatch import draws, engine, geometry, images, manifest, progress, schema, storage
+from cvmatch import engine, geometry, images, manifest, progress, schema, storage
 from cvmatch.flow import Flow, each_step
 from cvmatch.generate import parts, rays, variants
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.frozen import Frozen
-from cvmatch.generate.pairs import Sizes
+from cvmatch.generate.pairs import Sizes, decode_batch, planes
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.written import Judge, Written
 
@@ -62,14 +62,14 @@ class EncodePairs:
 
     def __call__(self, batch: Batch) -> Batch:
         """Encode the pairs of one batch; pictures that ingest passed are there."""
+        pairs = decode_batch(batch, self.sizes)
         good = [i for i, error in enumerate(batch[schema.ERROR]) if not error]
-        ids = [str(batch[schema.PAIR_ID][i]) for i in good]
-        ground = _stack([batch[schema.GROUND][i] for i in good], self.sizes.panorama)
-        tile = _stack([batch[schema.AERIAL][i] for i in good], (self.sizes.tile, self.sizes.tile))
-        latents, states, view = self._encoded(ground, tile)
+        latents, states, view = self._encoded(
+            torch.from_numpy(pairs["ground"]), torch.from_numpy(pairs["aerial"])
+        )
         return {
-            schema.PAIR_ID: np.array(ids, dtype=object),
-            "key": np.array([draws.key(name) for name in ids], dtype=np.int64),
+            schema.PAIR_ID: np.array([str(batch[schema.PAIR_ID][i]) for i in good], dtype=object),
+            "key": pairs["key"],
             schema.GROUND: _pictures(view),
             schema.AERIAL: np.array([batch[schema.AERIAL][i] for i in good], dtype=object),
             "latent": latents,
@@ -121,10 +121,12 @@ def encoded(directory: str, sizes: Sizes) -> Dataset:
 
 
 def _tensors(batch: Batch, tile: int) -> Batch:
-    ground = _stack(list(batch[schema.GROUND]), (rays.HEIGHT, rays.WIDTH))
-    aerial = _stack(list(batch[schema.AERIAL]), (tile, tile))
+    sizes = {schema.GROUND: (rays.HEIGHT, rays.WIDTH), schema.AERIAL: (tile, tile)}
     kept = {name: batch[name] for name in ("key", "latent", "states")}
-    return kept | {"ground": ground.numpy(), "aerial": aerial.numpy()}
+    return kept | {
+        name: planes([images.decode(data, size) for data in batch[name]], size)
+        for name, size in sizes.items()
+    }
 
 
 def _stream(config: Encode, written: Written) -> None:
@@ -157,13 +159,6 @@ def _made_from(config: Encode) -> dict[str, Any]:
         "decoder": images.PREPROCESS,
         "pictures": fingerprint(config.data),
     }
-
-
-def _stack(pictures: list[bytes], size: tuple[int, int]) -> Tensor:
-    """Decoded pictures as uint8 planes."""
-    pixels = [torch.from_numpy(images.decode(data, size).copy()) for data in pictures]
-    whole = torch.stack(pixels) if pixels else torch.zeros(0, *size, 3, dtype=torch.uint8)
-    return whole.permute(0, 3, 1, 2).contiguous()
 
 
 def _pictures(planes: Tensor) -> np.ndarray:

@@ -42,13 +42,14 @@ def decode_batch(batch: dict[str, np.ndarray], sizes: Sizes) -> dict[str, np.nda
     aerial = [images.decode(batch[schema.AERIAL][i], tile) for i in good]
     keys = [draws.key(str(batch[schema.PAIR_ID][i])) for i in good]
     return {
-        "ground": _planes(ground, sizes.panorama),
-        "aerial": _planes(aerial, tile),
+        "ground": planes(ground, sizes.panorama),
+        "aerial": planes(aerial, tile),
         "key": np.array(keys, dtype=np.int64),
     }
 
 
-def _planes(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def planes(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Pictures (height, width, 3) of one size as uint8 planes (row, 3, height, width)."""
     if not pictures:
         return np.zeros((0, 3, *size), dtype=np.uint8)
     return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))

@@ -21,8 +21,6 @@ from cvmatch.training.meters import ROWS
 VALIDATION = (0.2, 0.5, 0.8)
 """Noise levels of the validation loss, as shares of the schedule: the same for every row."""
 
-_MEASURES = (metrics.psnr, metrics.ssim, metrics.ncc)
-
 SHOWN = 6
 """Rows of the picture G | A | C of a validation."""
 
@@ -218,7 +216,7 @@ class GeneratorTask(nn.Module):
     ) -> dict[str, Tensor]:
         """What is drawn of panoramas, and how near it comes to the true tiles, row by row."""
         drawn = model.draw(seen, keys)
-        found = {metric.__name__: metric(drawn, tile) for metric in _MEASURES}
+        found = {metric.__name__: metric(drawn, tile) for metric in fidelity.MEASURES}
         if self.perceptual is not None:
             found["lpips"] = self.perceptual(drawn, tile)
         found |= {"drawn": drawn, "true": tile, "view": seen.view}

@@ -116,8 +116,8 @@ class RunDirectory:
         if not self.best:
             return entries[::-1]
         judged = [e for e in entries if self.best in e]
-        others = [e for e in entries if self.best not in e]  # epochs without a validation
-        if others and not judged and len(others) >= self.every:
+        others = [e for e in entries if self.best not in e]
+        if any(e["epoch"] % self.every == 0 for e in others):  # they ended with a validation
             raise ValueError(
                 f"{self.location}: expected the metric {self.best!r} (--fit.best), got "
                 f"{sorted(entries[0])}. Name one of those, or pass validation rows."

@@ -35,7 +35,7 @@ from cvmatch.training.task import Fit, Task
 _log = logging.getLogger(__name__)
 
 _FREE = {"epochs", "workers", "cpus_per_worker", "gpus_per_worker", "label", "storage", "name"}
-_FREE |= {"keep", "best", "best_mode", "max_failures", "cache", "validate_every"}
+_FREE |= {"keep", "best", "best_mode", "max_failures", "cache"}
 """Fields of Fit that may change when a run is resumed."""
 
 _listeners: ContextVar[tuple[UserCallback, ...]] = ContextVar("cvmatch_listeners", default=())
