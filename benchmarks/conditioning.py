@@ -65,7 +65,7 @@ def settings(asked: ConditioningBench, mode: Mode, root: str, at: str) -> TrainG
         perceptual=toy.TOWER,
         conditioning=Conditioning(mode=mode, panorama_width=256, crops=4),
         w_contrast=0.2,
-        w_identify=0.2,
+        w_identify=1.0,
         image_every=4,
         mirror=True,
         lr=5e-4,

@@ -26,6 +26,7 @@ from cvmatch.generate.perceptual import Lpips, published_weights
 from cvmatch.generate.rays import Rays, token_places
 from cvmatch.generate.rays_task import RaysTask
 from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.rivals import Rivals, told_apart
 from cvmatch.generate.task import VALIDATION, GeneratorTask
 from cvmatch.generate.train import TrainGenerator, train
 from cvmatch.ingest import Ingest, ingest
@@ -381,7 +382,7 @@ def test_loss_of_a_row_does_not_depend_on_its_batch(generator: Generator):
 
 
 def test_loss_with_stored_latents_and_states_equals_the_live_one(generator: Generator):
-    task, batch = _train(generator, w_clip=0.0, w_vae=0.0), _batch(2)
+    task, batch = _train(generator, w_clip=0.0, w_vae=0.0, rivals=0), _batch(2)
     generator.conditioner.rays.eval()  # no dropout
     live = task(batch)["loss"]
     batch["latent"] = generator.frozen.encode(batch["aerial"].float() / 255)[:, None]
@@ -392,14 +393,33 @@ def test_loss_with_stored_latents_and_states_equals_the_live_one(generator: Gene
 def test_told_apart_rewards_drawings_nearest_to_their_own_tile():
     true = torch.nn.functional.adaptive_avg_pool2d(_batch(6)["aerial"].float() / 127.5 - 1, 8)
     everyone = torch.ones(6, dtype=torch.bool)
-    assert loss.told_apart(true, true, everyone) < 0.1
-    assert loss.told_apart(true.roll(1, 0), true, everyone) > 2
+    assert told_apart(true, true, everyone) < 0.1
+    assert told_apart(true.roll(1, 0), true, everyone) > 2
     # A drawing that is left out neither counts nor rivals: here, row 0 is a copy of row 1's.
     copied = torch.cat([true[1:2], true[1:]])
     others = everyone.clone()
     others[0] = False
-    assert loss.told_apart(copied, true, others) < 0.1 < loss.told_apart(copied, true, everyone)
-    assert loss.told_apart(true, true, ~everyone) == 0
+    assert told_apart(copied, true, others) < 0.1 < told_apart(copied, true, everyone)
+    assert told_apart(true, true, ~everyone) == 0
+
+
+def test_rivals_of_earlier_steps_make_a_drawing_like_theirs_worse_but_not_the_own_tile():
+    tiles = _batch(4)["aerial"].float() / 255
+    drawn, mine = tiles[:2] * 0.5 + tiles[2:] * 0.5, torch.ones(2, dtype=torch.bool)
+    rivals = Rivals(tiles=2, size=16)
+    keys = torch.tensor([1, 2])
+
+    def seen_as(keys: torch.Tensor) -> float:
+        return float(told_apart(drawn, tiles[:2], mine, rivals.known(keys)))
+
+    alone = float(told_apart(drawn, tiles[:2], mine))
+    assert seen_as(keys) == pytest.approx(alone)  # empty
+    rivals.remember(torch.tensor([3, 4]), tiles[2:])
+    both = seen_as(keys)
+    assert both > alone + 0.01
+    assert seen_as(torch.tensor([3, 4])) < both  # a tile is no rival of its own panorama
+    rivals.remember(torch.tensor([5, 6]), 1 - tiles[2:])  # two fit: the first ones are gone
+    assert seen_as(keys) < both
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -421,8 +441,8 @@ def test_variant_of_a_row_turns_its_latent_panorama_and_tile_alike(toy: str):
     """Stored variants and live encoding of the turned pair give the same loss."""
     generator = _base(toy, prediction="v_prediction")  # whose target is made of the latent
     generator.frozen.vae.register_to_config(scaling_factor=10.0)  # about unit variance
-    task = _train(generator, w_clip=0.0, w_vae=0.0, turns=True, mirror=True)
-    plain = _train(generator, w_clip=0.0, w_vae=0.0)
+    task = _train(generator, w_clip=0.0, w_vae=0.0, rivals=0, turns=True, mirror=True)
+    plain = _train(generator, w_clip=0.0, w_vae=0.0, rivals=0)
     generator.conditioner.rays.eval()  # no dropout
     batch = _batch(6)
     live = task(batch)["loss"]

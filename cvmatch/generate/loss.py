@@ -7,12 +7,7 @@ from torch.nn import functional as F
 
 from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.perceptual import Lpips
-
-_IDENTIFY = 16
-"""Cells a side at which pictures are told apart; finer ones would compare texture."""
-
-_SHARPNESS = 10.0
-"""Factor of a correlation (-1 to 1) as logit (reference/world.md, section 8)."""
+from cvmatch.generate.rivals import Known, told_apart
 
 
 def image_rows(
@@ -49,15 +44,14 @@ def image_terms(
 
 
 def map_terms(
-    drawn: Float[Tensor, "batch 3 size size"], tile: Float[Tensor, "batch 3 height width"]
+    drawn: Float[Tensor, "batch 3 size size"],
+    tile: Float[Tensor, "batch 3 height width"],
+    known: Known | None = None,
 ) -> dict[str, Tensor]:
-    """`map`: squared error of the drawn tile in [-1, 1]; `contrast`: InfoNCE over the batch.
-
-    Scores of the latter are luminance correlations (NCC) of drawn with true tiles; both directions.
-    """
+    """`map`: squared error of the drawn tile in [-1, 1]; `contrast`: `told_apart` of all rows."""
     true = F.adaptive_avg_pool2d(tile * 2 - 1, drawn.shape[-1])
     everyone = torch.ones(len(true), dtype=torch.bool, device=true.device)
-    contrast = told_apart(drawn.float(), true, everyone)
+    contrast = told_apart(drawn.float(), true, everyone, known)
     return {"map": F.mse_loss(drawn.float(), true), "contrast": contrast}
 
 
@@ -67,44 +61,15 @@ def identify_terms(
     clean: Float[Tensor, "batch c h w"],
     tile: Float[Tensor, "batch 3 height width"],
     rows: Bool[Tensor, " batch"],
+    known: Known | None = None,
 ) -> dict[str, Tensor]:
-    """`identify`: InfoNCE of the predicted latents (`clean`) of `rows`, by colours read off them.
+    """`identify`: `told_apart` of the predicted latents (`clean`), by colours read off them.
 
     `read`: squared error of that reading on the true latents, from which alone it learns: no
-    prediction can please it. A tile's colours are 90 % a linear function of its latent.
+    prediction can please it. A tile's colours are 95 % a linear function of its latent (toy).
     """
     true = F.adaptive_avg_pool2d(tile * 2 - 1, latent.shape[-1])
     weight, bias = colours.weight.detach(), colours.bias
     drawn = F.conv2d(clean, weight, bias if bias is None else bias.detach(), padding=1)
-    return {"read": F.mse_loss(colours(latent), true), "identify": told_apart(drawn, true, rows)}
-
-
-def told_apart(
-    drawn: Float[Tensor, "batch 3 size size"],
-    true: Float[Tensor, "batch 3 size size"],
-    rows: Bool[Tensor, " batch"],
-) -> Float[Tensor, ""]:
-    """InfoNCE of `rows` over the batch by luminance correlation (NCC), both directions; 0 if none.
-
-    Rows that are left out stay as rivals: the true tiles of all, the drawings of none.
-    """
-    score = _SHARPNESS * correlation(drawn, true)
-    own = torch.arange(len(score), device=score.device)
-    across = F.cross_entropy(score, own, reduction="none")
-    others = score.masked_fill(~rows[:, None], -torch.inf).T
-    back = F.cross_entropy(others[rows], own[rows], reduction="none") if rows.any() else across[:0]
-    return (across[rows].sum() + back.sum()) / (2 * rows.sum().clamp(min=1))
-
-
-def correlation(
-    first: Float[Tensor, "row 3 h w"], second: Float[Tensor, "column 3 h w"]
-) -> Float[Tensor, "row column"]:
-    """Luminance correlation in [-1, 1] of each picture with each, at 16 x 16 cells or fewer."""
-    size = min(_IDENTIFY, first.shape[-1])
-    return _standard(first, size) @ _standard(second, size).T
-
-
-def _standard(picture: Tensor, size: int) -> Tensor:
-    weights = picture.new_tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601
-    grey = F.adaptive_avg_pool2d((picture * weights).sum(dim=1), size).flatten(1)
-    return F.normalize(grey - grey.mean(dim=1, keepdim=True), dim=1)
+    identify = told_apart(drawn, true, rows, known)
+    return {"read": F.mse_loss(colours(latent), true), "identify": identify}

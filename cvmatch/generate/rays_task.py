@@ -11,6 +11,7 @@ from cvmatch.colour import jittered
 from cvmatch.generate import loss, rays
 from cvmatch.generate.rays import Rays
 from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.rivals import Rivals
 from cvmatch.generate.variants import varied
 
 FILE = "rays.safetensors"
@@ -25,16 +26,21 @@ class RaysTask(nn.Module):
         super().__init__()
         self.recipe, self.size, self.seed = recipe, size, seed
         self.rays = Rays(channels)
+        self.rivals = Rivals(recipe.rivals, size)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch of `ground` and `aerial`."""
         ground, tile = batch["ground"].float() / 255, batch["aerial"].float() / 255
+        known = self.rivals.known(batch["key"]) if self.training else None
         if self.training:
             ground, tile, _ = varied(ground, tile, batch, self.recipe, self.seed)
             # The two views are of other hours: R@10 % of 500 by the map 88.8 to 90.4 (toy, 110 s).
             stream = draws.stream(self.seed, int(batch["epoch"]), "colour of ground")
             ground = jittered(ground, batch["key"], stream)
-        named = loss.map_terms(self.rays.picture(self.rays(rays.view(ground), self.size)), tile)
+        drawn = self.rays.picture(self.rays(rays.view(ground), self.size))
+        named = loss.map_terms(drawn, tile, known)
+        if self.training:
+            self.rivals.remember(batch["key"], tile)
         total = self.recipe.w_map * named["map"] + self.recipe.w_contrast * named["contrast"]
         return {"loss": total, **{name: value.detach() for name, value in named.items()}}
 

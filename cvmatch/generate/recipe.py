@@ -22,6 +22,8 @@ class Recipe:
     """Weight of telling it by what the UNet predicts of the picture; 0: not computed."""
     identify_noise: float = 0.75
     """Least noise for that term, as a share of the schedule; with less, the input tells it all."""
+    rivals: int = 512
+    """True tiles of earlier steps that these two tell the own one from, beside the batch's."""
     image_rows: int = 4
     """Rows of a step (of one worker) that the two image terms, w_clip and w_vae, look at."""
     image_every: int = 2
@@ -64,6 +66,8 @@ class Recipe:
                 f"{self.image_rows} and {self.image_every}; to leave the image terms out, set "
                 "w_clip and w_vae to 0."
             )
+        if self.rivals < 0:
+            raise ValueError(f"train_generator: expected rivals of at least 0, got {self.rivals}.")
         if not 0 <= self.drop < 1 or not 0 <= self.ema < 1:
             raise ValueError(
                 f"train_generator: drop and ema are in [0, 1), got {self.drop} and {self.ema}."

@@ -14,6 +14,7 @@ from cvmatch.generate.condition import Condition, Seen
 from cvmatch.generate.model import Generator
 from cvmatch.generate.perceptual import Lpips
 from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.rivals import Known, Rivals
 from cvmatch.generate.samples import sheet
 from cvmatch.generate.variants import varied
 from cvmatch.training.meters import ROWS
@@ -51,6 +52,7 @@ class GeneratorTask(nn.Module):
         self.colours = (
             nn.Conv2d(generator.latent[0], 3, 3, padding=1) if recipe.w_identify else None
         )
+        self.rivals = Rivals(recipe.rivals, generator.latent[1])
         # CLIP also judges pictures, and must not learn to be pleased.
         self.judging = copy.deepcopy(generator.frozen) if recipe.train_clip else generator.frozen
         adapt.choose(generator, recipe.train_unet, recipe.lora_rank, recipe.train_clip)
@@ -69,9 +71,11 @@ class GeneratorTask(nn.Module):
         if self.average:
             self.average.update(adapt.trained_weights(self.generator))
         condition = self.generator.condition(seen)
-        named = self._diffuse(latent, condition, tile, batch)
+        known = self.rivals.known(batch["key"])
+        named = self._diffuse(latent, condition, tile, batch, known)
         if condition.map is not None and not self.recipe.freeze_rays:
-            named |= self._map_terms(self.generator, condition.map, tile)
+            named |= self._map_terms(self.generator, condition.map, tile, known)
+        self.rivals.remember(batch["key"], tile)
         weights = {name: getattr(self.recipe, f"w_{name}", 1.0) for name in named}
         total = torch.stack([weights[name] * value for name, value in named.items()]).sum()
         return {"loss": total, **{name: value.detach() for name, value in named.items()}}
@@ -148,7 +152,12 @@ class GeneratorTask(nn.Module):
             return self.generator.frozen.look(ground)
 
     def _diffuse(
-        self, latent: Tensor, condition: Condition, tile: Tensor, batch: dict[str, Tensor]
+        self,
+        latent: Tensor,
+        condition: Condition,
+        tile: Tensor,
+        batch: dict[str, Tensor],
+        known: Known,
     ) -> dict[str, Tensor]:
         model, recipe, keys = self.generator, self.recipe, batch["key"]
 
@@ -165,7 +174,7 @@ class GeneratorTask(nn.Module):
         if self.colours is not None:
             rows = keep & (step >= recipe.identify_noise * len(model.noise.signal))
             clean = model.noise.clean(noisy, answer, step)
-            named |= loss.identify_terms(self.colours, latent, clean, tile, rows)
+            named |= loss.identify_terms(self.colours, latent, clean, tile, rows, known)
         acts = int(self.steps) % recipe.image_every == 0 and (recipe.w_clip or recipe.w_vae)
         self.steps += 1
         if acts:
@@ -223,8 +232,10 @@ class GeneratorTask(nn.Module):
         return {f"{ROWS}{name}": value for name, value in found.items()}
 
     @staticmethod
-    def _map_terms(model: Generator, drawn: Tensor, tile: Tensor) -> dict[str, Tensor]:
-        return loss.map_terms(model.conditioner.rays.picture(drawn), tile)
+    def _map_terms(
+        model: Generator, drawn: Tensor, tile: Tensor, known: Known | None = None
+    ) -> dict[str, Tensor]:
+        return loss.map_terms(model.conditioner.rays.picture(drawn), tile, known)
 
 
 def _metric_names(values: dict[str, float]) -> dict[str, float]:

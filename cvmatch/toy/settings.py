@@ -112,7 +112,7 @@ def settings(config: Demo) -> Settings:
             perceptual=toy.TOWER,
             conditioning=Conditioning(panorama_width=WIDTH, crops=4),
             w_contrast=0.2,
-            w_identify=0.1,
+            w_identify=1.0,
             mirror=True,
             lr=5e-4,
             lr_rays=2e-3,
