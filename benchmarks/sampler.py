@@ -24,7 +24,7 @@ PROTOTYPE = 50
 """DDIM steps of the published prototype, which draws one picture at a time in single precision."""
 
 GRID = (
-    *((2, 4.0), (3, 1.0), (3, 2.0), (3, 3.0), (3, 4.0), (3, 6.0), (4, 4.0), (6, 3.0), (6, 4.0)),
+    *((2, 4.0), (2, 6.0), (3, 1.0), (3, 2.0), (3, 4.0), (4, 3.0), (4, 4.0), (4, 6.0), (6, 4.0)),
     *((12, 2.0), (12, 4.0)),
 )
 """Steps and guidance of the batched sampler."""
