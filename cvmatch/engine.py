@@ -8,6 +8,7 @@ import ctypes
 import functools
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ import ray
 import torch
 from ray._private import ray_constants, state
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data.checkpoint import CheckpointConfig
 
 from cvmatch import storage
@@ -28,6 +31,8 @@ READERS = 1.0
 
 FILTER = 1.0
 """CPU of the actor that leaves out finished rows when a stream resumes."""
+
+_PAUSE_S, _SHORT_PAUSE_S = 0.05, 0.005
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
@@ -94,10 +99,24 @@ def start(logical_cpus: int = 8, dashboard: bool = False) -> None:
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [Unhurried]
     # The second version lists files in tasks that start tasks: 7 s for one small file, against 2.
     context.use_datasource_v2 = False
     # It raises what it logs as an error, and calls the end by a `flow.Step` a bug of Ray.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+class Unhurried(ExecutionCallback):
+    """A pause in each turn of the loop with which Ray Data watches over a stream.
+
+    The loop waits for tasks to finish, but not where finished ones wait for whoever takes their
+    rows: then it turns as fast as it can, in a thread of that very process. A training step of the
+    toy generator, fed by a stream, took 1.7 s; with this 0.45 s; with all rows in memory 0.35 s.
+    """
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """Sleep: short where somebody waits for rows."""
+        time.sleep(_SHORT_PAUSE_S if executor._consumer_idling() else _PAUSE_S)
 
 
 def map_actors(rows: Dataset, actor: type, pool: Pool, **constructor: Any) -> Dataset:

@@ -22,7 +22,8 @@ def each_step(rows: Dataset, *steps: Step) -> Iterator[None]:
 
     One that raises ends the stream with its exception.
     """
-    rows.context.custom_execution_callback_classes = [_Steps]
+    classes = rows.context.custom_execution_callback_classes
+    rows.context.custom_execution_callback_classes = [*classes, _Steps]
     token = _steps.set(steps)
     try:
         yield
