@@ -1,5 +1,4 @@
 import os
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +9,7 @@ import ray.data
 from ray.data import DataContext
 from ray.exceptions import RayTaskError
 
-from cvmatch import engine, flow
+from cvmatch import engine
 from cvmatch.engine import Pool
 
 
@@ -107,22 +106,3 @@ def test_resumable_stream_runs_only_the_rows_that_were_not_written(ray_session, 
     stream()  # finished: the checkpoint stays, so nothing is done twice
     assert len(notes.read_text().split()) == once
     assert pq.read_table(output).num_rows == 40
-
-
-def large(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {**batch, "pixels": np.zeros((len(batch["id"]), 1000, 1000), np.uint8)}
-
-
-@pytest.mark.ray
-def test_stream_whose_reader_takes_its_time_watches_at_most_20_times_a_second(ray_session):
-    """Without a pause, 45 times here."""
-    rows = ray.data.range(400, override_num_blocks=200).map_batches(large, batch_size=None)
-    turns = []
-    with flow.each_step(rows, turns.append):
-        reader = iter(rows.iter_batches(batch_size=2))
-        next(reader)
-        time.sleep(1.5)
-        before = len(turns)
-        time.sleep(1)
-        assert len(turns) - before <= 22
-        del reader
