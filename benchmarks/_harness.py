@@ -61,6 +61,12 @@ def finish(
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
+def interval(found: Mapping[str, float], name: str) -> str:
+    """A share with its 95 % bounds (`name_low`, `name_high`), in per cent."""
+    value, low, high = (100 * found[name + end] for end in ("", "_low", "_high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     def line(cells: Sequence[Any]) -> str:
         return f"| {' | '.join(f'{c:.3g}' if isinstance(c, float) else str(c) for c in cells)} |"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from _harness import Bench, finish, flags
+from _harness import Bench, finish, flags, interval
 
 from cvmatch import engine, fidelity, images, schema, toy
 from cvmatch.engine import Pool
@@ -103,17 +103,12 @@ def drawn(model: str, data: Ingest, segmenter: str) -> list[dict[str, Any]]:
 
 def row_of(mode: str, found: dict[str, float]) -> dict[str, Any]:
     """A row of the table."""
-
-    def interval(name: str) -> str:
-        value, low, high = (100 * found[name + end] for end in ("", "_low", "_high"))
-        return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
     return {
         "conditioning": mode,
         "CPU min": found["minutes"],
-        "R@1, %": interval("recall@1"),
-        "R@1 %, %": interval("recall@1%"),
-        "R@10 %, %": interval("recall@10%"),
+        "R@1, %": interval(found, "recall@1"),
+        "R@1 %, %": interval(found, "recall@1%"),
+        "R@10 %, %": interval(found, "recall@10%"),
         "loss at t=800, right / shuffled": f"{found['val/loss_correct/0.8']:.3f} / "
         f"{found['val/loss_shuffled/0.8']:.3f}",
         "gap, %": 100 * found["val/gap/0.8"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _harness import Bench, finish, flags
+from _harness import Bench, finish, flags, interval
 from diffusers import DDIMScheduler
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -90,16 +90,11 @@ def measured(
         "sampler": name,
         "pictures": len(true),
         "pictures/s": speed,
-        **{f"{at.replace('recall', 'R')}, %": _percent(found, at) for at in RECALLS},
+        **{f"{at.replace('recall', 'R')}, %": interval(found, at) for at in RECALLS},
         "NCC": metrics.ncc(pictures, true).mean().item(),
         "SSIM": metrics.ssim(pictures, true).mean().item(),
         "contrast": pictures.std(dim=(2, 3)).mean().item(),
     }, speed
-
-
-def _percent(found: dict[str, float], name: str) -> str:
-    value, low, high = (100 * found[name + end] for end in ("", "_low", "_high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:

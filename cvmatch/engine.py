@@ -32,7 +32,7 @@ READERS = 1.0
 FILTER = 1.0
 """CPU of the actor that leaves out finished rows when a stream resumes."""
 
-_SHORT_PAUSE_S, _PAUSE_S = 0.005, 0.05
+_SHORT_PAUSE_S, _PAUSE_S = 0.005, 0.05  # at first and at most, of `Unhurried`
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 

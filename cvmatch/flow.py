@@ -29,6 +29,7 @@ def each_step(rows: Dataset, *steps: Step) -> Iterator[None]:
         yield
     finally:
         _steps.reset(token)
+        rows.context.custom_execution_callback_classes = classes
 
 
 class _Steps(ExecutionCallback):

@@ -23,7 +23,7 @@ class Recipe:
     identify_noise: float = 0.75
     """Least noise for that term, as a share of the schedule; with less, the input tells it all."""
     rivals: int = 512
-    """True tiles of earlier steps that these two tell the own one from, beside the batch's."""
+    """True tiles of earlier steps that w_contrast and w_identify tell the own one from, too."""
     image_rows: int = 4
     """Rows of a step (of one worker) that the two image terms, w_clip and w_vae, look at."""
     image_every: int = 2

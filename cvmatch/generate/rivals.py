@@ -65,27 +65,20 @@ def told_apart(
 ) -> Float[Tensor, ""]:
     """InfoNCE of `rows` over the batch by luminance correlation (NCC), both directions; 0 if none.
 
-    Rows that are left out stay as rivals: the true tiles of all, the drawings of none. `known`
-    tiles are rivals too.
+    Pictures are compared at 16 x 16 cells or fewer. Rows that are left out stay as rivals: the true
+    tiles of all, the drawings of none. `known` tiles are rivals too.
     """
-    score = _SHARPNESS * correlation(drawn, true)
+    size = min(_CELLS, drawn.shape[-1])
+    seen = _SHARPNESS * _luminance(drawn, size)
+    score = seen @ _luminance(true, size).T
     own = torch.arange(len(score), device=score.device)
     others = score.masked_fill(~rows[:, None], -torch.inf).T
     if known is not None:
-        size = min(_CELLS, drawn.shape[-1])
-        older = _SHARPNESS * _luminance(drawn, size) @ known.luminance.T
-        score = torch.cat([score, older.masked_fill(~known.rival, -torch.inf)], dim=1)
+        older = (seen @ known.luminance.T).masked_fill(~known.rival, -torch.inf)
+        score = torch.cat([score, older], dim=1)
     across = F.cross_entropy(score, own, reduction="none")
     back = F.cross_entropy(others[rows], own[rows], reduction="none") if rows.any() else across[:0]
     return (across[rows].sum() + back.sum()) / (2 * rows.sum().clamp(min=1))
-
-
-def correlation(
-    first: Float[Tensor, "row 3 h w"], second: Float[Tensor, "column 3 h w"]
-) -> Float[Tensor, "row column"]:
-    """Luminance correlation in [-1, 1] of each picture with each, at 16 x 16 cells or fewer."""
-    size = min(_CELLS, first.shape[-1])
-    return _luminance(first, size) @ _luminance(second, size).T
 
 
 def _luminance(picture: Tensor, size: int) -> Tensor:
