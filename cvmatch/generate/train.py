@@ -21,6 +21,9 @@ from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.task import GeneratorTask
 from cvmatch.ingest import Ingest, ingest
 
+Way = Literal["once", "live"]
+"""When the frozen networks see a pair: before training, or in every step."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainGenerator(Recipe):
@@ -44,7 +47,7 @@ class TrainGenerator(Recipe):
     """What the UNet sees of the panorama."""
     prediction: parts.Prediction = "base"
     """What the UNet learns to answer; base: what the base model answers."""
-    encode: Literal["once", "live"] = "once"
+    encode: Way = "once"
     """once: a pass before training keeps what the frozen networks give of every pair, as Parquet.
     live: they run in every step."""
     encoded: str = "data/encoded"
