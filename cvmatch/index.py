@@ -34,6 +34,7 @@ from cvmatch.images import PREPROCESS
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.match.infer import EMBEDDING, Embed, EmbedQuery, V, embed_tiles
 from cvmatch.match.model import JointFeatureLearningNet, Query
+from cvmatch.match.score import joint_scores
 
 EXHAUSTIVE = 100_000
 """Tiles up to which a search scores them all: 0.12 s a query on two cores (index.md, section 2)."""
@@ -122,12 +123,16 @@ class Index:
         device = next(self.matcher.parameters()).device
         return torch.from_numpy(np.array(self.u[rows])).to(device)
 
-    def scores(self, query: Query) -> Iterator[Float[Tensor, "query part"]]:
-        """Exact scores of all tiles in the order of the rows, a part of the gallery at a time."""
+    def scores(
+        self, query: Query, dtype: torch.dtype = torch.float32
+    ) -> Iterator[Float[Tensor, "query part"]]:
+        """Scores of all tiles in the order of the rows, a part of the gallery at a time.
+
+        Exact but for the rounding of u to half precision (3e-4), and of `dtype`.
+        """
         for begin in range(0, len(self), shard.CHUNK):
-            with torch.inference_mode():
-                part = self.matcher.scores(query, self.take(slice(begin, begin + shard.CHUNK)))
-            yield part
+            part = self.take(slice(begin, begin + shard.CHUNK))
+            yield joint_scores(self.matcher, query, part, dtype)
 
     def nearest(self, query: Query, count: int = 0) -> Int64[np.ndarray, "query found"]:
         """Rows of the shortlist, best first, -1 where an IVF's lists held fewer.
@@ -218,7 +223,7 @@ def _tiles(config: BuildIndex) -> ray.data.Dataset:
 
 
 def _about(config: BuildIndex, rows: int, matcher: JointFeatureLearningNet) -> dict[str, Any]:
-    key = ann.ladder(rows, matcher.config.embed) if config.key == "auto" else config.key
+    key = ann.ladder(rows, matcher.config.hidden) if config.key == "auto" else config.key
     return {
         "rows": rows,
         "hidden": matcher.config.hidden,

@@ -20,11 +20,13 @@ from cvmatch.generate.model import GUIDANCE, STEPS
 from cvmatch.index import EXHAUSTIVE, Index
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
 from cvmatch.match.model import Level, Query
+from cvmatch.match.score import fastest, joint_scores
 from cvmatch.segment.infer import SegmentAerial
 
 Mode = Literal["auto", "exact", "two-stage"]
 
 _BATCH = 16  # panoramas a step
+_SPARE = 64  # tiles that are scored again in fp32, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,24 +133,31 @@ def _exact(index: Index, query: Query, top_k: int) -> Ranked:
     best = torch.empty(len(query.v), 0)
     rows = torch.empty(len(query.v), 0, dtype=torch.int64)
     begin = 0
-    for part in index.scores(query):
-        score, row = part.topk(min(top_k, part.shape[1]))
-        best = torch.cat([best, score.float().cpu()], dim=1)
+    dtype = fastest(query.v.device)
+    spare = top_k if dtype == torch.float32 else max(_SPARE, 4 * top_k)
+    for part in index.scores(query, dtype):
+        found, row = part.topk(min(spare, part.shape[1]))
+        best = torch.cat([best, found.cpu()], dim=1)
         rows = torch.cat([rows, row.cpu() + begin], dim=1)
         begin += part.shape[1]
-    return _sorted(rows.numpy(), best.numpy(), top_k)
+    kept = rows.gather(1, best.topk(min(spare, len(index))).indices)
+    return _sorted(kept.numpy(), _scored(index, query, kept.numpy()), top_k)
 
 
 @torch.inference_mode()
 def _two_stage(index: Index, query: Query, top_k: int, shortlist: int) -> Ranked:
     near = index.nearest(query, max(shortlist or index.manifest["shortlist"], top_k))
-    scores = np.full(near.shape, -np.inf, dtype=np.float32)
-    for at, rows in enumerate(near):
+    return _sorted(near, _scored(index, query, near), top_k)
+
+
+def _scored(index: Index, query: Query, rows: np.ndarray) -> np.ndarray:
+    """Scores in fp32 of each query's own rows; -inf where there is none."""
+    scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+    for at, own in enumerate(rows):
         one = Query(*(value[at : at + 1] for value in query))
-        found = rows >= 0
-        exact = index.matcher.scores(one, index.take(rows[found]))
-        scores[at, found] = exact[0].float().cpu().numpy()
-    return _sorted(near, scores, top_k)
+        found = own >= 0
+        scores[at, found] = joint_scores(index.matcher, one, index.take(own[found]))[0].cpu()
+    return scores
 
 
 def _sorted(rows: np.ndarray, scores: np.ndarray, top_k: int) -> Ranked:

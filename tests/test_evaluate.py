@@ -41,12 +41,11 @@ def plane(angles, places=None):
     model = JointFeatureLearningNet(
         MatcherConfig(
             ground=tiny.TOWER, aerial=tiny.TOWER, classes=tiny.TOWER, panorama=(16, 64),
-            polar=(16, 64), square=32, hidden=2, embed=2,
+            polar=(16, 64), square=32, hidden=2,
         )
     ).eval()  # fmt: skip
-    for layer in (model.candidate_middle, model.candidate_last):
-        torch.nn.init.eye_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
+    for weight in model.candidate_rest.parameters():
+        torch.nn.init.zeros_(weight)
     places = places or [(0.01 * number, 0.0) for number in range(len(angles))]
     tiles = pa.table(
         {
@@ -145,10 +144,9 @@ def test_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
 def test_constant_embeddings_are_never_above_chance(tmp_path):
     opened = tiny.index(str(tmp_path), COUNT)
     model = opened.matcher
-    torch.nn.init.zeros_(model.candidate_last.weight)
-    last = model.ffn_query[-1]
-    assert isinstance(last, torch.nn.Linear)
-    torch.nn.init.zeros_(last.weight)
+    opened = Index(**{**vars(opened), "u": np.zeros_like(opened.u)})
+    for weight in (model.query_first.weight, model.candidate_query.weight):
+        torch.nn.init.zeros_(weight)
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
     config = Evaluate(queries=str(tmp_path / "queries"))
     queries = embedded(config, model)

@@ -82,7 +82,7 @@ def place(tmp_path_factory, world_root, ray_session):
 def matcher(at: Path, name: str, more: str = "") -> str:
     return (
         f"--pairs {at}/train --val {at}/val --tower {toy.TOWER} --panorama 64 256 --polar 64 256 "
-        f"--square 64 --hidden 32 --embed 32 --output {at}/{name} --fit.storage {at}/runs "
+        f"--square 64 --hidden 32 --output {at}/{name} --fit.storage {at}/runs "
         f"--fit.name {name} {SMALL} {more}"
     )
 

@@ -21,6 +21,7 @@ from cvmatch.match.augment import Views, augmented, turned
 from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, MatcherConfig, Query
 from cvmatch.match.pairs import decode_batch
+from cvmatch.match.score import joint_scores
 from cvmatch.match.train import IDS, MatcherTask, TrainMatcher, train, training_ids
 from cvmatch.towers import Tower, TowerSpec, save_tower
 from cvmatch.training import Fit
@@ -35,7 +36,6 @@ CONFIG = MatcherConfig(
     polar=(HIGH, WIDE),
     square=SIZE,
     hidden=10,
-    embed=6,
 )
 
 
@@ -73,8 +73,8 @@ def joined(model, synthetic, tile):
     """FFN_C of the issue: one linear layer over the concatenation [a; c]."""
     weight = torch.cat([model.candidate_query.weight, model.candidate_tile.weight], dim=1)
     first = F.linear(torch.cat([synthetic, tile]), weight, model.candidate_query.bias)
-    middle = model.candidate_middle(first.relu()).relu()
-    return F.normalize(model.candidate_last(middle), dim=0)
+    rest = model.candidate_rest
+    return F.normalize(first + rest.last(rest.middle(first.relu()).relu()), dim=0)
 
 
 # --- model ---
@@ -84,7 +84,7 @@ def joined(model, synthetic, tile):
 def test_scores_split_equal_the_concatenated_form():
     model, seen = network(), views(rows(5))
     query = model.query(seen.ground, seen.synthetic, seen.classes)
-    scores = model.scores(query, model.tile(seen.aerial), chunk=3)
+    scores = joint_scores(model, query, model.tile(seen.aerial), chunk=3)
     a, c = model.aerial_features(seen.synthetic), model.aerial_features(seen.aerial)
     expected = [
         [query.embedding[i] @ joined(model, a[i], c[j]) for j in range(5)] for i in range(5)
@@ -96,17 +96,19 @@ def test_scores_split_equal_the_concatenated_form():
 @pytest.mark.parametrize("chunk", [1, 4, 6, 7, 1000])
 def test_scores_chunked_equal_those_of_one_piece(chunk):
     model = network()
-    query = Query(F.normalize(torch.randn(4, 6), dim=1), torch.randn(4, 10))
+    query = Query(F.normalize(torch.randn(4, 10), dim=1), torch.randn(4, 10))
     u = torch.randn(6, 10)
-    torch.testing.assert_close(model.scores(query, u, chunk), model.pair_scores(query, u))
+    torch.testing.assert_close(
+        joint_scores(model, query, u, chunk=chunk), model.pair_scores(query, u)
+    )
 
 
 @torch.no_grad()
 def test_scores_of_tiles_stored_in_half_precision_stay_close():
     model = network()
-    query = Query(F.normalize(torch.randn(4, 6), dim=1), torch.randn(4, 10))
+    query = Query(F.normalize(torch.randn(4, 10), dim=1), torch.randn(4, 10))
     u = torch.randn(50, 10)
-    scores = model.scores(query, u.half())
+    scores = joint_scores(model, query, u.half())
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, model.pair_scores(query, u), atol=5e-3, rtol=0)
 
@@ -115,7 +117,9 @@ def test_scores_of_tiles_stored_in_half_precision_stay_close():
 def test_shortlist_times_a_ground_query_is_its_exact_score():
     model, seen = network(), views(rows(5))
     query, u = model.query(seen.ground), model.tile(seen.aerial)
-    torch.testing.assert_close(query.embedding @ model.shortlist(u).T, model.scores(query, u))
+    torch.testing.assert_close(
+        query.embedding @ model.shortlist(u).T, joint_scores(model, query, u)
+    )
 
 
 @torch.no_grad()
@@ -153,7 +157,7 @@ def test_model_saved_and_loaded_scores_the_same(tmp_path):
     assert again.config == model.config
     with torch.no_grad():
         first, second = (
-            m.scores(m.query(seen.ground, seen.synthetic, seen.classes), m.tile(seen.aerial))
+            joint_scores(m, m.query(seen.ground, seen.synthetic, seen.classes), m.tile(seen.aerial))
             for m in (model, again)
         )
     assert torch.equal(first, second)
@@ -274,19 +278,13 @@ def copy_of_a(model):
     """Weights with which both embeddings are a code of A, and the tile is never looked at."""
     width = model.aerial_tower.dim
     with torch.no_grad():
-        for part in (model.ffn_query, model.candidate_middle, model.candidate_last):
+        heads = (model.query_first, model.query_rest, model.candidate_tile, model.candidate_query)
+        for part in (*heads, model.candidate_rest):
             for weight in part.parameters():
                 weight.zero_()
-        model.candidate_tile.weight.zero_()
-        model.candidate_query.bias.zero_()
         code = torch.randn(model.config.hidden, width, generator=torch.Generator().manual_seed(3))
-        keep, cut = torch.eye(model.config.hidden), torch.eye(model.config.embed, code.shape[0])
         model.candidate_query.weight.copy_(code)
-        model.ffn_query[0].weight[:, width : 2 * width].copy_(code)  # a stands between g and s
-        for middle in (model.candidate_middle, model.ffn_query[2]):
-            middle.weight.copy_(keep)
-        for last in (model.candidate_last, model.ffn_query[4]):
-            last.weight.copy_(cut)
+        model.query_first.weight[:, width : 2 * width].copy_(code)  # a stands between g and s
     return model
 
 
@@ -550,7 +548,6 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
         polar=(HIGH, WIDE),
         square=SIZE,
         hidden=16,
-        embed=8,
         augment=False,
         lr_towers=1e-2,
         lr_heads=1e-2,

@@ -40,8 +40,9 @@ def unsplit(index, query):
     c, a = features(schema.AERIAL), features(schema.SYNTHETIC)[: len(query.v)]
     first = torch.cat([model.candidate_query.weight, model.candidate_tile.weight], dim=1)
     both = torch.cat([a[:, None].expand(-1, COUNT, -1), c.expand(len(a), -1, -1)], dim=2)
-    hidden = F.linear(both, first, model.candidate_query.bias).relu()
-    last = model.candidate_last(model.candidate_middle(hidden).relu())
+    hidden = F.linear(both, first, model.candidate_query.bias)
+    rest = model.candidate_rest
+    last = hidden + rest.last(rest.middle(hidden.relu()).relu())
     return (F.normalize(last, dim=2) * query.embedding[:, None]).sum(2)
 
 

@@ -16,11 +16,11 @@ from cvmatch.towers import TowerSpec
 TOWER = TowerSpec(arch="shufflenet_v2_x0_5")  # small, and made without a large classifier
 
 
-def matcher(directory: str, seed: int = 0, hidden: int = 16, embed: int = 16) -> str:
+def matcher(directory: str, seed: int = 0, hidden: int = 16) -> str:
     torch.manual_seed(seed)
     config = MatcherConfig(
         ground=TOWER, aerial=TOWER, classes=TOWER, panorama=(16, 64), polar=(16, 64), square=32,
-        hidden=hidden, embed=embed,
+        hidden=hidden,
     )  # fmt: skip
     model = JointFeatureLearningNet(config)
     for null in (model.null_ground, model.null_synthetic, model.null_classes):

@@ -84,7 +84,7 @@ class EmbedQuery:
         letters = self.level.split("+")
         decoders = dict(every[letter] for letter in letters)
         good, errors, pictures = _decoded(batch, decoders, "embed query")
-        embedding = np.zeros((len(errors), config.embed), dtype=np.float32)
+        embedding = np.zeros((len(errors), config.hidden), dtype=np.float32)
         v = np.zeros((len(errors), config.hidden), dtype=np.float32)
         if good:
             query = self._query(dict(zip(letters, pictures, strict=True)))

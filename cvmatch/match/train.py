@@ -44,9 +44,7 @@ class TrainMatcher:
     square: int = 256
     """Side to which tiles are decoded, in pixels."""
     hidden: int = 256
-    """Width of the fusion layers, and of the vector stored for each tile."""
-    embed: int = 256
-    """Width of the embeddings."""
+    """Width of the fusion layers, of the embeddings, and of the vector stored for each tile."""
     loss: losses.Loss = "triplet"
     """triplet (margin), soft-margin (SAFA) or infonce (learned temperature)."""
     negatives: losses.Negatives = "all"
@@ -228,7 +226,6 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
         polar=config.polar,
         square=config.square,
         hidden=config.hidden,
-        embed=config.embed,
     )
     model = JointFeatureLearningNet(model_config, (ground, aerial, classes))
     return MatcherTask(model, config, ids)

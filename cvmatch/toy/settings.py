@@ -85,7 +85,6 @@ def settings(config: Demo) -> Settings:
         polar=VIEW,
         square=64,
         hidden=128,
-        embed=128,
         lr_towers=5e-4,
         lr_heads=5e-4,
         output=f"{at}/models/matcher",

@@ -1,0 +1,77 @@
+"""Exact joint scores of many tiles: the split form, a chunk of tiles at a time."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cvmatch.match.model import JointFeatureLearningNet, Query, Rest
+
+CHUNK = {"cpu": 4096, "cuda": 65_536}
+"""Tiles scored at a time. On a CPU, 100k at once are 3.5 times slower (allocator and cache)."""
+
+_MATRIX_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
+"""Capabilities of a CPU, as torch names them, with which it multiplies bf16 faster than fp32."""
+
+
+def fastest(device: torch.device) -> torch.dtype:
+    """The type in which a device scores fastest: bf16 where it has units for it, else fp32.
+
+    bf16 is 2 times as fast with avx512_bf16 (benchmarks/scoring.py), 2.7 times with AMX; its scores
+    are within 0.01 of fp32's, so the best ones are to be scored again.
+    """
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capable = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+        bf16 = any(capable.get(unit) for unit in _MATRIX_UNITS)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+@torch.no_grad()
+def joint_scores(
+    model: JointFeatureLearningNet,
+    query: Query,
+    u: Float[Tensor, "tile hidden"],
+    dtype: torch.dtype = torch.float32,
+    chunk: int = 0,
+) -> Float[Tensor, "query tile"]:
+    """`pair_scores` in fp32, computed in `dtype`; `u` may be the stored half precision.
+
+    Equal to the joint form FFN_C([a; c]) but for rounding: 1e-6 in fp32. `chunk` 0 takes CHUNK's.
+    """
+    rest = _Fast(model.candidate_rest, dtype)
+    embedding, v = (value.to(dtype) for value in query)
+    found = torch.empty(len(v), len(u), device=v.device)
+    step = chunk or CHUNK[v.device.type]
+    for begin in range(0, len(u), step):
+        tiles = u[begin : begin + step].to(dtype)
+        for row in range(len(v)):
+            found[row, begin : begin + step] = rest.cosines(tiles, v[row], embedding[row])
+    return found
+
+
+class _Fast:
+    """`Rest` times a vector, in memory that is used again."""
+
+    def __init__(self, rest: Rest, dtype: torch.dtype) -> None:
+        layers = (rest.middle, rest.last)
+        self.weights = [(layer.weight.to(dtype).T, layer.bias.to(dtype)) for layer in layers]
+        self.buffers: list[Tensor] = []
+
+    def cosines(
+        self,
+        tiles: Float[Tensor, "tile hidden"],
+        v: Float[Tensor, " hidden"],
+        embedding: Float[Tensor, " hidden"],
+    ) -> Float[Tensor, " tile"]:
+        """Cosines of one query and the tiles."""
+        if not self.buffers or self.buffers[0].shape != tiles.shape:
+            self.buffers = [torch.empty_like(tiles) for _ in range(3)]
+        first, active, middle = self.buffers
+        (w2, b2), (w3, b3) = self.weights
+        torch.add(tiles, v, out=first)
+        torch.clamp(first, min=0, out=active)
+        torch.addmm(b2, active, w2, out=middle).relu_()
+        last = torch.addmm(first.add_(b3), middle, w3, out=active)
+        norm = torch.linalg.vector_norm(last, dim=1).float().clamp(min=1e-12)
+        return (last @ embedding).float() / norm
