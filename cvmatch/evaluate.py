@@ -20,13 +20,13 @@ from jaxtyping import Float, Int64
 from pyarrow import parquet
 from torch import Tensor
 
-from cvmatch import draws, geometry, images, retrieval, schema, shard, storage, tracking
+from cvmatch import draws, images, retrieval, schema, shard, storage, tracking
 from cvmatch.fidelity import Distance, generation, segmentation
 from cvmatch.frechet import distance
 from cvmatch.index import Index
+from cvmatch.match.augment import limited
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, Level, Query
-from cvmatch.match.train import IDS, training_ids
-from cvmatch.towers import MEAN
+from cvmatch.match.task import IDS, training_ids
 
 _log = logging.getLogger(__name__)
 
@@ -187,29 +187,12 @@ def embedded(config: Evaluate, model: JointFeatureLearningNet) -> dict[tuple[Vie
         keys = torch.tensor([draws.key(name) for name in rows[schema.PAIR_ID]])
         turn = draws.uniform(keys, draws.stream(config.seed, purpose="heading"), 1)[:, 0] * 360
         for view in views:
-            g = model.ground_features(seen(ground, view.fov, turn * view.unknown))
+            g = model.ground_features(limited(ground, view.fov, turn * view.unknown))
             for _, level in (pair for pair in wanted if pair[0] == view):
                 given = {"G": g, "A": a, "S": s}
                 picked = [given[x] if x in level.split("+") else None for x in "GAS"]
                 parts[view, level].append(model.fuse(*picked))
     return {key: Query(*map(torch.cat, zip(*some, strict=True))) for key, some in parts.items()}
-
-
-def seen(
-    ground: Float[Tensor, "n 3 h w"], degrees: float, heading: Float[Tensor, " n"]
-) -> Float[Tensor, "n 3 h w"]:
-    """What a camera sees along `heading` (degrees clockwise from north), in the middle columns.
-
-    The rest has ImageNet's mean colour, which the towers' normalisation turns to zero.
-    """
-    height, width = ground.shape[-2:]
-    canvas = ground.new_tensor(MEAN)[:, None, None].expand(-1, height, width)
-    result = canvas.repeat(len(ground), 1, 1, 1)
-    for row, angle in enumerate(heading.tolist()):
-        part = geometry.field_of_view(ground[row : row + 1], degrees, angle)[0]
-        first = round(width / 2 - part.shape[-1] / 2)
-        result[row, :, :, first : first + part.shape[-1]] = part
-    return result
 
 
 def flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

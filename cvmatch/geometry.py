@@ -128,13 +128,16 @@ def azimuth_crops(
 
 
 def field_of_view(
-    panorama: Float[Tensor, "batch channel height width"], degrees: float, heading: float = 0.0
+    panorama: Float[Tensor, "batch channel height width"],
+    degrees: float,
+    heading: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch channel height part"]:
-    """The part of a panorama that a camera of `degrees` sees when it looks along `heading`.
+    """The part of each panorama that a camera of `degrees` sees when it looks along its `heading`.
 
     Both in degrees; heading clockwise from north. 360 keeps all columns and only turns.
     """
     width = panorama.shape[-1]
     part = max(1, round(width * degrees / 360))
-    first = round(width * (0.5 + heading / 360) - part / 2)
-    return panorama[..., (first + torch.arange(part)) % width]
+    first = (width * (0.5 + heading / 360) - part / 2).round().long()
+    column = (first[:, None] + torch.arange(part, device=panorama.device)) % width
+    return panorama.gather(-1, column[:, None, None].expand(-1, *panorama.shape[1:3], -1))

@@ -12,10 +12,11 @@ import torch
 from pyarrow import parquet
 
 from cvmatch import images, retrieval, schema, toy
-from cvmatch.evaluate import Evaluate, View, check_unseen, embedded, evaluate, flat, seen, true_rows
+from cvmatch.evaluate import Evaluate, View, check_unseen, embedded, evaluate, flat, true_rows
 from cvmatch.fidelity import generation, segmentation
 from cvmatch.frechet import distance
 from cvmatch.index import Index
+from cvmatch.match.augment import limited
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, MatcherConfig, Query
 from cvmatch.towers import MEAN
@@ -231,18 +232,18 @@ def test_embedded_rows_without_synthetic_say_which_job(folder, index, tmp_path):
     assert [level for _, level in queries] == ["G"]
 
 
-def test_seen_narrow_view_keeps_the_middle_and_blanks_the_rest():
+def test_limited_narrow_view_keeps_the_middle_and_blanks_the_rest():
     ground = torch.arange(8.0).expand(1, 3, 4, 8) / 10  # column j holds j / 10; north is column 4
     mean = torch.tensor(MEAN)[:, None]
-    north = seen(ground, 90.0, torch.tensor([0.0]))[0, :, 0]
+    north = limited(ground, 90.0, torch.tensor([0.0]))[0, :, 0]
     torch.testing.assert_close(north[:, 3:5], torch.tensor([[0.3, 0.4]] * 3))
     torch.testing.assert_close(north[:, :3], mean.expand(3, 3))
     torch.testing.assert_close(north[:, 5:], mean.expand(3, 3))
-    east = seen(ground, 90.0, torch.tensor([90.0]))[0, 0, 0]  # two columns clockwise
+    east = limited(ground, 90.0, torch.tensor([90.0]))[0, 0, 0]  # two columns clockwise
     torch.testing.assert_close(east[3:5], torch.tensor([0.5, 0.6]))
-    turned = seen(ground, 360.0, torch.tensor([180.0]))[0, 0, 0]
+    turned = limited(ground, 360.0, torch.tensor([180.0]))[0, 0, 0]
     torch.testing.assert_close(turned, torch.tensor([0.4, 0.5, 0.6, 0.7, 0.0, 0.1, 0.2, 0.3]))
-    torch.testing.assert_close(seen(ground, 360.0, torch.tensor([0.0])), ground)
+    torch.testing.assert_close(limited(ground, 360.0, torch.tensor([0.0])), ground)
 
 
 def pictures(count, drawn):

@@ -203,7 +203,9 @@ def test_azimuth_crops_first_wraps_around_the_south():
 )
 @pytest.mark.parametrize("degrees", [70.0, 90.0, 180.0])
 def test_field_of_view_is_centred_on_its_heading(degrees, heading, centre):
-    part = field_of_view(torch.arange(64.0).expand(1, 1, 2, 64), degrees, heading)[0, 0, 0]
+    part = field_of_view(
+        torch.arange(64.0).expand(1, 1, 2, 64), degrees, torch.tensor([float(heading)])
+    )[0, 0, 0]
     assert len(part) == round(64 * degrees / 360)
     assert (part.diff() % 64 == 1).all()
     offset = (float(part[0]) + len(part) / 2 - centre + 32) % 64 - 32
@@ -212,13 +214,13 @@ def test_field_of_view_is_centred_on_its_heading(degrees, heading, centre):
 
 def test_field_of_view_of_360_only_turns():
     panorama = noise(1, 3, 4, 64)
-    assert torch.equal(field_of_view(panorama, 360.0), panorama)
-    turned = field_of_view(panorama, 360.0, heading=90.0)
+    assert torch.equal(field_of_view(panorama, 360.0, torch.zeros(len(panorama))), panorama)
+    turned = field_of_view(panorama, 360.0, torch.full((len(panorama),), 90.0))
     assert torch.equal(turned, torch.roll(panorama, -16, dims=-1))
 
 
 def test_field_of_view_of_a_hair_has_one_column():
-    assert field_of_view(noise(1, 3, 4, 64), 0.1).shape[-1] == 1
+    assert field_of_view(noise(1, 3, 4, 64), 0.1, torch.zeros(1)).shape[-1] == 1
 
 
 def test_ground_fov_is_that_of_cvusa_panoramas():

@@ -1,6 +1,7 @@
 """The matcher: factorised scores, losses by hand, no leak through A, DDP, augmentation, rows."""
 
 import dataclasses
+import json
 import math
 import os
 
@@ -16,13 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cvmatch import draws, geometry, images, manifest, schema
 from cvmatch.colour import jittered
+from cvmatch.engine import Pool
 from cvmatch.match import loss
-from cvmatch.match.augment import Views, augmented, turned
+from cvmatch.match.augment import Views, augmented, blurred, turned
 from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
+from cvmatch.match.mine import GROUP, grouped, mined, nearest
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, MatcherConfig, Query
-from cvmatch.match.pairs import decode_batch
+from cvmatch.match.pairs import decode, decode_batch, synthesized
 from cvmatch.match.score import joint_scores
-from cvmatch.match.train import IDS, MatcherTask, TrainMatcher, train, training_ids
+from cvmatch.match.task import IDS, MatcherTask, training_ids
+from cvmatch.match.train import TrainMatcher, train
 from cvmatch.towers import Tower, TowerSpec, save_tower
 from cvmatch.training import Fit
 
@@ -168,6 +172,14 @@ def test_model_directory_absent_is_refused_with_advice(tmp_path):
         JointFeatureLearningNet.load(str(tmp_path))
 
 
+def test_model_of_an_older_format_is_refused(tmp_path):
+    network().save(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 1}))
+    with pytest.raises(ValueError, match="format 1, this version reads 2"):
+        JointFeatureLearningNet.load(str(tmp_path))
+
+
 def test_model_of_another_preprocessing_is_refused(tmp_path):
     network(preprocess="opencv-linear-0").save(str(tmp_path))
     with pytest.raises(ValueError, match=rf"opencv-linear-0.*{images.PREPROCESS}"):
@@ -247,7 +259,8 @@ def task_of(model, **changes):
 def test_scores_of_training_embed_every_tile_with_the_querys_own_aerial():
     batch, model = rows(4), network()
     task = task_of(model, drop_ground=0.0, drop_synthetic=0.0, drop_classes=0.0).train()
-    joint, direct = task.scores(batch)
+    found = task.scores(batch)
+    joint, direct = found["joint"], found["direct"]
     seen = views(batch)
     with torch.no_grad():
         a, c = model.aerial_features(seen.synthetic), model.aerial_features(seen.aerial)
@@ -268,7 +281,7 @@ def test_scores_of_training_pass_each_picture_through_its_tower_once():
             passed[name] = passed.get(name, 0) + len(given[0])
 
         getattr(model, name).register_forward_hook(count)
-    joint, _ = task_of(model).train().scores(rows(5))
+    joint = task_of(model).train().scores(rows(5))["joint"]
     assert joint.shape == (5, 5)
     # The aerial tower sees each A and each C; a tower pass for each pair would make it 25 or more.
     assert passed == {"ground_tower": 5, "aerial_tower": 10, "classes_tower": 5}
@@ -352,6 +365,125 @@ def test_loss_of_a_row_does_not_depend_on_draws_of_its_neighbours():
     assert not torch.equal(task(batch)["loss"], task(batch | {"epoch": torch.tensor(1)})["loss"])
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_chunks_have_the_loss_and_gradient_of_the_whole_batch(chunk):
+    whole, parts = (task_of(network(), chunk=size).train() for size in (0, chunk))
+    for task in (whole, parts):
+        task(rows(5))["loss"].backward()
+    expected = {name: weight.grad for name, weight in whole.named_parameters()}
+    assert all(grad is not None for grad in expected.values())
+    for name, weight in parts.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_direct_branch_alone_needs_neither_a_nor_s_and_refuses_them():
+    model = network(alone=True)
+    task = task_of(model, w_joint=0.0, w_direct=1.0).train()
+    batch = rows(5)
+    named = task({k: batch[k] for k in ("ground", "aerial", "key", "epoch")})
+    assert named["loss"].item() == named["direct"].item()
+    query = model.query(batch["ground"].float() / 255)
+    with pytest.raises(ValueError, match=r"level G.*--levels G"):
+        model.fuse(torch.zeros(2, 12), torch.zeros(2, 12), None)
+    with pytest.raises(ValueError, match="trained on G alone"):
+        model.query(batch["ground"].float() / 255, classes=batch["classes"])
+    u = model.tile(batch["aerial"].float() / 255)
+    direct = task.eval().scores(batch)["direct"]
+    torch.testing.assert_close(direct, joint_scores(model, query, u), atol=1e-5, rtol=0)
+
+
+def test_shared_tower_sees_both_views(tmp_path):
+    model = network(shared=True)
+    task_of(model).train()(rows(5))["loss"].backward()
+    towers = {name.split(".")[0] for name, _ in model.named_parameters() if "_tower" in name}
+    assert towers == {"aerial_tower", "classes_tower"}
+    seen = views(rows(2))
+    before = model.ground_features(seen.ground)
+    model.save(str(tmp_path))
+    again = JointFeatureLearningNet.load(str(tmp_path))
+    torch.testing.assert_close(again.ground_features(seen.ground), before)
+    next(again.aerial_tower.parameters()).data.mul_(2)
+    assert not torch.allclose(again.ground_features(seen.ground), before)
+
+
+@pytest.mark.parametrize("view", [{"fov": 90.0}, {"unknown_heading": True}])
+def test_limited_views_are_trained_without_a_and_s(view):
+    with pytest.raises(ValueError, match="level G alone: expected w_joint 0"):
+        TrainMatcher(**view)
+    task = task_of(network(alone=True), w_joint=0.0, **view).train()
+    whole = task_of(network(alone=True), w_joint=0.0).train()
+    batch = rows(6)
+    assert not torch.equal(task(batch)["loss"], whole(batch)["loss"])
+
+
+def test_narrow_view_hides_what_lies_behind():
+    task = task_of(network(alone=True), w_joint=0.0, fov=90.0).train()
+    batch = rows(6)
+    south = batch["ground"].clone()
+    south[..., : WIDE // 4] = 0  # behind a camera that looks north
+    assert torch.equal(task(batch)["loss"], task(batch | {"ground": south})["loss"])
+
+
+def test_unknown_heading_of_a_row_is_another_in_each_epoch():
+    task = task_of(network(alone=True), w_joint=0.0, unknown_heading=True).train()
+    batch = rows(6)
+    losses = {task(batch | {"epoch": torch.tensor(n)})["loss"].item() for n in range(4)}
+    assert len(losses) == 4
+    same = batch | {"ground": batch["ground"][..., :1].expand_as(batch["ground"]).contiguous()}
+    losses = {task(same | {"epoch": torch.tensor(n)})["loss"].item() for n in range(2)}
+    assert len(losses) == 1  # a panorama of equal columns looks the same from every heading
+
+
+# --- batches of near pairs ---
+
+
+def test_grouped_rows_follow_their_nearest_free_ones():
+    place = np.arange(40)  # on a line; the nearest of each, itself first
+    near = np.abs(place[:, None] - place).argsort(axis=1, kind="stable")[:, :8]
+    order = grouped(near, 4, seed=0)
+    assert sorted(order) == list(place)
+    first = order[:4]
+    assert np.ptp(first) == 3  # a row and its three nearest
+    assert list(order) != list(grouped(near, 4, seed=1))
+    unknown = grouped(np.full((40, 8), -1), 4, seed=0)
+    assert sorted(unknown) == list(place)
+
+
+def test_nearest_are_those_of_largest_product():
+    query, tile = np.random.default_rng(0).normal(size=(2, 12, 5))
+    expected = (-(query @ tile.T)).argsort(axis=1)[:, :3]
+    assert (nearest(query, tile, 3) == expected).all()
+    assert (nearest(query[:1], tile[:2], 3)[0, 2:] == -1).all()
+
+
+@pytest.mark.ray
+def test_mined_rows_near_in_space_or_for_the_model_follow_each_other(tmp_path, ray_session):
+    names = [f"p{number:02}" for number in range(64)]
+    directory = synthesized_rows(str(tmp_path / "rows"), names, towns=4)
+    pool = Pool(batch=16)
+    kept = mined(synthesized(directory), "", pool, seed=0).take_all()
+    ids = [item[schema.PAIR_ID] for item in kept]
+    assert sorted(ids) == names  # the row with an error is left out
+    nearby = mined(synthesized(directory), "", pool, seed=0)
+    assert decode(nearby, (HIGH, WIDE), SIZE).count() == 64
+    towns = np.array([int(name[1:]) % 4 for name in ids]).reshape(-1, GROUP)
+    assert (towns == towns[:, :1]).all()
+
+    model = network(alone=True)
+    model.save(str(tmp_path / "model"))
+    row_of = {item[schema.PAIR_ID]: item for item in kept}
+    learnt = mined(synthesized(directory), str(tmp_path / "model"), pool, seed=0).take_all()
+    ids = [item[schema.PAIR_ID] for item in learnt]
+    assert sorted(ids) == names
+    batch = decode_batch(columns(*(row_of[name] for name in ids)), (HIGH, WIDE), SIZE)
+    with torch.no_grad():
+        query = model.query(torch.from_numpy(batch["ground"]).float() / 255)
+        tile = model.shortlist(model.tile(torch.from_numpy(batch["aerial"]).float() / 255))
+    score = query.embedding @ tile.T
+    places = (-score[0]).argsort()
+    assert set(places[: GROUP + 1].tolist()) >= set(range(1, GROUP))  # the first row's best tiles
+
+
 def worker(rank, world, directory):
     """One of `world` DDP workers on its share of the rows; rank 0 keeps loss and gradients."""
     torch.set_num_threads(1)
@@ -401,6 +533,17 @@ def test_turned_pair_has_the_polar_view_of_the_turned_tile(turns, mirror):
     assert torch.equal(aerial, expected)
     assert torch.equal(synthetic, expected)
     assert torch.equal(classes, (expected[:, 0] * 4).byte())
+
+
+def test_blurred_by_half_lies_between_the_picture_and_its_mean():
+    picture = torch.zeros(2, 3, 5, 5)
+    picture[:, :, 2, 2] = 0.9
+    found = blurred(picture, torch.tensor([0.0, 0.5]))
+    assert torch.equal(found[0], picture[0])
+    torch.testing.assert_close(found[1, :, 2, 2], torch.full((3,), 0.5))  # 0.9 / 2 + 0.1 / 2
+    torch.testing.assert_close(found[1, :, 1, 1], torch.full((3,), 0.05))
+    flat = torch.full((1, 3, 4, 4), 0.3)
+    torch.testing.assert_close(blurred(flat, torch.ones(1)), flat)  # the border is not darkened
 
 
 def test_augmented_rows_turn_each_by_its_own_draw():
@@ -520,10 +663,13 @@ def test_training_ids_are_those_of_the_task_and_changed_lists_are_refused(tmp_pa
         training_ids(str(tmp_path))
 
 
-def synthesized_rows(directory, ids):
-    """Places that differ in their grey level, in three views."""
+def synthesized_rows(directory, ids, towns=1):
+    """Places that differ in their grey level, in three views; each in the next of `towns`."""
     shades = np.linspace(10, 245, len(ids)).astype(int)
-    items = [row(name, shade=int(shade)) for name, shade in zip(ids, shades, strict=True)]
+    items = [
+        row(name, shade=int(shade), latitude=0.01 * (number % towns) + 1e-6 * number)
+        for number, (name, shade) in enumerate(zip(ids, shades, strict=True))
+    ]
     items.append(row("broken", error="generate: ground: empty file", synthetic=None))
     os.makedirs(directory)
     table = Table.from_pylist(items, schema=schema.SYNTHESIZED)
@@ -548,6 +694,7 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
         polar=(HIGH, WIDE),
         square=SIZE,
         hidden=16,
+        loss="triplet",
         augment=False,
         lr_towers=1e-2,
         lr_heads=1e-2,

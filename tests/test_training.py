@@ -237,6 +237,41 @@ def test_fit_learns_and_publishes_the_model(ray_session, fit, tmp_path):
 
 
 @pytest.mark.ray
+def test_fit_asks_for_its_order_with_the_model_as_it_is_and_keeps_it(ray_session, fit, tmp_path):
+    asked = []
+
+    def ordered(model: str):
+        path = os.path.join(model, "line.safetensors")
+        asked.append(load_file(path)["seen"].item() if model else None)
+        return rows(16, seed=len(asked))
+
+    def weights(name: str, shuffle: int):
+        config = named(fit, name, epochs=5, shuffle=shuffle)
+        result = trained(LINE, rows(99), None, config, None, training.Order(2, ordered))
+        assert list(result.metrics_dataframe["epoch"]) == [1, 2, 3, 4, 5]
+        return load_file(f"{result.checkpoint.path}/model/line.safetensors")
+
+    found = weights("ordered", shuffle=64)
+    assert asked == [None, 32, 64]  # before epochs 1, 3 and 5, of 16 rows each
+    asked.clear()
+    assert torch.equal(found["line.weight"], weights("again", shuffle=0)["line.weight"])
+
+
+@pytest.mark.ray
+def test_fit_with_an_order_goes_on_from_where_it_stopped(ray_session, fit):
+    whole, parts = ([], [])
+    for asked, name, stops in ((whole, "whole", [5]), (parts, "parts", [3, 5])):
+        for epochs in stops:
+            config = named(fit, name, epochs=epochs, schedule="constant", warmup=0.0)
+            order = training.Order(2, lambda model, asked=asked: asked.append(model) or rows(16))
+            result = trained(LINE, rows(99), None, config, None, order)
+        weights = load_file(f"{result.checkpoint.path}/model/line.safetensors")
+        asked.append(weights["line.weight"])
+    assert [bool(model) for model in parts[:-1]] == [False, True, True, True]  # 3: cut short
+    assert torch.equal(whole[-1], parts[-1])
+
+
+@pytest.mark.ray
 def test_fit_validates_all_rows_at_epoch_zero_with_a_partial_batch(ray_session, fit):
     metrics = trained(LINE, rows(19), rows(13, seed=1), fit).metrics
     data = rows(13, seed=1).take_batch(13)

@@ -7,35 +7,40 @@ from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
 from cvmatch import draws, geometry
 from cvmatch.colour import jittered
+from cvmatch.towers import MEAN
 
 
 class Views(NamedTuple):
-    """What the towers see of a batch of pairs."""
+    """What the towers see of a batch of pairs; A and S are None where only G meets C."""
 
     ground: Float[Tensor, "row 3 h w"]
     """G, in [0, 1]."""
     aerial: Float[Tensor, "row 3 s s"]
     """C, in [0, 1]."""
-    synthetic: Float[Tensor, "row 3 s s"]
+    synthetic: Float[Tensor, "row 3 s s"] | None = None
     """A, in [0, 1]."""
-    classes: UInt8[Tensor, "row s s"]
+    classes: UInt8[Tensor, "row s s"] | None = None
     """S, ids."""
 
 
 def augmented(views: Views, key: Int64[Tensor, " row"], seed: int, epoch: int) -> Views:
-    """Turn and mirror each pair as a whole, and shift the colours of G, C and A independently."""
+    """Turn and mirror each pair as a whole; change light and sharpness of G, C and A on their own.
+
+    The class map keeps its colours, which are names.
+    """
     quarter = draws.uniform(key, draws.stream(seed, epoch, "turn"))
     mirror = draws.uniform(key, draws.stream(seed, epoch, "mirror")) < 0.5
-    ground, aerial, synthetic, classes = turned(views, (quarter * 4).long(), mirror)
-    return Views(
-        jittered(ground, key, draws.stream(seed, epoch, "colour of ground")),
-        jittered(aerial, key, draws.stream(seed, epoch, "colour of aerial")),
-        jittered(synthetic, key, draws.stream(seed, epoch, "colour of synthetic")),
-        classes,
-    )
+    pair = turned(views, (quarter * 4).long(), mirror)
+    changed = {
+        name: _seen_anew(picture, key, seed, epoch, name)
+        for name, picture in pair._asdict().items()
+        if picture is not None and name != "classes"
+    }
+    return pair._replace(**changed)
 
 
 def turned(views: Views, turns: Int64[Tensor, " row"], mirror: Bool[Tensor, " row"]) -> Views:
@@ -43,7 +48,39 @@ def turned(views: Views, turns: Int64[Tensor, " row"], mirror: Bool[Tensor, " ro
 
     The panorama with them (`geometry.turned_panorama`).
     """
+    how = (turns, mirror)
     return Views(
-        geometry.turned_panorama(views.ground, turns, mirror),
-        *(geometry.turned_tile(tile, turns, mirror) for tile in views[1:]),
+        geometry.turned_panorama(views.ground, *how),
+        geometry.turned_tile(views.aerial, *how),
+        None if views.synthetic is None else geometry.turned_tile(views.synthetic, *how),
+        None if views.classes is None else geometry.turned_tile(views.classes, *how),
     )
+
+
+def limited(
+    ground: Float[Tensor, "row 3 h w"], degrees: float, heading: Float[Tensor, " row"]
+) -> Float[Tensor, "row 3 h w"]:
+    """What a camera sees along `heading` (degrees clockwise from north), in the middle columns.
+
+    The rest has ImageNet's mean colour, which the towers' normalisation turns to zero.
+    """
+    part = geometry.field_of_view(ground, degrees, heading)
+    canvas = ground.new_tensor(MEAN)[:, None, None].expand_as(ground).clone()
+    first = round(ground.shape[-1] / 2 - part.shape[-1] / 2)
+    canvas[..., first : first + part.shape[-1]] = part
+    return canvas
+
+
+def blurred(
+    picture: Float[Tensor, "row 3 h w"], share: Float[Tensor, " row"]
+) -> Float[Tensor, "row 3 h w"]:
+    """Each picture mixed with its mean over 3 x 3 pixels, of which `share` in [0, 1] is taken."""
+    mean = F.avg_pool2d(picture, 3, stride=1, padding=1, count_include_pad=False)
+    return picture + share[:, None, None, None] * (mean - picture)
+
+
+def _seen_anew(picture: Tensor, key: Tensor, seed: int, epoch: int, name: str) -> Tensor:
+    """Other light and sharpness; half of the pictures keep theirs."""
+    share = (2 * draws.uniform(key, draws.stream(seed, epoch, f"blur of {name}")) - 1).clamp(min=0)
+    stream = draws.stream(seed, epoch, f"colour of {name}")
+    return jittered(blurred(picture, share), key, stream)

@@ -26,6 +26,10 @@ LEVELS: tuple[Level, ...] = ("G", "G+A", "G+A+S", "A")
 
 View = Literal["polar", "square"]
 
+_ALONE = (
+    "matcher: trained on G alone (w_joint 0), expected queries of level G, got A or S. Pass "
+    "--levels G (jobs/evaluate.py), leave the generator out, or train it with w_joint."
+)
 _TOWERS = ("ground", "aerial", "classes")
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -42,6 +46,10 @@ class MatcherConfig:
     """Tower of both A and C."""
     classes: TowerSpec = dataclasses.field(default_factory=TowerSpec)
     """Tower of S, which sees the class map in the palette's colours."""
+    shared: bool = False
+    """One tower for G, A and C (as Sample4Geo has it): `ground` is not used."""
+    alone: bool = False
+    """Only G against C: no tower of S, and no query with A or S."""
     view: View = "polar"
     """What the towers of A, C and S see: the tile's polar view (columns as in G), or the tile."""
     panorama: tuple[int, int] = (128, 512)
@@ -128,10 +136,13 @@ class JointFeatureLearningNet(nn.Module):
         super().__init__()
         self.config = config
         specs = (config.ground, config.aerial, config.classes)
-        self.ground_tower, self.aerial_tower, self.classes_tower = towers or tuple(
-            Tower(spec) for spec in specs
-        )
-        g, a, s = self.ground_tower.dim, self.aerial_tower.dim, self.classes_tower.dim
+        ground, self.aerial_tower, classes = towers or tuple(Tower(spec) for spec in specs)
+        self.ground_tower = None if config.shared else ground
+        self.classes_tower = None if config.alone else classes
+        g = a = self.aerial_tower.dim
+        if self.ground_tower:
+            g = self.ground_tower.dim
+        s = self.classes_tower.dim if self.classes_tower else 0
         hidden = config.hidden
         self.null_ground = nn.Parameter(torch.zeros(g))
         self.null_synthetic = nn.Parameter(torch.zeros(a))
@@ -147,14 +158,20 @@ class JointFeatureLearningNet(nn.Module):
 
     def ground_features(self, ground: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n g"]:
         """g of panoramas in [0, 1]."""
-        return _standard(self.ground_tower(normalise(ground)))
+        return _standard((self.ground_tower or self.aerial_tower)(normalise(ground)))
 
     def aerial_features(self, tile: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n a"]:
         """A or c of tiles in [0, 1]."""
         return _standard(self.aerial_tower(normalise(self._view(tile, "bilinear"))))
 
     def class_features(self, ids: UInt8[Tensor, "n s s"]) -> Float[Tensor, "n c"]:
-        """S of maps of class ids, seen in the palette's colours."""
+        """S of maps of class ids, seen in the palette's colours.
+
+        Raises:
+            ValueError: the model was trained on G alone.
+        """
+        if self.classes_tower is None:
+            raise ValueError(_ALONE)
         colours = self.palette[ids.int()].permute(0, 3, 1, 2)
         return _standard(self.classes_tower(normalise(self._view(colours, "nearest"))))
 
@@ -184,13 +201,15 @@ class JointFeatureLearningNet(nn.Module):
         """Query from tower features; None stands for the learned null.
 
         Raises:
-            ValueError: all three are None.
+            ValueError: all three are None, or the model was trained on G alone and there is more.
         """
         given = [feature for feature in (ground, synthetic, classes) if feature is not None]
         if not given:
             raise ValueError(
                 "a query needs at least one of ground, synthetic and classes, got none"
             )
+        if self.config.alone and not (synthetic is None and classes is None):
+            raise ValueError(_ALONE)
         g = self.null_ground.expand(len(given[0]), -1) if ground is None else ground
         a = self.null_synthetic.expand(len(given[0]), -1) if synthetic is None else synthetic
         s = self.null_classes.expand(len(given[0]), -1) if classes is None else classes

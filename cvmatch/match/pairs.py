@@ -10,25 +10,27 @@ from ray.data import Dataset
 
 from cvmatch import draws, images, manifest, schema, storage
 
-_COLUMNS = (
+_DIRECT = (
     schema.PAIR_ID,
     schema.GROUND,
     schema.AERIAL,
-    schema.SYNTHETIC,
-    schema.SYNTHETIC_CLASSES,
+    schema.LATITUDE,
+    schema.LONGITUDE,
     schema.ERROR,
 )
+_JOINT = (*_DIRECT, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
 
 
-def synthesized(location: str) -> Dataset:
-    """Rows that jobs/synthesize.py wrote.
+def synthesized(location: str, joint: bool = True) -> Dataset:
+    """Rows that jobs/synthesize.py wrote; without A and S where these are not `joint`.
 
     Raises:
         FileNotFoundError: no finished output there.
     """
     manifest.read(location)
     filesystem, path = storage.resolve(location)
-    return ray.data.read_parquet(path, filesystem=filesystem, columns=list(_COLUMNS))
+    columns: list[str] = [*(_JOINT if joint else _DIRECT)]
+    return ray.data.read_parquet(path, filesystem=filesystem, columns=columns)
 
 
 def pair_ids(location: str) -> tuple[str, ...]:
@@ -53,7 +55,9 @@ def pair_ids(location: str) -> tuple[str, ...]:
 
 
 def decode(rows: Dataset, panorama: tuple[int, int], square: int) -> Dataset:
-    """Synthesized rows -> uint8 tensors and `key`; rows with `error` are left out.
+    """Synthesized rows -> uint8 tensors and `key`, of the pictures there are.
+
+    Rows with `error` are left out.
 
     `panorama` (height, width) is the size of G, `square` the side of the maps. A row without
     `error` whose pictures cannot be decoded stops the training: synthesis has read or made them.
@@ -65,20 +69,26 @@ def decode(rows: Dataset, panorama: tuple[int, int], square: int) -> Dataset:
 def decode_batch(
     batch: dict[str, np.ndarray], panorama: tuple[int, int], square: int
 ) -> dict[str, np.ndarray]:
-    """One batch of `decode`: `ground`, `aerial`, `synthetic` (CHW), `classes` (ids, HW), `key`."""
+    """One batch of `decode`: `ground`, `aerial`, `key`, and where there, `synthetic`, `classes`.
+
+    Pictures are CHW, `classes` are ids, HW.
+    """
     good = [index for index, error in enumerate(batch[schema.ERROR]) if not error]
     side = (square, square)
 
     def pictures(column: str, size: tuple[int, int]) -> np.ndarray:
         decoded = [images.decode(batch[column][index], size) for index in good]
-        return np.array(decoded, dtype=np.uint8).reshape(-1, *size, 3).transpose(0, 3, 1, 2)
+        pixels = np.array(decoded, dtype=np.uint8).reshape(-1, *size, 3)
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
-    classes = [images.decode_ids(batch[schema.SYNTHETIC_CLASSES][i], side) for i in good]
     keys = [draws.key(str(batch[schema.PAIR_ID][index])) for index in good]
-    return {
-        "ground": np.ascontiguousarray(pictures(schema.GROUND, panorama)),
-        "aerial": np.ascontiguousarray(pictures(schema.AERIAL, side)),
-        "synthetic": np.ascontiguousarray(pictures(schema.SYNTHETIC, side)),
-        "classes": np.array(classes, dtype=np.uint8).reshape(-1, *side),
+    found = {
+        "ground": pictures(schema.GROUND, panorama),
+        "aerial": pictures(schema.AERIAL, side),
         "key": np.array(keys, dtype=np.int64),
     }
+    if schema.SYNTHETIC in batch:
+        classes = [images.decode_ids(batch[schema.SYNTHETIC_CLASSES][i], side) for i in good]
+        found["synthetic"] = pictures(schema.SYNTHETIC, side)
+        found["classes"] = np.array(classes, dtype=np.uint8).reshape(-1, *side)
+    return found

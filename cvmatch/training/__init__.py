@@ -5,6 +5,6 @@ this process (`workers` = 0, at once). A run is its name and storage: the same a
 """
 
 from cvmatch.training.start import cached, fit, listening, publish
-from cvmatch.training.task import Fit, Task
+from cvmatch.training.task import Fit, Order, Task
 
-__all__ = ["Fit", "Task", "cached", "fit", "listening", "publish"]
+__all__ = ["Fit", "Order", "Task", "cached", "fit", "listening", "publish"]

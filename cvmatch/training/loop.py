@@ -40,6 +40,10 @@ class Job:
     """Absolute location of the run directory."""
     resume: int
     """Epochs done by earlier starts of the run."""
+    until: int
+    """Epochs after which to stop, though the run has more: its rows are then put in a new order."""
+    ordered: bool = False
+    """Whether the order of the rows is to be kept."""
 
 
 @runtime_checkable
@@ -103,7 +107,7 @@ def run(job: Job, place: Place) -> None:
     torch.manual_seed(job.fit.seed)
     trainee = Trainee(job, place)
     meter = Meter(job.directory, job.steps, job.fit.epochs, writes=place.rank == 0)
-    for epoch in range(trainee.load(place.latest()), job.fit.epochs):
+    for epoch in range(trainee.load(place.latest()), job.until):
         # Dropout and the like, which draw from torch's generator, are the same after a resume.
         torch.manual_seed(draws.stream(job.fit.seed, epoch, f"torch {place.rank}"))
         metrics: dict[str, Any] = {"epoch": epoch + 1}
@@ -238,7 +242,7 @@ class Trainee:
     def _batches(self, name: str, epoch: int | None) -> Iterator[dict[str, Tensor]]:
         """Batches of this worker's rows on its device; shuffled by epoch in training."""
         order = {}
-        if epoch is not None and self.fit.shuffle:
+        if epoch is not None and self.fit.shuffle and not self.job.ordered:
             seed = draws.stream(self.fit.seed, epoch, f"order {self.place.rank}") % 2**32
             size = max(self.fit.shuffle, self.fit.share)
             order = {"local_shuffle_buffer_size": size, "local_shuffle_seed": seed}

@@ -86,6 +86,10 @@ class RunDirectory:
         """The checkpoint after `epoch` epochs."""
         return Checkpoint(storage.join(self.location, name_of(epoch)))
 
+    def model(self, epoch: int) -> str:
+        """Directory of the model in that checkpoint."""
+        return storage.join(self.checkpoint(epoch).path, MODEL)
+
     def latest(self) -> int:
         """Epochs done, as far as their checkpoint is there; 0 for a new run."""
         done = [e["epoch"] for e in self.entries() if self._holds(e["epoch"])]

@@ -30,7 +30,7 @@ from ray.train.torch import TorchTrainer
 from cvmatch import config as configs
 from cvmatch import engine, progress, storage, tracking
 from cvmatch.training import loop, meters, runs
-from cvmatch.training.task import Fit, Task
+from cvmatch.training.task import Fit, Order, Task
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +47,12 @@ def fit(
     val: Dataset | None,
     fit: Fit,
     run: tracking.Run | None = None,
+    order: Order | None = None,
 ) -> Result:
     """Train what `build` gives, or go on where a run of that name stopped.
+
+    With `order`, its rows take the place of `train` from the first epoch on, unshuffled, and are
+    asked for again every few epochs.
 
     The rows hold numeric tensor columns and `key` (int64, `draws.key` of the id). A finished run
     that is started again gives its result at once. The result's checkpoint (`model/`, `state.pt`)
@@ -73,22 +77,44 @@ def fit(
     if done >= fit.epochs:
         _log.info("%s is finished: %d epochs", location, done)
         return directory.result()
-    train, val = cached(train, fit), val and cached(val, fit)
-    steps = _steps(train.count(), fit)
-    job = loop.Job(
-        build=build, fit=fit, steps=steps, validate=val is not None, directory=location, resume=done
-    )
+    val = val and cached(val, fit)
     callbacks = [runs.Recorder(directory, run), *(_listeners.get() if run else ())]
-    datasets = {"train": train} | ({"val": val} if val else {})
-    seen = functools.partial(_progress, storage.join(location, runs.PROGRESS))
-    with progress.watch(
-        f"train {name}", steps * fit.epochs, lambda: seen()["step"], lambda: _note(seen())
-    ):
-        if fit.workers:
+    while done < fit.epochs:
+        rows, until = train, fit.epochs
+        if order is not None:
+            rows = order.rows(directory.model(done) if done else "")
+            until = min(fit.epochs, (done // order.every + 1) * order.every)
+        rows = cached(rows, fit)
+        job = loop.Job(
+            build=build,
+            fit=fit,
+            steps=_steps(rows.count(), fit),
+            validate=val is not None,
+            directory=location,
+            resume=done,
+            until=until,
+            ordered=order is not None,
+        )
+        _segment(job, {"train": rows} | ({"val": val} if val else {}), directory, callbacks, name)
+        done = until
+    return directory.result()
+
+
+def _segment(
+    job: loop.Job,
+    datasets: dict[str, Dataset],
+    directory: runs.RunDirectory,
+    callbacks: list[UserCallback],
+    name: str,
+) -> None:
+    """Epochs from `job.resume` to `job.until`."""
+    seen = functools.partial(_progress, storage.join(job.directory, runs.PROGRESS))
+    total = job.steps * job.fit.epochs
+    with progress.watch(f"train {name}", total, lambda: seen()["step"], lambda: _note(seen())):
+        if job.fit.workers:
             _trainer(job, datasets, callbacks, name).fit()
         else:
             loop.run(job, Here(job, datasets, directory, callbacks))
-    return directory.result()
 
 
 def cached(rows: Dataset, fit: Fit) -> Dataset:

@@ -1,10 +1,11 @@
 """What is trained (`Task`) and how (`Fit`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from ray.data import Dataset
 from torch import Tensor
 
 
@@ -84,6 +85,16 @@ class Fit:
     def share(self) -> int:
         """Rows of a step of one worker."""
         return self.batch // max(self.workers, 1)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Training rows whose order follows what the model has learnt, such as near ones together."""
+
+    every: int
+    """Epochs from one order to the next. Ray Train's workers are started anew for each (30 s)."""
+    rows: Callable[[str], Dataset]
+    """Model directory of the latest checkpoint ("" before the first epoch) -> the rows in order."""
 
 
 @runtime_checkable

@@ -1,0 +1,295 @@
+"""Which matcher finds the tile: direct and joint branches, the field's recipe, harder worlds."""
+
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import torch
+from _harness import Bench, finish, flags, interval
+from conditioning import ConditioningBench
+from conditioning import settings as generator_settings
+from pyarrow import parquet
+
+from cvmatch import engine, images, manifest, progress, schema, toy
+from cvmatch.engine import Pool
+from cvmatch.evaluate import Evaluate, evaluate
+from cvmatch.generate.infer import Generate
+from cvmatch.generate.train import train as train_generator
+from cvmatch.index import BuildIndex, build
+from cvmatch.ingest import Ingest, ingest
+from cvmatch.match.train import TrainMatcher, train
+from cvmatch.segment.infer import Segment
+from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.synthesize import Synthesize, synthesize
+from cvmatch.training import Fit
+from cvmatch.world import Difficulty, MakeWorld, make_world
+
+BUDGET = 15.0
+"""CPU minutes that each training may take."""
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchingBench(Bench):
+    """Train each matcher on the `standard` world, and find held-out tiles with it."""
+
+    only: tuple[str, ...] = ()
+    """Rows of the table (words of their names that tell them); empty: all."""
+    data: str = ""
+    """Data set with both splits and class maps; empty: a `standard` world is made for the run."""
+    generator: str = ""
+    """Generator trained on its split `train`; empty: one is trained, as conditioning.py does."""
+    pairs: int = 0
+    """Training pairs; 0: 2,000, quick 320."""
+    held_out: int = 0
+    """Pairs of the split `val`; 0: 500, quick 80."""
+    epochs: int = 0
+    """Epochs of each matcher; 0: 12, quick 2."""
+    seed: int = 0
+    """Seed of the world, where one is made, and of the training."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the table: which rows it learns from, how, and how it is asked."""
+
+    rows: str
+    changes: dict[str, Any]
+    asked: dict[str, Any]
+
+
+ALONE = {"w_joint": 0.0, "w_direct": 1.0}
+"""The direct branch: G against C."""
+
+SQUARE = {"view": "square", "grid": (8, 8)}
+"""Tiles as they are; features in squares too."""
+
+CONTENDERS = {
+    "direct, square": Contender("plain", ALONE | SQUARE, {}),
+    "direct, polar": Contender("plain", ALONE, {}),
+    "direct, polar, triplet": Contender("plain", ALONE | {"loss": "triplet"}, {}),
+    "Sample4Geo's recipe": Contender(
+        "plain", ALONE | SQUARE | {"shared": True, "mine_every": 2}, {}
+    ),
+    "joint (default)": Contender("synthesized", {}, {"levels": ("G", "G+A", "G+A+S", "A")}),
+    "joint, true C as A": Contender("true", {}, {"levels": ("G", "G+A", "G+A+S", "A")}),
+    "heading noise 10 deg, offset 3 m": Contender("shaken", ALONE, {}),
+    "unknown heading": Contender(
+        "plain", ALONE | {"unknown_heading": True}, {"unknown_heading": True}
+    ),
+    "180 degrees": Contender("plain", ALONE | {"fov": 180.0}, {"fov": (180.0,)}),
+    "90 degrees": Contender("plain", ALONE | {"fov": 90.0}, {"fov": (90.0,)}),
+}
+
+
+class Rows:
+    """Places of rows, made when first asked for."""
+
+    def __init__(self, asked: MatchingBench, at: str) -> None:
+        self.asked, self.at = asked, at
+
+    @functools.cached_property
+    def root(self) -> str:
+        """The data set."""
+        return self.asked.data or self._world("world", Difficulty())
+
+    @functools.cached_property
+    def plain(self) -> str:
+        """Pairs without A."""
+        return self._written("plain", self.root)
+
+    @functools.cached_property
+    def shaken(self) -> str:
+        """Pairs of a harder world: headings and positions are not exact."""
+        hard = Difficulty(heading_noise=10.0, camera_offset=3.0)
+        return self._written("shaken", self._world("hard", hard))
+
+    @functools.cached_property
+    def synthesized(self) -> str:
+        """Pairs with the A and S of the generator and the toy segmenter as it was pre-trained."""
+        segmenter = f"{self.at}/segmenter"
+        Segmenter.from_base(toy.SEGFORMER, Preprocess(size=128, num_classes=6)).save(segmenter)
+        for split in SPLITS:
+            config = Synthesize(
+                data=self.split(split),
+                generate=Generate(model=self._generator(), pool=Pool(size=2, batch=32)),
+                segment=Segment(model=segmenter, pool=Pool(batch=32)),
+                output=f"{self.at}/synthesized/{split}",
+            )
+            synthesize(config)
+        return f"{self.at}/synthesized"
+
+    @functools.cached_property
+    def true(self) -> str:
+        """Pairs whose A and S are the tile and its class map: what no generator can better."""
+
+        def changed(table: pa.Table) -> pa.Table:
+            maps = [
+                images.encode(images.classes_of(images.decode(data), 6))
+                for data in table[schema.CLASSES].to_pylist()
+            ]
+            own = {schema.SYNTHETIC: table[schema.AERIAL], schema.SYNTHETIC_CLASSES: [maps]}
+            kept = {name: table[name] for name in table.column_names if name not in own}
+            return schema.conform(
+                pa.table(kept | {k: pa.chunked_array(v, pa.binary()) for k, v in own.items()})
+            )
+
+        return self._written("true", self.root, changed)
+
+    def split(self, split: Any, root: str = "") -> Ingest:
+        """Pairs of a split."""
+        asked = self.asked
+        sizes = {"train": asked.pairs, "val": asked.held_out}
+        return Ingest(root=root or self.root, split=split, limit=sizes[split])
+
+    def gallery(self, rows: str) -> str:
+        """URI of the rows whose tiles are searched."""
+        return f"{getattr(self, rows)}/val"
+
+    def _world(self, name: str, difficulty: Difficulty) -> str:
+        make_world(
+            MakeWorld(
+                output=f"{self.at}/{name}",
+                preset="standard",
+                train=self.asked.pairs,
+                val=self.asked.held_out,
+                difficulty=difficulty,
+                seed=self.asked.seed,
+            )
+        )
+        return f"{self.at}/{name}"
+
+    def _written(
+        self, name: str, root: str, change: Callable[[pa.Table], pa.Table] = lambda table: table
+    ) -> str:
+        for split in SPLITS:
+            rows = ingest(self.split(split, root)).take_all()
+            table = change(schema.conform(pa.Table.from_pylist(rows)))
+            place = f"{self.at}/{name}/{split}"
+            os.makedirs(place)
+            parquet.write_table(table, f"{place}/part-0.parquet")
+            manifest.write(place, rows=len(table), config=self.asked, models={}, source=root)
+        return f"{self.at}/{name}"
+
+    def _generator(self) -> str:
+        if self.asked.generator:
+            return self.asked.generator
+        return self._trained
+
+    @functools.cached_property
+    def _trained(self) -> str:
+        asked = ConditioningBench(
+            quick=self.asked.quick, pairs=self.asked.pairs, held_out=self.asked.held_out
+        )
+        config = generator_settings(asked, "tokens+geometry", self.root, f"{self.at}/generator")
+        train_generator(replace(config, val=None))
+        return config.output
+
+
+def settings(asked: MatchingBench, rows: str, changes: dict[str, Any], at: str) -> TrainMatcher:
+    """What differs from the reference run: the toy tower, its rates, and less time."""
+    config = TrainMatcher(
+        pairs=f"{rows}/train",
+        tower=toy.TOWER,
+        grid=(4, 32),
+        dim=256,
+        panorama=(64, 256),
+        polar=(64, 256),
+        square=128,
+        lr_towers=1e-3,
+        lr_heads=1e-3,
+        output=f"{at}/matcher",
+        fit=Fit(epochs=asked.epochs, batch=32, seed=asked.seed, storage=f"{at}/runs", cache=True),
+    )
+    return replace(config, **changes)
+
+
+def measured(asked: MatchingBench, rows: Rows, contender: Contender) -> dict[str, Any]:
+    """Train on one thread, index the held-out tiles, and evaluate: results.json and CPU minutes."""
+    with tempfile.TemporaryDirectory() as at:
+        config = settings(asked, getattr(rows, contender.rows), contender.changes, at)
+        torch.set_num_threads(1)
+        begin = time.process_time()
+        train(config)
+        minutes = (time.process_time() - begin) / 60
+        gallery = rows.gallery(contender.rows)
+        build(BuildIndex(rows=gallery, model=config.output, output=f"{at}/index"))
+        found = evaluate(
+            Evaluate(
+                **{"levels": ("G",), **contender.asked},
+                queries=gallery,
+                index=f"{at}/index",
+                modes=("exact",),
+                output=f"{at}/evaluation",
+            )
+        )
+    return found | {"minutes": minutes}
+
+
+def rows_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table: one for each level, of the view that it was trained for."""
+    view, levels = list(found["retrieval"].items())[-1]
+    return [
+        {
+            "matcher": name,
+            "view": view,
+            "level": level,
+            "CPU min": found["minutes"],
+            "R@1, %": interval(numbers, "recall@1"),
+            "R@5 (R@1 %), %": interval(numbers, "recall@5"),
+            "R@10, %": interval(numbers, "recall@10"),
+            "R@1 of one world, %": 100 * numbers.get("near_recall@1", float("nan")),
+            "one of ten, top 1, %": 100 * numbers["one_of_ten_top1"],
+            "median rank": numbers["median_rank"],
+        }
+        for level, numbers in levels.items()
+    ]
+
+
+def main(asked: MatchingBench) -> None:
+    """Train and measure each."""
+    sizes = (
+        {"pairs": 320, "held_out": 80, "epochs": 2}
+        if asked.quick
+        else {"pairs": 2000, "held_out": 500, "epochs": 12}
+    )
+    asked = replace(asked, **{k: getattr(asked, k) or size for k, size in sizes.items()})
+    engine.start(logical_cpus=4)
+    engine.keep_memory()
+    chosen = [
+        name for name in CONTENDERS if not asked.only or any(word in name for word in asked.only)
+    ]
+    table, figures = [], {}
+    with tempfile.TemporaryDirectory() as at:
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
+        rows = Rows(asked, at)
+        with progress.watch(
+            "matchers", len(chosen), lambda: len({row["matcher"] for row in table})
+        ):
+            for name in chosen:
+                found = measured(asked, rows, CONTENDERS[name])
+                table += rows_of(name, found)
+                levels = list(found["retrieval"].values())[-1]
+                for level, numbers in levels.items():
+                    for key in ("recall@1", "recall@10"):
+                        figures[f"{name}.{level}.{key}"] = numbers[key]
+    notes = (
+        f"{asked.pairs} pairs, {asked.held_out} held-out ones of other worlds (the gallery), seed "
+        f"{asked.seed}, {asked.epochs} epochs, batches of 32; toy towers (4 convolutions), polar "
+        "views and panoramas of 64 x 256 pixels, InfoNCE where nothing else is said. R@k with 95 % "
+        "bootstrap intervals, ties against the query. One of ten is for comparison only.",
+        "CPU min: of this process from the start of the training to its end, of at most "
+        f"{BUDGET:g}; what Ray's processes do (decoding, mining's embedding) is not in it. The "
+        "joint rows share one training.",
+    )
+    finish(asked, "Matching", table, figures, notes)
+
+
+if __name__ == "__main__":
+    main(flags(MatchingBench))

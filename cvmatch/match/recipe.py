@@ -1,0 +1,65 @@
+"""What a matcher learns, and from which terms: the settings of a training step."""
+
+import dataclasses
+
+from cvmatch.match import loss as losses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a matcher learns, and from which terms."""
+
+    loss: losses.Loss = "infonce"
+    """triplet (margin), soft-margin (SAFA) or infonce (learned temperature)."""
+    negatives: losses.Negatives = "all"
+    """Which negatives of the batch the triplet loss takes."""
+    margin: float = 0.3
+    """Margin of the triplet loss, in cosine distance (0 to 2)."""
+    smoothing: float = 0.1
+    """Label smoothing of infonce, in [0, 1)."""
+    w_joint: float = 1.0
+    """Weight of the loss on joint scores, where each query brings its own A to all tiles; 0: only G
+    meets C, and no tower looks at A or S."""
+    w_direct: float = 0.5
+    """Weight of the same loss on G against the tiles' own embeddings (level G, the shortlist)."""
+    drop_ground: float = 0.1
+    """Share of rows whose G becomes the learned null; those keep their A."""
+    drop_synthetic: float = 0.2
+    """Share of rows whose A becomes the learned null."""
+    drop_classes: float = 0.3
+    """Share of rows whose S becomes the learned null."""
+    augment: bool = True
+    """Quarter turns and mirroring of whole pairs, and colours and blur of each view."""
+    fov: float = 360.0
+    """Degrees of the panorama that are seen, in (0, 360]; below 360 in the panorama's middle."""
+    unknown_heading: bool = False
+    """Turn each panorama by a random angle that the model is not told."""
+    chunk: int = 0
+    """Pictures that a tower sees at a time; their activations are computed again in the backward
+    pass, so that a batch of any size fits in the memory of a chunk. 0: all, and kept."""
+    lr_towers: float = 1e-4
+    """Learning rate of the backbones."""
+    lr_heads: float = 1e-3
+    """Learning rate of fusion layers and nulls."""
+
+    def __post_init__(self) -> None:
+        drops = (self.drop_ground, self.drop_synthetic, self.drop_classes)
+        if not all(0 <= drop <= 1 for drop in drops):
+            raise ValueError(f"train_matcher: drop_* are shares in [0, 1], got {drops}.")
+        if not 0 < self.margin <= 2:
+            raise ValueError(f"train_matcher: margin is in (0, 2], got {self.margin}.")
+        if not 0 < self.fov <= 360:
+            raise ValueError(f"train_matcher: fov is in (0, 360] degrees, got {self.fov}.")
+        if self.w_joint <= 0 and self.w_direct <= 0:
+            raise ValueError("train_matcher: expected w_joint or w_direct above 0, got neither.")
+        if self.limited and self.w_joint:
+            raise ValueError(
+                "train_matcher: A and S are made from the whole, aligned panorama, so that limited "
+                f"views need level G alone: expected w_joint 0 with fov {self.fov:g} and "
+                f"unknown_heading {self.unknown_heading}, got {self.w_joint:g}."
+            )
+
+    @property
+    def limited(self) -> bool:
+        """Whether less is seen than the whole, aligned panorama."""
+        return self.fov < 360 or self.unknown_heading
