@@ -50,7 +50,7 @@ class MatchingBench(Bench):
     held_out: int = 0
     """Pairs of the split `val`; 0: 500, quick 80."""
     epochs: int = 0
-    """Epochs of each matcher; 0: 12, quick 2."""
+    """Epochs of each matcher; 0: 10, quick 2."""
     seed: int = 0
     """Seed of the world, where one is made, and of the training."""
 
@@ -257,7 +257,7 @@ def main(asked: MatchingBench) -> None:
     sizes = (
         {"pairs": 320, "held_out": 80, "epochs": 2}
         if asked.quick
-        else {"pairs": 2000, "held_out": 500, "epochs": 12}
+        else {"pairs": 2000, "held_out": 500, "epochs": 10}
     )
     asked = replace(asked, **{k: getattr(asked, k) or size for k, size in sizes.items()})
     engine.start(logical_cpus=4)

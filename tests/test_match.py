@@ -46,8 +46,11 @@ CONFIG = MatcherConfig(
 def network(seed=0, **changes):
     torch.manual_seed(seed)
     model = JointFeatureLearningNet(dataclasses.replace(CONFIG, **changes))
+    # As training leaves them; zeros, with which they begin, would hide what is forgotten.
     for null in (model.null_ground, model.null_synthetic, model.null_classes):
-        torch.nn.init.normal_(null)  # as training leaves them; zero would hide a forgotten null
+        torch.nn.init.normal_(null)
+    for layer in (model.query_first, model.candidate_query):
+        torch.nn.init.normal_(layer.weight, std=0.3)
     return model.eval()
 
 

@@ -150,6 +150,9 @@ class JointFeatureLearningNet(nn.Module):
         self.query_first, self.query_rest = nn.Linear(g + a + s, hidden), Rest(hidden)
         self.candidate_tile = nn.Linear(a, hidden, bias=False)  # W1c
         self.candidate_query = nn.Linear(a, hidden)  # W1a, b1
+        # A and S start without a say, as new inputs of a pre-trained network do: G learns first.
+        nn.init.zeros_(self.candidate_query.weight)
+        self.query_first.weight.data[:, g:] = 0
         self.candidate_rest = Rest(hidden)
         self.palette: Tensor
         palette = torch.zeros(256, 3)  # ignored pixels stay black

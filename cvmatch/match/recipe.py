@@ -17,16 +17,16 @@ class Recipe:
     """Margin of the triplet loss, in cosine distance (0 to 2)."""
     smoothing: float = 0.1
     """Label smoothing of infonce, in [0, 1)."""
-    w_joint: float = 1.0
+    w_joint: float = 0.5
     """Weight of the loss on joint scores, where each query brings its own A to all tiles; 0: only G
     meets C, and no tower looks at A or S."""
-    w_direct: float = 0.5
+    w_direct: float = 1.0
     """Weight of the same loss on G against the tiles' own embeddings (level G, the shortlist)."""
     drop_ground: float = 0.1
     """Share of rows whose G becomes the learned null; those keep their A."""
-    drop_synthetic: float = 0.2
+    drop_synthetic: float = 0.5
     """Share of rows whose A becomes the learned null."""
-    drop_classes: float = 0.3
+    drop_classes: float = 0.5
     """Share of rows whose S becomes the learned null."""
     augment: bool = True
     """Quarter turns and mirroring of whole pairs, and colours and blur of each view."""

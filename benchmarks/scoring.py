@@ -1,0 +1,187 @@
+"""Exact scoring: the split form against an unsplit layer, and against all towers for each pair."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from _harness import Bench, finish, flags
+from torch import Tensor, nn
+
+from cvmatch import engine, metrics, progress
+from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, Query
+from cvmatch.match.score import CHUNK, fastest, joint_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringBench(Bench):
+    """Pairs a second of one model (VGG16 towers, random weights), by three ways to score them."""
+
+    tiles: int = 0
+    """Tiles of the split form; 0: 100,000, quick 20,000."""
+    queries: int = 0
+    """Queries. 0: 8, quick 2."""
+    unsplit: int = 0
+    """Tiles of the unsplit layer; 0: 4,000, quick 1,000."""
+    pairs: int = 0
+    """Pairs for which all towers run; 0: 6, quick 2."""
+    hidden: int = 256
+    """Width of the heads."""
+    rounds: int = 0
+    """How often each runs, in turns; medians are reported. 0: 5, quick 3."""
+
+
+def features(rows: int, width: int, seed: int) -> Tensor:
+    """Of the towers' kind: standardised."""
+    random = torch.Generator().manual_seed(seed)
+    return nn.functional.layer_norm(torch.randn(rows, width, generator=random), (width,))
+
+
+@torch.no_grad()
+def unsplit(
+    model: JointFeatureLearningNet, embedding: Tensor, a: Tensor, c: Tensor, chunk: int = 512
+) -> Tensor:
+    """Scores by FFN_C's first layer on [a; c] of each pair, from stored tower features."""
+    weight = torch.cat([model.candidate_query.weight, model.candidate_tile.weight], dim=1)
+    rows = []
+    for own, query in zip(a, embedding, strict=True):
+        parts = []
+        for tiles in c.split(chunk):
+            both = torch.cat([own.expand(len(tiles), -1), tiles], dim=1)
+            first = nn.functional.linear(both, weight, model.candidate_query.bias)
+            parts.append(model.candidate_rest(first) @ query)
+        rows.append(torch.cat(parts))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def all_towers(model: JointFeatureLearningNet, pairs: int) -> Tensor:
+    """Scores as the prototype's evaluation has them: every tower, once more for every pair."""
+    side = model.config.square
+    scores = []
+    for seed in range(pairs):
+        random = torch.Generator().manual_seed(seed)
+        ground = torch.rand(1, 3, *model.config.panorama, generator=random)
+        synthetic, tile = torch.rand(2, 1, 3, side, side, generator=random)
+        classes = torch.randint(0, 5, (1, side, side), generator=random).byte()
+        query = model.query(ground, synthetic, classes)
+        scores.append(model.pair_scores(query, model.tile(tile))[0])
+    return torch.cat(scores)
+
+
+def products(hidden: int, pairs: int, dtype: torch.dtype) -> None:
+    """The two matrix products of the split form, alone."""
+    x, weight = (
+        torch.zeros(CHUNK["cpu"], hidden, dtype=dtype),
+        torch.zeros(hidden, hidden).to(dtype),
+    )
+    out = torch.empty_like(x)
+    for _ in range(2 * pairs // len(x)):
+        torch.mm(x, weight, out=out)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def sized(asked: ScoringBench) -> ScoringBench:
+    """The sizes that were asked for, or the usual ones."""
+    usual = {"tiles": 100_000, "queries": 8, "unsplit": 4000, "pairs": 6, "rounds": 5}
+    if asked.quick:
+        usual = {"tiles": 20_000, "queries": 2, "unsplit": 1000, "pairs": 2, "rounds": 3}
+    return replace(asked, **{name: getattr(asked, name) or size for name, size in usual.items()})
+
+
+def main(asked: ScoringBench) -> None:
+    """All ways in turns; then whether they agree."""
+    asked = sized(asked)
+    engine.keep_memory()
+    torch.manual_seed(0)
+    model = JointFeatureLearningNet(MatcherConfig(hidden=asked.hidden)).eval()
+    width = model.aerial_tower.dim
+    c, a = features(asked.unsplit, width, 1), features(asked.queries, width, 2)
+    with torch.no_grad():
+        query = model.fuse(features(asked.queries, width, 3), a, features(asked.queries, width, 4))
+        u = model.candidate_tile(c)
+    many = u.repeat(-(-asked.tiles // len(u)), 1)[: asked.tiles].half()
+    quick = fastest(torch.device("cpu"))
+    pairs = asked.queries * asked.tiles
+    ways: dict[str, tuple[int, Callable[[], object]]] = {
+        "all towers for each pair": (asked.pairs, lambda: all_towers(model, asked.pairs)),
+        "stored features, unsplit layer": (
+            asked.queries * asked.unsplit,
+            lambda: unsplit(model, query.embedding, a, c),
+        ),
+        "split, fp32": (pairs, lambda: joint_scores(model, query, many)),
+        "split, bf16": (pairs, lambda: joint_scores(model, query, many, torch.bfloat16)),
+        "products alone, fp32": (pairs, lambda: products(asked.hidden, pairs, torch.float32)),
+        "products alone, bf16": (pairs, lambda: products(asked.hidden, pairs, torch.bfloat16)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    with progress.watch("scoring", asked.rounds, lambda: len(times["products alone, bf16"])):
+        for name, (_, work) in ways.items():
+            seconds(work)
+            for _ in range(asked.rounds if name == "all towers for each pair" else 0):
+                times[name].append(seconds(work))
+        for _ in range(asked.rounds):
+            for name, (_, work) in list(ways.items())[1:]:
+                times[name].append(seconds(work))
+    rate = {name: ways[name][0] / statistics.median(found) for name, found in times.items()}
+    exact, split = unsplit(model, query.embedding, a, c), joint_scores(model, query, u)
+    half = joint_scores(model, query, u.half(), torch.bfloat16)
+    report(asked, rate, exact, {"fp32": split, "bf16": half}, quick, query)
+
+
+def report(
+    asked: ScoringBench,
+    rate: dict[str, float],
+    exact: Tensor,
+    found: dict[str, Tensor],
+    quick: torch.dtype,
+    query: Query,
+) -> None:
+    """The table, and how far the ways agree."""
+    every = torch.arange(exact.shape[1])
+    same = {
+        name: torch.stack(
+            [(metrics.ranks(row.expand(len(every), -1), every)
+              == metrics.ranks(true.expand(len(every), -1), every)).double().mean()
+             for row, true in zip(score, exact, strict=True)]
+        ).mean().item()
+        for name, score in found.items()
+    }  # fmt: skip
+    error = {name: (score - exact).abs().max().item() for name, score in found.items()}
+    base = rate["all towers for each pair"]
+    table = [
+        {"way": name, "pairs/s": value, "times all towers": value / base}
+        for name, value in rate.items()
+    ]
+    gemm = {kind: rate[f"split, {kind}"] / rate[f"products alone, {kind}"] for kind in found}
+    notes = (
+        f"VGG16 towers with random weights, heads {asked.hidden} wide, {len(query.v)} queries, "
+        f"{torch.get_num_threads()} threads; medians of {asked.rounds} rounds. u is stored in half "
+        f"precision. This CPU scores fastest in {str(quick).removeprefix('torch.')}.",
+        f"Against the unsplit layer over {len(every)} tiles: largest error {error['fp32']:.1e} in "
+        f"fp32 and {error['bf16']:.1e} in bf16 (u in half precision); equal ranks in "
+        f"{100 * same['fp32']:.2f} % and {100 * same['bf16']:.1f} % of all (query, tile).",
+        f"The two matrix products take {100 * gemm['fp32']:.0f} % of the split form's time in fp32 "
+        f"and {100 * gemm['bf16']:.0f} % in bf16.",
+    )
+    figures = {
+        "pairs_per_s.split": rate["split, fp32"],
+        "pairs_per_s.split_bf16": rate["split, bf16"],
+        "pairs_per_s.unsplit": rate["stored features, unsplit layer"],
+        "pairs_per_s.all_towers": base,
+        "gemm_share": gemm["fp32"],
+        "max_error": error["fp32"],
+        "equal_ranks": same["fp32"],
+    }
+    finish(asked, "Exact scoring", table, figures, notes)
+
+
+if __name__ == "__main__":
+    main(flags(ScoringBench))
