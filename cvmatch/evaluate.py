@@ -27,6 +27,7 @@ from cvmatch.index import Index
 from cvmatch.match.augment import limited
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, Level, Query
 from cvmatch.match.task import IDS, training_ids
+from cvmatch.report import evaluation
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Evaluate:
     """Network of the FID of synthetic aerials: inception, or a tower by name or directory; empty:
     not measured."""
     output: str = "data/evaluation"
-    """Directory for results.json and queries.parquet."""
+    """Directory for results.json, queries.parquet and report.html."""
     bootstrap: int = 1000
     """Resamples for each 95 % interval."""
     seed: int = 0
@@ -120,7 +121,9 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         )
         results["segmentation"] = segmentation(_rows(config.queries), config.num_classes)
         results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # NaN, inf
-        _write(config.output, results, tables)
+        found = pa.concat_tables(tables)
+        _write(config.output, results, found)
+        evaluation(results, found.to_pandas(), config.queries, config.output, config.seed)
         run.metrics(flat(results))
         run.text(json.dumps(results, indent=2, sort_keys=True), "results.json")
     return results
@@ -260,6 +263,7 @@ def _per_query(
             "near_rank": pa.array((found.near_rank + 1).numpy(), mask=(found.near == 0).numpy()),
             "score": found.score.numpy(),
             "best": best,
+            "best_score": found.best_score[:, :5].tolist(),
             "distance_m": distance,
         }
     )
@@ -270,8 +274,8 @@ def _about(index: Index) -> dict[str, Any]:
     return {name: index.manifest[name] for name in names}
 
 
-def _write(output: str, results: dict[str, Any], tables: list[pa.Table]) -> None:
+def _write(output: str, results: dict[str, Any], queries: pa.Table) -> None:
     sink = pa.BufferOutputStream()
-    parquet.write_table(pa.concat_tables(tables), sink)
+    parquet.write_table(queries, sink)
     storage.write_bytes(storage.join(output, "queries.parquet"), sink.getvalue().to_pybytes())
     storage.write_json(storage.join(output, "results.json"), results)

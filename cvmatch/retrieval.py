@@ -37,6 +37,8 @@ class Found:
     """Score of the true tile."""
     best: Int64[Tensor, "query best"]
     """Rows of the ten best tiles."""
+    best_score: Float[Tensor, "query best"]
+    """Their scores."""
     near_rank: Int64[Tensor, " query"]
     """Zero-based rank among the tiles near the true one, itself included."""
     near: Int64[Tensor, " query"]
@@ -140,7 +142,7 @@ def _block(
     near_m: float,
     seed: int,
 ) -> Found:
-    best = score.topk(min(_BEST, score.shape[1])).indices
+    best_score, best = score.topk(min(_BEST, score.shape[1]))
     there = places[truth]
     # NaN compares false: a tile without coordinates is near nothing, itself included.
     near = metres(*torch.broadcast_tensors(there[:, None], places[None])) <= near_m
@@ -149,6 +151,7 @@ def _block(
         rank=metrics.ranks(score, truth),
         score=score.gather(1, truth[:, None])[:, 0],
         best=best,
+        best_score=best_score,
         near_rank=near_rank,
         near=near.sum(dim=1),
         distance=metres(places[best[:, 0]], there),

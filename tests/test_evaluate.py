@@ -369,4 +369,12 @@ def test_evaluate_writes_results_that_agree_query_by_query(folder, tmp_path, mon
     assert set(results["retrieval"]) == {"360-north", "90-north"}
     assert list(results["retrieval"]["90-north"]) == ["G"]
     assert results["segmentation"]["miou"] == 1.0
+    assert (np.diff(np.stack(table["best_score"])) <= 0).all()
+    near = table[table["rank"] <= 5]
+    own = [best[rank - 1] for best, rank in zip(near["best_score"], near["rank"], strict=True)]
+    assert len(own)
+    np.testing.assert_allclose(own, near["score"], atol=1e-6)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<article>") == 10  # five best, five worst, and no other is left
+    assert page.count("one of the best") == page.count("one of the worst") == 5
     assert results["generation"]["gallery"] == 10

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 import ray
 from PIL import Image
@@ -22,6 +23,7 @@ from cvmatch.report import (
     scores,
 )
 from cvmatch.report.charts import lines, number, scatter
+from cvmatch.report.evaluation import chosen
 from cvmatch.schema import IGNORE, PALETTE
 
 HOSTILE = '"><script>alert(1)</script>&$x'
@@ -207,6 +209,19 @@ def test_provenance_names_the_versions_that_run():
     run = provenance()
     assert f"ray {ray.__version__}," in run["Packages"]
     assert "cores" in run["Machine"]
+
+
+def test_chosen_queries_are_the_best_the_worst_and_others_each_once():
+    rank = [1, 9, 1, 3, 2, 7, 1, 5]
+    score = [0.9, 0.1, 0.8, 0.5, 0.6, 0.2, 0.7, 0.3]
+    rows = pd.DataFrame({"rank": rank, "score": score})
+    best, worst, others = chosen(rows, shown=2).values()
+    assert best == [0, 2]  # of the three first places, those of the highest scores
+    assert worst == [1, 5]
+    assert len(others) == 2
+    assert set(others) < {3, 4, 6, 7}
+    few = chosen(rows[:3], shown=2)
+    assert sorted(position for some in few.values() for position in some) == [0, 1, 2]
 
 
 def test_scores_recalls_know_their_chance():

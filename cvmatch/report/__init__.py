@@ -1,6 +1,7 @@
 """Results and pictures in, one self-contained HTML page or a contact sheet out."""
 
 from cvmatch.report.charts import Curve
+from cvmatch.report.evaluation import evaluation
 from cvmatch.report.page import Page, Trial, html, provenance, report
 from cvmatch.report.scores import Score, scores
 from cvmatch.report.sheet import Example, Tile, retrieval_sheet
@@ -12,6 +13,7 @@ __all__ = [
     "Score",
     "Tile",
     "Trial",
+    "evaluation",
     "html",
     "provenance",
     "report",

@@ -164,6 +164,7 @@ def _examples(examples: Sequence[Example]) -> str:
 def _example(example: Example) -> str:
     name = escape(example.pair_id)
     place = "" if example.rank is None else f"right tile at place {example.rank:,}"
+    place = escape(", ".join(part for part in (example.note, place) if part))
     cells = [
         _figure(example.ground, "ground", f"Street panorama of {name}", "G panorama"),
         _figure(example.synthetic, "tile", f"Generated tile of {name}", "A generated"),

@@ -23,8 +23,8 @@ class Tile:
 
     pair_id: str
     """Whose tile it is."""
-    picture: Pixels
-    """The tile, RGB."""
+    picture: Pixels | None
+    """The tile, RGB; None where it is not at hand."""
     score: float | int
     """Higher is better."""
 
@@ -47,6 +47,8 @@ class Example:
     """The best tiles, best first."""
     rank: int | None = None
     """Place of the right tile in the whole gallery, from 1; None where it was not looked up."""
+    note: str = ""
+    """Why it is shown."""
 
     @property
     def class_colours(self) -> Pixels | None:

@@ -13,9 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from cvmatch import config as configs
-from cvmatch import images, schema, shard, storage
+from cvmatch import schema, storage
 from cvmatch.match.pairs import pair_ids
-from cvmatch.report import Curve, Example, Page, Score, Tile, Trial, provenance, report, scores
+from cvmatch.report import (
+    Curve,
+    Example,
+    Page,
+    Score,
+    Trial,
+    places,
+    provenance,
+    report,
+    scores,
+)
 from cvmatch.search import SearchFiles, search
 from cvmatch.toy.settings import Demo, Settings
 from cvmatch.tune import TuneResult
@@ -135,10 +145,18 @@ def look_up(config: Demo, settings: Settings) -> list[Example]:
     for row in search(asked):
         found[files[row["query"]]].append(row)
     ranks = _ranks(settings.evaluate.output)
-    pictures = _pictures(
+    pictures = places.pictures(
         location, {row["tile"] for rows in found.values() for row in rows} | {*found}
     )
-    return [_example(pair_id, rows, pictures, ranks) for pair_id, rows in found.items()]
+    return [
+        places.example(
+            pair_id,
+            [(row["tile"], row["score"]) for row in rows],
+            pictures,
+            ranks.get(pair_id),
+        )
+        for pair_id, rows in found.items()
+    ]
 
 
 def write(
@@ -224,38 +242,3 @@ def _ranks(evaluation: str) -> dict[str, int]:
     rows = pd.read_parquet(f"{evaluation}/queries.parquet")
     level = rows[(rows["level"] == "G+A+S") & (rows["view"] == "360-north")]
     return dict(zip(level[schema.PAIR_ID], level["rank"].astype(int), strict=True))
-
-
-def _pictures(location: str, wanted: set[str]) -> dict[str, dict[str, bytes]]:
-    columns = (schema.GROUND, schema.AERIAL, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
-    found = {}
-    for table in shard.batches(location, [schema.PAIR_ID, *columns]):
-        for row in table.to_pylist():
-            if row[schema.PAIR_ID] in wanted:
-                found[row[schema.PAIR_ID]] = row
-    return found
-
-
-def _example(
-    pair_id: str,
-    rows: Sequence[Mapping[str, Any]],
-    pictures: Mapping[str, Mapping[str, bytes]],
-    ranks: Mapping[str, int],
-) -> Example:
-    own = pictures[pair_id]
-    return Example(
-        pair_id=pair_id,
-        ground=images.decode(own[schema.GROUND]),
-        synthetic=images.decode(own[schema.SYNTHETIC]),
-        classes=images.decode_ids(own[schema.SYNTHETIC_CLASSES]),
-        aerial=images.decode(own[schema.AERIAL]),
-        top=[
-            Tile(
-                pair_id=row["tile"],
-                picture=images.decode(pictures[row["tile"]][schema.AERIAL]),
-                score=row["score"],
-            )
-            for row in rows
-        ],
-        rank=ranks.get(pair_id),
-    )

@@ -1,0 +1,70 @@
+"""The page of an evaluation: its numbers, and its best, worst and some random queries."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cvmatch import schema, storage
+from cvmatch.report import places
+from cvmatch.report.page import Page, provenance, report
+from cvmatch.report.scores import scores
+from cvmatch.report.sheet import Example
+
+SHOWN = 5
+"""Queries of each kind."""
+
+
+def evaluation(
+    results: Mapping[str, Any], queries: pd.DataFrame, location: str, output: str, seed: int = 0
+) -> str:
+    """Write `report.html` below `output`; gives its location.
+
+    `results` and `queries` are what `evaluate` writes (results.json, queries.parquet), `location`
+    has the synthesized rows. Queries are shown at the first view and its fullest level; tiles of
+    other places than those rows' have no picture.
+    """
+    view = next(iter(results["retrieval"]))
+    level = max(results["retrieval"][view], key=len)
+    rows = queries.loc[(queries["view"] == view) & (queries["level"] == level)]
+    page = Page(
+        title="cvmatch: evaluation",
+        summary=f"{len(rows)} panoramas of places that the matcher was not trained on. The places "
+        f"below were searched by {level} (view {view}).",
+        run=provenance(),
+        results=scores(results),
+        examples=_examples(rows, location, seed),
+    )
+    return report(page, storage.join(output, "report.html"))
+
+
+def chosen(rows: pd.DataFrame, seed: int = 0, shown: int = SHOWN) -> dict[str, list[int]]:
+    """Positions of the best, the worst and some of the other queries; each at most once.
+
+    By the right tile's place, then by its score.
+    """
+    order = np.lexsort((-rows["score"].to_numpy(), rows["rank"].to_numpy()))
+    best, worst = order[:shown], order[shown:][-shown:][::-1]
+    others = order[shown : len(order) - len(worst)]
+    drawn = np.random.default_rng(seed).permutation(others)[:shown]
+    picked = {"one of the best": best, "one of the worst": worst, "drawn at random": np.sort(drawn)}
+    return {note: positions.tolist() for note, positions in picked.items()}
+
+
+def _examples(rows: pd.DataFrame, location: str, seed: int) -> list[Example]:
+    picked = [
+        (note, rows.iloc[at]) for note, positions in chosen(rows, seed).items() for at in positions
+    ]
+    wanted = {name for _, row in picked for name in (row[schema.PAIR_ID], *row["best"])}
+    found = places.pictures(location, wanted)
+    return [
+        places.example(
+            row[schema.PAIR_ID],
+            list(zip(row["best"], row["best_score"], strict=True)),
+            found,
+            int(row["rank"]),
+            note,
+        )
+        for note, row in picked
+    ]
