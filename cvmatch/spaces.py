@@ -33,6 +33,7 @@ SPACES: dict[str, dict[str, dict[str, list]]] = {
         "dice": {"choice": [0.0, 0.5, 1.0]},
     },
     "matcher": {
+        "loss": {"choice": ["triplet", "infonce"]},
         "margin": {"uniform": [0.05, 0.6]},
         "w_joint": {"loguniform": [0.3, 3.0]},
         "w_direct": {"loguniform": [0.1, 2.0]},

@@ -162,6 +162,34 @@ def test_constant_embeddings_are_never_above_chance(tmp_path):
         assert numbers["median_rank"] == COUNT
 
 
+def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
+    # A query and a tile's embedding with that query's A are equal: in a loss or a protocol that
+    # embedded each tile with the A of its own pair, it would find every tile.
+    opened = tiny.index(str(tmp_path), COUNT)
+    model = opened.matcher
+    g, a = model.null_ground.numel(), model.null_synthetic.numel()
+    with torch.no_grad():
+        for layer in (model.query_first, model.candidate_query, model.candidate_tile):
+            for weight in layer.parameters():
+                weight.zero_()
+        code = torch.randn(model.config.hidden, a, generator=torch.Generator().manual_seed(0))
+        model.candidate_query.weight.copy_(code)
+        model.query_first.weight[:, g : g + a] = code
+        for rest in (model.query_rest, model.candidate_rest):
+            for weight in rest.parameters():
+                weight.zero_()
+    opened = Index(**{**vars(opened), "u": np.zeros_like(opened.u)})
+    tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
+    queries = embedded(Evaluate(queries=str(tmp_path / "queries")), model)
+    query = queries[View(360.0, False), "G+A"]
+    with torch.inference_mode():
+        candidate = model.joint(torch.zeros(COUNT, model.config.hidden), query.v)
+    own = (candidate * query.embedding).sum(1)
+    torch.testing.assert_close(own, torch.ones(COUNT))  # the leak
+    found = retrieval.exhaustive(opened, query, torch.arange(COUNT), 1000.0)
+    assert (found.rank == COUNT - 1).all()  # every tile ties
+
+
 def test_check_unseen_training_ids_are_refused_with_names_and_number(tmp_path):
     text = "0000003\n0000007\n0000040\n"
     (tmp_path / "training_ids.txt").write_text(text)
@@ -372,7 +400,7 @@ def test_evaluate_writes_results_that_agree_query_by_query(folder, tmp_path, mon
     assert (np.diff(np.stack(table["best_score"])) <= 0).all()
     near = table[table["rank"] <= 5]
     own = [best[rank - 1] for best, rank in zip(near["best_score"], near["rank"], strict=True)]
-    assert len(own)
+    assert own
     np.testing.assert_allclose(own, near["score"], atol=1e-6)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<article>") == 10  # five best, five worst, and no other is left

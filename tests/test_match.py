@@ -15,6 +15,7 @@ from pyarrow import Table, parquet
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from cvmatch import config as configs
 from cvmatch import draws, geometry, images, manifest, schema
 from cvmatch.colour import jittered
 from cvmatch.engine import Pool
@@ -118,6 +119,19 @@ def test_scores_of_tiles_stored_in_half_precision_stay_close():
     scores = joint_scores(model, query, u.half())
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, model.pair_scores(query, u), atol=5e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_scores_in_bf16_are_near_and_keep_the_best_in_reach():
+    model = network(hidden=64)
+    query = Query(F.normalize(torch.randn(4, 64), dim=1), torch.randn(4, 64))
+    u = torch.randn(500, 64)
+    exact = joint_scores(model, query, u)
+    found = joint_scores(model, query, u, torch.bfloat16)
+    assert found.dtype == torch.float32
+    assert 0 < (found - exact).abs().max() < 0.02
+    best = found.topk(20).indices
+    assert all(row in kept for row, kept in zip(exact.argmax(1), best, strict=True))
 
 
 @torch.no_grad()
@@ -656,6 +670,13 @@ def test_embed_query_without_a_column_it_reads_says_so(tmp_path):
     del given[schema.SYNTHETIC]
     with pytest.raises(ValueError, match=r"embed query: expected columns \['synthetic'\]"):
         EmbedQuery(str(tmp_path), "G+A")(given)
+
+
+def test_recipe_of_sample4geo_is_a_preset():
+    preset = os.path.join(os.path.dirname(__file__), os.pardir, "jobs", "sample4geo.yaml")
+    recipe = configs.parse(TrainMatcher, ["--config", preset, "--fit.batch", "64"])
+    assert (recipe.shared, recipe.view, recipe.w_joint, recipe.mine_every) == (True, "square", 0, 4)
+    assert (recipe.panorama, recipe.fit.batch, recipe.fit.epochs) == ((140, 768), 64, 40)
 
 
 def test_training_ids_are_those_of_the_task_and_changed_lists_are_refused(tmp_path):

@@ -85,8 +85,9 @@ def settings(config: Demo) -> Settings:
         polar=VIEW,
         square=64,
         hidden=128,
-        lr_towers=5e-4,
-        lr_heads=5e-4,
+        grid=(4, 16),
+        lr_towers=1e-3,
+        lr_heads=1e-3,
         output=f"{at}/models/matcher",
         fit=fit("matcher", 14, 32, config.workers),
     )
