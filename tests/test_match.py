@@ -736,6 +736,32 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     assert found[0]["u"].shape == (16,)
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_train_with_two_workers_and_near_pairs_in_a_batch_runs_to_its_end(
+    tmp_path, monkeypatch, ray_session
+):
+    monkeypatch.chdir(tmp_path)
+    save_tower(Tower(SPEC), str(tmp_path / "tower"))
+    config = TrainMatcher(
+        pairs=synthesized_rows(str(tmp_path / "pairs"), [f"t{i:02}" for i in range(32)], towns=4),
+        tower=str(tmp_path / "tower"),
+        panorama=(HIGH, WIDE),
+        polar=(HIGH, WIDE),
+        square=SIZE,
+        hidden=16,
+        mine_every=2,
+        chunk=4,
+        output=str(tmp_path / "model"),
+        fit=Fit(epochs=3, batch=16, workers=2, storage=str(tmp_path / "runs"), name="near"),
+    )
+    result = train(config)
+    assert result.metrics_dataframe is not None
+    assert list(result.metrics_dataframe["epoch"]) == [1, 2, 3]
+    assert result.metrics_dataframe["train/loss"].is_monotonic_decreasing
+    assert len(training_ids(config.output)) == 32
+
+
 @pytest.mark.ray
 def test_train_refuses_validation_pairs_among_its_training_pairs(tmp_path, ray_session):
     config = TrainMatcher(
