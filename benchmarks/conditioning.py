@@ -182,7 +182,7 @@ def main(asked: ConditioningBench) -> None:
             rows = drawn(config.output, _held_out(asked, root), segmenter)
             numbers |= fidelity.generation(rows)
             maps = fidelity.segmentation(rows, num_classes=6)
-            bound = fidelity.generation(painted(rows))
+            bound = bound or fidelity.generation(painted(rows))
             found[mode] = numbers | {name: maps[name] for name in ("miou", "miou_shuffled")}
             stamp = datetime.now(UTC).strftime("%Y-%m-%d-%H%M")
             os.makedirs(asked.results, exist_ok=True)

@@ -185,7 +185,10 @@ class Rows:
     @functools.cached_property
     def _trained(self) -> str:
         asked = ConditioningBench(
-            quick=self.asked.quick, pairs=self.asked.pairs, held_out=self.asked.held_out
+            quick=self.asked.quick,
+            pairs=self.asked.pairs,
+            held_out=self.asked.held_out,
+            seed=self.asked.seed,
         )
         config = generator_settings(asked, "tokens+geometry", self.root, f"{self.at}/generator")
         train_generator(replace(config, val=None))
@@ -226,6 +229,7 @@ def measured(asked: MatchingBench, rows: Rows, contender: Contender) -> dict[str
                 queries=gallery,
                 index=f"{at}/index",
                 modes=("exact",),
+                num_classes=6,
                 output=f"{at}/evaluation",
             )
         )

@@ -123,9 +123,9 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # NaN, inf
         found = pa.concat_tables(tables)
         _write(config.output, results, found)
-        evaluation(results, found.to_pandas(), config.queries, config.output, config.seed)
         run.metrics(flat(results))
         run.text(json.dumps(results, indent=2, sort_keys=True), "results.json")
+        evaluation(results, found.to_pandas(), config.queries, config.output, config.seed)
     return results
 
 

@@ -138,6 +138,7 @@ def field_of_view(
     """
     width = panorama.shape[-1]
     part = max(1, round(width * degrees / 360))
+    heading = heading.to(panorama.device)
     first = (width * (0.5 + heading / 360) - part / 2).round().long()
     column = (first[:, None] + torch.arange(part, device=panorama.device)) % width
     return panorama.gather(-1, column[:, None, None].expand(-1, *panorama.shape[1:3], -1))

@@ -39,6 +39,9 @@ from cvmatch.match.score import joint_scores
 EXHAUSTIVE = 100_000
 """Tiles up to which a search scores them all: 0.12 s a query on two cores (index.md, section 2)."""
 
+PICTURES = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
+"""What a query of the fullest level is made of."""
+
 _QUERIES = 16  # queries a step while recall is measured
 
 
@@ -259,8 +262,9 @@ def _place_ann(root: str, aside: str, index: faiss.Index) -> tuple[str, versions
 
 
 def _sampled(config: BuildIndex) -> Query:
-    """Some of the queries, embedded in this process."""
-    pictures = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
+    """Some of the queries, embedded in this process, of the fullest level that the model knows."""
+    alone = JointFeatureLearningNet.config_of(config.model).alone
+    pictures = (schema.GROUND,) if alone else PICTURES
     columns = [schema.PAIR_ID, *pictures, schema.ERROR]
     ids = [
         pair_id
@@ -269,12 +273,17 @@ def _sampled(config: BuildIndex) -> Query:
     ]
     count = min(config.sample, len(ids))
     drawn = np.random.default_rng(config.seed).choice(ids, count, replace=False).tolist()
-    embed = EmbedQuery(config.model, "G+A+S")
+    embed = EmbedQuery(config.model, "G" if alone else "G+A+S")
     parts = []
     for table in shard.batches(config.queries, columns):
         rows = table.filter(pc.field(schema.PAIR_ID).isin(drawn))
         parts.append(embed({name: rows[name].to_numpy() for name in columns}))
     good = np.concatenate([part[schema.ERROR] == None for part in parts])  # noqa: E711
+    if not good.any():
+        raise ValueError(
+            f"build_index: expected {list(pictures)} in some rows of {config.queries}, got none. "
+            "Run jobs/synthesize.py on them, or leave --queries out."
+        )
     embedding, v = (np.concatenate([part[name] for part in parts])[good] for name in (EMBEDDING, V))
     device = engine.device()
     return Query(torch.from_numpy(embedding).to(device), torch.from_numpy(v).to(device))

@@ -130,18 +130,37 @@ def _search(
 
 @torch.inference_mode()
 def _exact(index: Index, query: Query, top_k: int) -> Ranked:
+    """The best of all tiles: in the type that is fastest, then in fp32 those that may be it."""
+    dtype = fastest(query.v.device)
+    rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype)
+    scores = _scored(index, query, rows)
+    if dtype != torch.float32 and rows.shape[1] < len(index):
+        # A tile that was left out has a rough score of at most the least kept one. Where that could
+        # hide one of the best, for all the error that was seen, fp32 decides alone.
+        error = np.abs(scores - rough).max(axis=1)
+        unsure = np.sort(scores, axis=1)[:, -top_k] <= rough.min(axis=1) + 2 * error
+        if unsure.any():
+            again = Query(*(value[torch.from_numpy(unsure)] for value in query))
+            rows[unsure], scores[unsure] = _best(index, again, rows.shape[1], torch.float32)
+    return _sorted(rows, scores, top_k)
+
+
+def _best(
+    index: Index, query: Query, count: int, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the `count` best tiles (or all) by scores in `dtype`, and these."""
     best = torch.empty(len(query.v), 0)
     rows = torch.empty(len(query.v), 0, dtype=torch.int64)
     begin = 0
-    dtype = fastest(query.v.device)
-    spare = top_k if dtype == torch.float32 else max(_SPARE, 4 * top_k)
     for part in index.scores(query, dtype):
-        found, row = part.topk(min(spare, part.shape[1]))
-        best = torch.cat([best, found.cpu()], dim=1)
-        rows = torch.cat([rows, row.cpu() + begin], dim=1)
+        best = torch.cat([best, part.cpu()], dim=1)
+        rows = torch.cat(
+            [rows, torch.arange(begin, begin + part.shape[1]).expand(len(best), -1)], dim=1
+        )
         begin += part.shape[1]
-    kept = rows.gather(1, best.topk(min(spare, len(index))).indices)
-    return _sorted(kept.numpy(), _scored(index, query, kept.numpy()), top_k)
+        best, kept = best.topk(min(count, best.shape[1]))
+        rows = rows.gather(1, kept)
+    return rows.numpy(), best.numpy()
 
 
 @torch.inference_mode()

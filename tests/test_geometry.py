@@ -226,3 +226,8 @@ def test_field_of_view_of_a_hair_has_one_column():
 def test_ground_fov_is_that_of_cvusa_panoramas():
     # 1232 x 224 of a panorama whose 1232 columns are 360 degrees: equal degrees a pixel both ways.
     assert pytest.approx(360 * 224 / 1232) == GROUND_FOV
+
+
+def test_field_of_view_of_panoramas_on_a_device_takes_headings_of_the_cpu():
+    part = field_of_view(torch.empty(2, 3, 8, 16, device="meta"), 90.0, torch.zeros(2))
+    assert part.shape == (2, 3, 8, 4)

@@ -56,6 +56,20 @@ def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
     assert np.ptp(brute.numpy(), axis=1).min() > 0.02  # the scores do tell tiles apart
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_rank_exact_in_bf16_gives_the_best_of_fp32(index, query, monkeypatch, spread):
+    monkeypatch.setattr(search, "fastest", lambda device: torch.bfloat16)
+    monkeypatch.setattr(search, "_SPARE", 8)
+    centre = index.u.astype(np.float32).mean(axis=0)
+    noise = np.random.default_rng(0).normal(size=(400, index.u.shape[1]))
+    # With the small spread, bf16 cannot tell the tiles apart.
+    u = (centre + spread * noise).astype(np.float16)
+    many = Index(**{**vars(index), "u": u})
+    expected = torch.cat(list(many.scores(query)), dim=1).topk(2)
+    ranked = rank(many, query, top_k=2, mode="exact")
+    np.testing.assert_allclose(ranked.scores, expected.values, atol=1e-6)
+
+
 def test_rank_two_stage_over_all_tiles_equals_exact(index, query):
     exact = rank(index, query, top_k=10, mode="exact")
     staged = rank(index, query, top_k=10, mode="two-stage", shortlist=COUNT)

@@ -240,9 +240,9 @@ def test_fit_learns_and_publishes_the_model(ray_session, fit, tmp_path):
 def test_fit_asks_for_its_order_with_the_model_as_it_is_and_keeps_it(ray_session, fit, tmp_path):
     asked = []
 
-    def ordered(model: str):
+    def ordered(model: str, epoch: int):
         path = os.path.join(model, "line.safetensors")
-        asked.append(load_file(path)["seen"].item() if model else None)
+        asked.append(load_file(path)["seen"].item() if model else epoch)
         return rows(16, seed=len(asked))
 
     def weights(name: str, shuffle: int):
@@ -252,7 +252,7 @@ def test_fit_asks_for_its_order_with_the_model_as_it_is_and_keeps_it(ray_session
         return load_file(f"{result.checkpoint.path}/model/line.safetensors")
 
     found = weights("ordered", shuffle=64)
-    assert asked == [None, 32, 64]  # before epochs 1, 3 and 5, of 16 rows each
+    assert asked == [0, 32, 64]  # before epochs 1, 3 and 5, of 16 rows each
     asked.clear()
     assert torch.equal(found["line.weight"], weights("again", shuffle=0)["line.weight"])
 
@@ -263,7 +263,9 @@ def test_fit_with_an_order_goes_on_from_where_it_stopped(ray_session, fit):
     for asked, name, stops in ((whole, "whole", [5]), (parts, "parts", [3, 5])):
         for epochs in stops:
             config = named(fit, name, epochs=epochs, schedule="constant", warmup=0.0)
-            order = training.Order(2, lambda model, asked=asked: asked.append(model) or rows(16))
+            order = training.Order(
+                2, lambda model, epoch, asked=asked: asked.append(model) or rows(16)
+            )
             result = trained(LINE, rows(99), None, config, None, order)
         weights = load_file(f"{result.checkpoint.path}/model/line.safetensors")
         asked.append(weights["line.weight"])

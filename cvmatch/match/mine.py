@@ -29,14 +29,15 @@ def mined(rows: Dataset, model: str, pool: engine.Pool, seed: int) -> Dataset:
     """`rows` (encoded pairs) without error, in an order in which near ones follow each other.
 
     Near by the tiles that the matcher in the directory `model` ranks first for a row's panorama;
-    before there is one (""), by coordinates, or at random where these are unknown. Sample4Geo
-    (Deuser et al. 2023) samples its hard negatives so, GPS first, then by similarity.
+    before there is one (""), by coordinates, or at random where these are unknown: GPS first, then
+    similarity, as Sample4Geo (Deuser et al. 2023), which draws other neighbours in each epoch.
     """
     ids, near = _by_model(rows, model, pool) if model else _by_place(rows)
     place = dict(zip(ids, grouped(near, GROUP, seed).argsort().tolist(), strict=True))
     stage: Any = functools.partial(_placed, place=place)
     kept = rows.map_batches(stage, batch_format="pyarrow", batch_size=None)
-    return kept.sort(_PLACE).drop_columns([_PLACE])
+    # Once: the sort would be run again in each epoch. Pictures are encoded still.
+    return kept.sort(_PLACE).drop_columns([_PLACE]).materialize()
 
 
 def grouped(near: Int64[np.ndarray, "row k"], group: int, seed: int) -> Int64[np.ndarray, " row"]:
@@ -73,7 +74,7 @@ def _by_place(rows: Dataset) -> tuple[list[str], np.ndarray]:
     known = {row[schema.PAIR_ID]: (row[schema.LATITUDE], row[schema.LONGITUDE]) for row in good}
     angle = np.radians([[np.nan if x is None else x for x in known[name]] for name in ids])
     latitude, longitude = angle.reshape(-1, 2).T
-    # Points on the unit sphere, in double precision: in single, 1 km would be no distance.
+    # Points on the unit sphere.
     point = np.stack(
         [
             np.cos(latitude) * np.cos(longitude),
@@ -92,7 +93,8 @@ def _by_place(rows: Dataset) -> tuple[list[str], np.ndarray]:
 
 def _by_model(rows: Dataset, model: str, pool: engine.Pool) -> tuple[list[str], np.ndarray]:
     """By the direct scores G against C, whose embeddings a FAISS index holds."""
-    seen = engine.map_actors(rows, _EmbedPair, pool, model=os.path.abspath(model))
+    pairs = rows.select_columns([schema.PAIR_ID, schema.GROUND, schema.AERIAL, schema.ERROR])
+    seen = engine.map_actors(pairs, _EmbedPair, pool, model=os.path.abspath(model))
     good = [row for row in seen.take_all() if not row[schema.ERROR]]
     good.sort(key=lambda row: row[schema.PAIR_ID])
     net = JointFeatureLearningNet.load(model)

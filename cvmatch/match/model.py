@@ -43,7 +43,7 @@ class MatcherConfig:
     ground: TowerSpec = dataclasses.field(default_factory=TowerSpec)
     """Tower of G."""
     aerial: TowerSpec = dataclasses.field(default_factory=TowerSpec)
-    """Tower of both A and C."""
+    """Tower of both A and C; of G too where it is `shared`."""
     classes: TowerSpec = dataclasses.field(default_factory=TowerSpec)
     """Tower of S, which sees the class map in the palette's colours."""
     shared: bool = False
@@ -127,7 +127,10 @@ class Rest(nn.Module):
 
 
 class JointFeatureLearningNet(nn.Module):
-    """Towers for G, S and (one for both) A and C; FFN_G, FFN_C; nulls for an absent g, a or s."""
+    """Towers for G, S and (one for both) A and C; FFN_G, FFN_C; nulls for an absent g, a or s.
+
+    Where the config says so, one tower is shared by G, A and C, or there is none for S.
+    """
 
     def __init__(
         self, config: MatcherConfig, towers: tuple[Tower, Tower, Tower] | None = None
@@ -256,8 +259,15 @@ class JointFeatureLearningNet(nn.Module):
         """The model that `save` wrote, in evaluation mode (VGG's dropout acts in training only).
 
         Raises:
-            ValueError: no model there, or one of another preprocessing version.
+            ValueError: no model there, or one of another format or preprocessing version.
         """
+        model = cls(cls.config_of(directory))
+        model.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)))
+        return model.to(device).eval()
+
+    @staticmethod
+    def config_of(directory: str) -> MatcherConfig:
+        """The config of a model directory; raises as `load`."""
         path = os.path.join(directory, _CONFIG)
         if not os.path.isfile(path):
             raise ValueError(
@@ -265,10 +275,7 @@ class JointFeatureLearningNet(nn.Module):
                 "jobs/train_matcher.py published), found none."
             )
         with open(path) as file:
-            config = MatcherConfig.read(json.load(file))
-        model = cls(config)
-        model.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)))
-        return model.to(device).eval()
+            return MatcherConfig.read(json.load(file))
 
     def _view(self, tile: Tensor, mode: str) -> Tensor:
         if self.config.view == "square":

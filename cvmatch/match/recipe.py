@@ -50,14 +50,27 @@ class Recipe:
             raise ValueError(f"train_matcher: margin is in (0, 2], got {self.margin}.")
         if not 0 < self.fov <= 360:
             raise ValueError(f"train_matcher: fov is in (0, 360] degrees, got {self.fov}.")
-        if self.w_joint <= 0 and self.w_direct <= 0:
-            raise ValueError("train_matcher: expected w_joint or w_direct above 0, got neither.")
-        if self.limited and self.w_joint:
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"train_matcher: smoothing is in [0, 1), got {self.smoothing}.")
+        if self.chunk < 0:
+            raise ValueError(f"train_matcher: expected chunk of at least 0, got {self.chunk}.")
+        weights = (self.w_joint, self.w_direct)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                "train_matcher: expected w_joint and w_direct of at least 0, one of them above, "
+                f"got {self.w_joint:g} and {self.w_direct:g}."
+            )
+        if self.limited and self.joint:
             raise ValueError(
                 "train_matcher: A and S are made from the whole, aligned panorama, so that limited "
                 f"views need level G alone: expected w_joint 0 with fov {self.fov:g} and "
                 f"unknown_heading {self.unknown_heading}, got {self.w_joint:g}."
             )
+
+    @property
+    def joint(self) -> bool:
+        """Whether A and S are looked at."""
+        return self.w_joint > 0
 
     @property
     def limited(self) -> bool:

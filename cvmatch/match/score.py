@@ -40,7 +40,7 @@ def joint_scores(
     Equal to the joint form FFN_C([a; c]) but for rounding: 1e-6 in fp32. `chunk` 0 takes CHUNK's.
     """
     rest = _Fast(model.candidate_rest, dtype)
-    embedding, v = (value.to(dtype) for value in query)
+    embedding, v = query.embedding.float(), query.v.to(dtype)
     found = torch.empty(len(v), len(u), device=v.device)
     step = chunk or CHUNK[v.device.type]
     for begin in range(0, len(u), step):
@@ -72,6 +72,6 @@ class _Fast:
         torch.add(tiles, v, out=first)
         torch.clamp(first, min=0, out=active)
         torch.addmm(b2, active, w2, out=middle).relu_()
-        last = torch.addmm(first.add_(b3), middle, w3, out=active)
-        norm = torch.linalg.vector_norm(last, dim=1).float().clamp(min=1e-12)
-        return (last @ embedding).float() / norm
+        # The product with the query in fp32: bf16 would give scores of 8 bits, and ties.
+        last = torch.addmm(first.add_(b3), middle, w3, out=active).float()
+        return (last @ embedding) / torch.linalg.vector_norm(last, dim=1).clamp(min=1e-12)

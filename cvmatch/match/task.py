@@ -50,8 +50,10 @@ class MatcherTask(nn.Module):
         named = {"loss": total} | {name: value.detach() for name, value in parts.items()}
         if self.training:
             return named
-        ends = {"joint": "", "direct": "_direct"}
-        return named | {f"recall_at_1{ends[name]}": _first(score) for name, score in found.items()}
+        recalls = {f"recall_at_1_{name}": _first(score) for name, score in found.items()}
+        # Of the fullest queries there are: what trials and epochs are compared by.
+        best = recalls["recall_at_1_joint" if "joint" in found else "recall_at_1_direct"]
+        return named | recalls | {"recall_at_1": best}
 
     def scores(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, "all all"]]:
         """Scores of all queries (rows) and tiles (columns) of all workers: `direct`, and `joint`.
@@ -102,7 +104,7 @@ class MatcherTask(nn.Module):
 
     def _views(self, batch: dict[str, Tensor]) -> Views:
         """What the towers see; a validation sees the same in every epoch."""
-        joint = self.recipe.w_joint > 0
+        joint = self.recipe.joint
         views = Views(
             batch["ground"].float() / 255,
             batch["aerial"].float() / 255,
@@ -122,7 +124,7 @@ class MatcherTask(nn.Module):
         """Features of pictures, `chunk` at a time.
 
         The loss sees all rows at once, so its gradient is exact: the method of GradCache (Gao et
-        al. 2021), by recomputation. Batch normalisation would see a chunk alone.
+        al. 2021), by recomputation. Batch normalisation sees a chunk alone, and counts it twice.
         """
         chunk = self.recipe.chunk
         if not (chunk and self.training):

@@ -5,7 +5,7 @@ import functools
 
 from ray.train import Result
 
-from cvmatch import engine, tracking, training
+from cvmatch import draws, engine, tracking, training
 from cvmatch.match.mine import mined
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, View
 from cvmatch.match.pairs import decode, pair_ids, synthesized
@@ -56,6 +56,12 @@ class TrainMatcher(Recipe):
         super().__post_init__()
         if self.mine_every < 0:
             raise ValueError(f"train_matcher: expected mine_every >= 0, got {self.mine_every}.")
+        if self.mine_every and "://" in self.fit.storage:
+            raise ValueError(
+                "train_matcher: the search for near pairs loads the model of the last checkpoint: "
+                f"expected a fit.storage that all nodes mount with mine_every, got "
+                f"{self.fit.storage!r}."
+            )
 
 
 def train(config: TrainMatcher) -> Result:
@@ -66,10 +72,9 @@ def train(config: TrainMatcher) -> Result:
         ValueError: a backbone is not there, no row is without error, or validation pairs are
             among the training pairs.
     """
-    joint = config.w_joint > 0
-    rows = synthesized(config.pairs, joint)
+    rows = synthesized(config.pairs, config.joint)
     decoded = functools.partial(decode, panorama=config.panorama, square=config.square)
-    val = decoded(synthesized(config.val, joint)) if config.val else None
+    val = decoded(synthesized(config.val, config.joint)) if config.val else None
     ids = pair_ids(config.pairs)
     if config.val and (both := set(ids).intersection(pair_ids(config.val))):
         raise ValueError(
@@ -77,11 +82,15 @@ def train(config: TrainMatcher) -> Result:
             f"in both {config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
         )
     order = None
+
+    def seed(epoch: int) -> int:
+        return draws.stream(config.fit.seed, epoch, "near") % 2**32
+
     if config.mine_every:
         engine.preflight(config.mine_pool)
         order = training.Order(
             config.mine_every,
-            lambda model: decoded(mined(rows, model, config.mine_pool, config.fit.seed)),
+            lambda model, epoch: decoded(mined(rows, model, config.mine_pool, seed(epoch))),
         )
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
@@ -98,7 +107,7 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
         aerial=aerial.spec,
         classes=classes.spec,
         shared=config.shared,
-        alone=config.w_joint == 0,
+        alone=not config.joint,
         view=config.view,
         panorama=config.panorama,
         polar=config.polar,

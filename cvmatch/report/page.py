@@ -175,16 +175,19 @@ def _example(example: Example) -> str:
         right = tile.pair_id == example.pair_id
         alt = f"Answer {answer}, {'right' if right else 'wrong'}: {escape(tile.pair_id)}"
         caption = f"{'&#10003; ' if right else ''}{answer} <small>{tile.score:.2f}</small>"
-        cells.append(_figure(tile.picture, "right" if right else "answer", alt, caption))
+        kind = "right" if right else "answer"
+        cells.append(_figure(tile.picture, kind, alt, caption, absent="not at hand"))
     return (
         f"<article><h3>{name} <span>{place}</span></h3>"
         f'<div class="row">{"".join(cells)}</div></article>'
     )
 
 
-def _figure(picture: Pixels | None, kind: str, alt: str, caption: str) -> str:
+def _figure(
+    picture: Pixels | None, kind: str, alt: str, caption: str, absent: str = "not made"
+) -> str:
     """`alt` and `caption` are HTML already."""
-    body = '<div class="absent">not made</div>'
+    body = f'<div class="absent">{absent}</div>'
     if picture is not None:
         uri = data_uri(picture, _WIDEST.get(kind, 192), classes=kind == "classes")
         body = f'<img src="{uri}" alt="{alt}">'

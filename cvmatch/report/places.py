@@ -3,6 +3,9 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from cvmatch import images, schema, shard
 from cvmatch.report.sheet import Example, Pixels, Tile
 
@@ -16,9 +19,8 @@ def pictures(location: str, wanted: Collection[str]) -> Pictures:
     """Those of the `wanted` pairs that are among the synthesized rows at `location`."""
     found = {}
     for table in shard.batches(location, [schema.PAIR_ID, *_COLUMNS]):
-        for row in table.to_pylist():
-            if row[schema.PAIR_ID] in wanted:
-                found[row[schema.PAIR_ID]] = row
+        kept = table.filter(pc.is_in(table[schema.PAIR_ID], pa.array(list(wanted), pa.string())))
+        found |= {row[schema.PAIR_ID]: row for row in kept.to_pylist()}
     return found
 
 

@@ -82,7 +82,7 @@ def fit(
     while done < fit.epochs:
         rows, until = train, fit.epochs
         if order is not None:
-            rows = order.rows(directory.model(done) if done else "")
+            rows = order.rows(directory.model(done) if done else "", done)
             until = min(fit.epochs, (done // order.every + 1) * order.every)
         rows = cached(rows, fit)
         job = loop.Job(
@@ -286,7 +286,9 @@ def _identity(build: Callable[[], Task], fit: Fit) -> dict[str, Any]:
     for value in (*made.args, *made.keywords.values()):
         if is_dataclass(value):
             names = configs.flat(value)
-            found |= {k: v for k, v in names.items() if not k.startswith(("fit.", "output"))}
+            # Pools say where work is done, not what comes out.
+            free = ("fit.", "output", "encode_pool.", "mine_pool.")
+            found |= {k: v for k, v in names.items() if not k.startswith(free)}
         elif isinstance(value, str | int | float | tuple | list | None):
             plain.append(value)
     found["arguments"] = hashlib.sha256(repr(plain).encode()).hexdigest()[:16]

@@ -93,8 +93,9 @@ class Order:
 
     every: int
     """Epochs from one order to the next. Ray Train's workers are started anew for each (30 s)."""
-    rows: Callable[[str], Dataset]
-    """Model directory of the latest checkpoint ("" before the first epoch) -> the rows in order."""
+    rows: Callable[[str, int], Dataset]
+    """Model directory of the latest checkpoint ("" before the first epoch) and epochs done -> the
+    rows in order. A run that was stopped between two orders asks again, with a newer model."""
 
 
 @runtime_checkable
