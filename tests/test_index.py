@@ -283,6 +283,28 @@ def test_recall_measured_at_build_equals_brute_force(model, parts, output, tmp_p
     assert (whole["top1"], whole["top10"]) == (1.0, 1.0)
 
 
+def test_recall_of_a_matcher_of_g_alone_needs_no_synthetic_pictures(output, tmp_path):
+    model = tiny.matcher(str(tmp_path / "alone"), alone=True)
+    rows = tiny.rows(12)
+    for name in (schema.SYNTHETIC, schema.SYNTHETIC_CLASSES):
+        column = rows.column_names.index(name)
+        rows = rows.set_column(column, name, pa.nulls(12, pa.binary()))
+    config = BuildIndex(
+        model=model, output=output, queries=tiny.write(rows, str(tmp_path / "q")), shortlist=12
+    )
+    info = publish(tiny.parts(rows, model, str(tmp_path / "parts")), config)
+    assert (info["recall"]["top1"], info["recall"]["queries"]) == (1.0, 12)
+
+
+def test_recall_of_queries_without_pictures_is_refused(model, parts, output, tmp_path):
+    rows = tiny.rows(12)
+    column = rows.column_names.index(schema.SYNTHETIC)
+    rows = rows.set_column(column, schema.SYNTHETIC, pa.nulls(12, pa.binary()))
+    queries = tiny.write(rows, str(tmp_path / "queries"))
+    with pytest.raises(ValueError, match=r"'synthetic'.*got none. Run jobs/synthesize.py"):
+        publish(parts, BuildIndex(model=model, output=output, queries=queries))
+
+
 @pytest.mark.ray
 def test_build_through_the_actor_pool_equals_the_model_run_here(
     ray_session, model, output, tmp_path

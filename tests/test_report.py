@@ -211,6 +211,16 @@ def test_provenance_names_the_versions_that_run():
     assert "cores" in run["Machine"]
 
 
+def test_tile_whose_picture_is_elsewhere_is_named_without_one():
+    grey = np.full((8, 8, 3), 128, dtype=np.uint8)
+    far = Tile(pair_id="0000009", picture=None, score=0.5)
+    example = Example(pair_id="0000001", ground=grey, aerial=grey, top=[far], note="of the worst")
+    page = html(Page(title="t", examples=[example]))
+    assert page.count("not at hand") == 1
+    assert page.count("not made") == 2  # neither A nor S
+    assert "of the worst" in page
+
+
 def test_chosen_queries_are_the_best_the_worst_and_others_each_once():
     rank = [1, 9, 1, 3, 2, 7, 1, 5]
     score = [0.9, 0.1, 0.8, 0.5, 0.6, 0.2, 0.7, 0.3]

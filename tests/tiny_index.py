@@ -16,11 +16,11 @@ from cvmatch.towers import TowerSpec
 TOWER = TowerSpec(arch="shufflenet_v2_x0_5")  # small, and made without a large classifier
 
 
-def matcher(directory: str, seed: int = 0, hidden: int = 16) -> str:
+def matcher(directory: str, seed: int = 0, hidden: int = 16, alone: bool = False) -> str:
     torch.manual_seed(seed)
     config = MatcherConfig(
         ground=TOWER, aerial=TOWER, classes=TOWER, panorama=(16, 64), polar=(16, 64), square=32,
-        hidden=hidden,
+        hidden=hidden, alone=alone,
     )  # fmt: skip
     model = JointFeatureLearningNet(config)
     for null in (model.null_ground, model.null_synthetic, model.null_classes):
@@ -44,7 +44,13 @@ def _calibrate(model: JointFeatureLearningNet) -> None:
         for size in ((16, 64), (32, 32))
     )
     ids = torch.from_numpy(rng.integers(0, 5, (32, 4, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2))
-    model.train().query(ground.float() / 255, tile.float() / 255, ids)
+    seen = (ground.float() / 255, tile.float() / 255, ids)
+    model.train()
+    if model.config.alone:
+        model.aerial_features(seen[1])
+        model.query(seen[0])
+    else:
+        model.query(*seen)
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
