@@ -46,9 +46,9 @@ class MatchingBench(Bench):
     generator: str = ""
     """Generator trained on its split `train`; empty: one is trained, as conditioning.py does."""
     pairs: int = 0
-    """Training pairs; 0: 2,000, quick 320."""
+    """Training pairs; 0: 2,000, quick 160."""
     held_out: int = 0
-    """Pairs of the split `val`; 0: 500, quick 80."""
+    """Pairs of the split `val`; 0: 500, quick 48."""
     epochs: int = 0
     """Epochs of each matcher; 0: 10, quick 2."""
     seed: int = 0
@@ -259,7 +259,7 @@ def rows_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
 def main(asked: MatchingBench) -> None:
     """Train and measure each."""
     sizes = (
-        {"pairs": 320, "held_out": 80, "epochs": 2}
+        {"pairs": 160, "held_out": 48, "epochs": 2}
         if asked.quick
         else {"pairs": 2000, "held_out": 500, "epochs": 10}
     )
