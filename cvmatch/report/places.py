@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from cvmatch import images, schema, shard
@@ -19,7 +18,7 @@ def pictures(location: str, wanted: Collection[str]) -> Pictures:
     """Those of the `wanted` pairs that are among the synthesized rows at `location`."""
     found = {}
     for table in shard.batches(location, [schema.PAIR_ID, *_COLUMNS]):
-        kept = table.filter(pc.is_in(table[schema.PAIR_ID], pa.array(list(wanted), pa.string())))
+        kept = table.filter(pc.field(schema.PAIR_ID).isin(list(wanted)))
         found |= {row[schema.PAIR_ID]: row for row in kept.to_pylist()}
     return found
 
