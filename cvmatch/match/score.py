@@ -16,8 +16,9 @@ _MATRIX_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
 def fastest(device: torch.device) -> torch.dtype:
     """The type in which a device scores fastest: bf16 where it has units for it, else fp32.
 
-    bf16 is 2 times as fast with avx512_bf16 (benchmarks/scoring.py), 2.7 times with AMX; its scores
-    are within 0.01 of fp32's, so the best ones are to be scored again.
+    With avx512_bf16 its matrix products are 3 times as fast, the whole 1.2 times on a busy machine
+    (benchmarks/scoring.py); with AMX 2.7 times. Its scores are within 0.01 of fp32's, so the best
+    ones are to be scored again.
     """
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
