@@ -35,6 +35,12 @@ def flags(kind: type[B]) -> B:
     return tyro.cli(kind)
 
 
+def sized(asked: B, usual: Mapping[str, Any]) -> B:
+    """What was asked for, with the usual sizes where it was 0."""
+    sizes = {name: getattr(asked, name) or size for name, size in usual.items()}
+    return dataclasses.replace(asked, **sizes)
+
+
 def finish(
     bench: Bench,
     title: str,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
-from _harness import Bench, finish, flags
+from _harness import Bench, finish, flags, sized
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -42,14 +42,14 @@ class EncodeBench(Bench):
     """The published architectures with random weights in place of the toy models; takes 15 GB."""
 
 
-def sized(asked: EncodeBench) -> EncodeBench:
+def filled(asked: EncodeBench) -> EncodeBench:
     """The sizes that were asked for, or the usual ones."""
     usual = {"pairs": 960, "batch": 32, "rounds": 5, "steps": 12}
     if asked.quick:
         usual |= {"pairs": 160, "rounds": 2, "steps": 4}
     if asked.full_size:
         usual = {"pairs": 16, "batch": 4, "rounds": 3, "steps": 2}
-    return replace(asked, **{name: getattr(asked, name) or size for name, size in usual.items()})
+    return sized(asked, usual)
 
 
 def batches(config: TrainGenerator, batch: int) -> Iterator[dict[str, Tensor]]:
@@ -162,7 +162,7 @@ def main(asked: EncodeBench) -> None:
     """Both ways in turns, in each setting."""
     engine.start(logical_cpus=4)
     engine.keep_memory()
-    asked = sized(asked)
+    asked = filled(asked)
     table, figures = [], {}
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from _harness import Bench, finish, flags, interval
+from _harness import Bench, finish, flags, interval, sized
 from conditioning import ConditioningBench
 from conditioning import settings as generator_settings
 from pyarrow import parquet
@@ -263,7 +263,7 @@ def main(asked: MatchingBench) -> None:
         if asked.quick
         else {"pairs": 2000, "held_out": 500, "epochs": 10}
     )
-    asked = replace(asked, **{k: getattr(asked, k) or size for k, size in sizes.items()})
+    asked = sized(asked, sizes)
     engine.start(logical_cpus=4)
     engine.keep_memory()
     chosen = [

@@ -3,10 +3,10 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from _harness import Bench, finish, flags
+from _harness import Bench, finish, flags, sized
 from torch import Tensor, nn
 
 from cvmatch import engine, metrics, progress
@@ -88,17 +88,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def sized(asked: ScoringBench) -> ScoringBench:
+def filled(asked: ScoringBench) -> ScoringBench:
     """The sizes that were asked for, or the usual ones."""
     usual = {"tiles": 100_000, "queries": 8, "unsplit": 4000, "pairs": 6, "rounds": 5}
     if asked.quick:
         usual = {"tiles": 20_000, "queries": 2, "unsplit": 1000, "pairs": 2, "rounds": 3}
-    return replace(asked, **{name: getattr(asked, name) or size for name, size in usual.items()})
+    return sized(asked, usual)
 
 
 def main(asked: ScoringBench) -> None:
     """All ways in turns; then whether they agree."""
-    asked = sized(asked)
+    asked = filled(asked)
     engine.keep_memory()
     torch.manual_seed(0)
     model = JointFeatureLearningNet(MatcherConfig(hidden=asked.hidden)).eval()

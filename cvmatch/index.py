@@ -39,9 +39,6 @@ from cvmatch.match.score import joint_scores
 EXHAUSTIVE = 100_000
 """Tiles up to which a search scores them all: 0.12 s a query on two cores (index.md, section 2)."""
 
-PICTURES = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
-"""What a query of the fullest level is made of."""
-
 _QUERIES = 16  # queries a step while recall is measured
 
 
@@ -264,7 +261,8 @@ def _place_ann(root: str, aside: str, index: faiss.Index) -> tuple[str, versions
 def _sampled(config: BuildIndex) -> Query:
     """Some of the queries, embedded in this process, of the fullest level that the model knows."""
     alone = JointFeatureLearningNet.config_of(config.model).alone
-    pictures = (schema.GROUND,) if alone else PICTURES
+    more = () if alone else (schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
+    pictures = (schema.GROUND, *more)
     columns = [schema.PAIR_ID, *pictures, schema.ERROR]
     ids = [
         pair_id

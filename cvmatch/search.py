@@ -132,9 +132,11 @@ def _search(
 def _exact(index: Index, query: Query, top_k: int) -> Ranked:
     """The best of all tiles: in the type that is fastest, then in fp32 those that may be it."""
     dtype = fastest(query.v.device)
+    if dtype == torch.float32:
+        return _sorted(*_best(index, query, top_k, dtype), top_k)
     rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype)
     scores = _scored(index, query, rows)
-    if dtype != torch.float32 and rows.shape[1] < len(index):
+    if rows.shape[1] < len(index):
         # A tile that was left out has a rough score of at most the least kept one. Where that could
         # hide one of the best, for all the error that was seen, fp32 decides alone.
         error = np.abs(scores - rough).max(axis=1)

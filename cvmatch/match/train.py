@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from ray.data import Dataset
 from ray.train import Result
 
 from cvmatch import draws, engine, tracking, training
@@ -73,7 +74,7 @@ def train(config: TrainMatcher) -> Result:
             among the training pairs.
     """
     rows = synthesized(config.pairs, config.joint)
-    decoded = functools.partial(decode, panorama=config.panorama, square=config.square)
+    decoded = functools.partial(_decoded, config)
     val = decoded(synthesized(config.val, config.joint)) if config.val else None
     ids = pair_ids(config.pairs)
     if config.val and (both := set(ids).intersection(pair_ids(config.val))):
@@ -81,17 +82,7 @@ def train(config: TrainMatcher) -> Result:
             f"train_matcher: expected validation pairs apart from training, got {len(both)} "
             f"in both {config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
         )
-    order = None
-
-    def seed(epoch: int) -> int:
-        return draws.stream(config.fit.seed, epoch, "near") % 2**32
-
-    if config.mine_every:
-        engine.preflight(config.mine_pool)
-        order = training.Order(
-            config.mine_every,
-            lambda model, epoch: decoded(mined(rows, model, config.mine_pool, seed(epoch))),
-        )
+    order = _order(config, rows) if config.mine_every else None
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
         result = training.fit(build, decoded(rows), val, config.fit, run, order)
@@ -116,6 +107,21 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
     )
     model = JointFeatureLearningNet(model_config, (ground, aerial, classes))
     return MatcherTask(model, config, ids, config.fit.seed)
+
+
+def _order(config: TrainMatcher, rows: Dataset) -> training.Order:
+    """The training rows, near ones together."""
+    engine.preflight(config.mine_pool)
+
+    def nearby(model: str, epoch: int) -> Dataset:
+        seed = draws.stream(config.fit.seed, epoch, "near") % 2**32
+        return _decoded(config, mined(rows, model, config.mine_pool, seed))
+
+    return training.Order(config.mine_every, nearby)
+
+
+def _decoded(config: TrainMatcher, rows: Dataset) -> Dataset:
+    return decode(rows, config.panorama, config.square)
 
 
 def _tower(config: TrainMatcher) -> Tower:
