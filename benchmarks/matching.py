@@ -20,7 +20,7 @@ from cvmatch.engine import Pool
 from cvmatch.evaluate import Evaluate, evaluate
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import train as train_generator
-from cvmatch.index import BuildIndex, build
+from cvmatch.index.build import BuildIndex, build
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.match.train import TrainMatcher, train
 from cvmatch.segment.infer import Segment

@@ -9,9 +9,9 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -20,8 +20,12 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data.checkpoint import CheckpointConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvmatch import storage
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 NO_PROGRESS_S = 300.0
 """Seconds without a finished block after which a stream fails (Ray waits 1800)."""
@@ -209,6 +213,30 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def tasks(
+    function: Callable[[T], R], items: Sequence[T], cpus: float = 1.0, here: bool = False
+) -> list[R]:
+    """Results of a function that may run twice, in the order of the items, each in a task of Ray.
+
+    A task whose worker dies runs again, three times at most. `here`: on this node, since it needs
+    its files.
+    """
+    strategy: Any = _here() if here else "DEFAULT"
+    remote = ray.remote(num_cpus=cpus, max_retries=3, scheduling_strategy=strategy)(function)
+    return ray.get([remote.remote(item) for item in items])
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread in the block: the last bits of a product depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @functools.cache
 def keep_memory() -> None:
     """Let malloc keep the large buffers that torch frees on a CPU, up to 2 GiB of them.
@@ -224,3 +252,7 @@ def keep_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def _here() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

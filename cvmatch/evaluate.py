@@ -20,10 +20,10 @@ from jaxtyping import Float, Int64
 from pyarrow import parquet
 from torch import Tensor
 
-from cvmatch import draws, images, retrieval, schema, shard, storage, tracking
+from cvmatch import draws, images, retrieval, schema, storage, tables, tracking
 from cvmatch.fidelity import Distance, generation, segmentation
 from cvmatch.frechet import distance
-from cvmatch.index import Index
+from cvmatch.index.reader import Index
 from cvmatch.match.augment import limited
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, Level, Query
 from cvmatch.match.task import IDS, training_ids
@@ -153,7 +153,9 @@ def true_rows(ids: list[str], index: Index) -> Int64[Tensor, " query"]:
     Raises:
         ValueError: the index lacks some; names them.
     """
-    rows = {name: row for row, name in enumerate(index.tiles[schema.PAIR_ID].to_pylist())}
+    living = index.living
+    names = index.tiles[schema.PAIR_ID].take(pa.array(living)).to_pylist()
+    rows = dict(zip(names, living.tolist(), strict=True))
     missing = [name for name in ids if name not in rows]
     if missing:
         raise ValueError(
@@ -217,7 +219,7 @@ def _query_ids(location: str) -> list[str]:
 def _batches(location: str, columns: Iterable[str] = ()) -> Iterator[dict[str, list]]:
     """Columns of the rows without error, in one order for all readers."""
     wanted = [*(columns or schema.SYNTHESIZED.names)]
-    for table in shard.batches(location, sorted({*wanted, schema.ERROR}), _BATCH):
+    for table in tables.batches(location, sorted({*wanted, schema.ERROR}), _BATCH):
         whole = table.filter(table[schema.ERROR].is_null())
         if len(whole):
             yield whole.to_pydict()

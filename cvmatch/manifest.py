@@ -32,7 +32,7 @@ def fingerprint(directory: str) -> str:
     parts, found = [], False
     for path in _files(directory):
         if path.endswith(".safetensors"):
-            parts += _tensors(path)
+            parts += _tensors(path).values()
             found = True
         elif path.endswith(".json") and not path.endswith(".index.json"):  # lists file names
             parts.append("json " + _canonical(path))
@@ -51,6 +51,12 @@ def weights(*modules: nn.Module) -> str:
     """
     states = [module.state_dict() for module in modules]
     return digest([_line(name, state[name]) for state in states for name in sorted(state)])
+
+
+def tensors(directory: str) -> dict[str, str]:
+    """Name, dtype, shape and hash of each tensor of all `*.safetensors` below, by its name."""
+    paths = [path for path in _files(directory) if path.endswith(".safetensors")]
+    return {name: line for path in paths for name, line in _tensors(path).items()}
 
 
 def digest(plain: Any) -> str:
@@ -121,9 +127,9 @@ def _files(directory: str) -> list[str]:
     ]
 
 
-def _tensors(path: str) -> list[str]:
+def _tensors(path: str) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
-        return [_line(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+        return {name: _line(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
 
 
 def _line(name: str, tensor: Tensor) -> str:

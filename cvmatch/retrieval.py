@@ -13,14 +13,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cvmatch import metrics, schema
-from cvmatch.index import Index
+from cvmatch.geography import metres
+from cvmatch.index.reader import Index
 from cvmatch.match.model import Query
 from cvmatch.search import rank
 
 KS = (1, 5, 10)
-
-EARTH_M = 6_371_008.8
-"""Mean radius of the earth in metres (IUGG)."""
 
 _BLOCK = 2**22  # scores at a time: 16 MiB
 _BEST = 10
@@ -58,7 +56,7 @@ def exhaustive(
     step = max(1, _BLOCK // len(index))
     parts = []
     for begin in range(0, len(truth), step):
-        block = Query(*(value[begin : begin + step] for value in query))
+        block = query.rows(slice(begin, begin + step))
         score = torch.cat([part.float().cpu() for part in index.scores(block)], dim=1)
         parts.append(_block(score, truth[begin : begin + step], places, near_m, seed + begin))
     columns = [name for name in Found.__dataclass_fields__ if name != "ten"]
@@ -96,7 +94,7 @@ def two_stage(
     """Recall of the two-stage search, and how much of the exhaustive answer it keeps."""
     rows = np.concatenate(
         [
-            rank(index, Query(*(value[at : at + 1] for value in query)), _BEST, "two-stage").rows
+            rank(index, query.rows(slice(at, at + 1)), _BEST, "two-stage").rows
             for at in range(len(truth))
         ]
     )
@@ -116,7 +114,7 @@ def milliseconds(index: Index, query: Query, mode: Any) -> float:
     times = []
     for at in [0, 0, *range(min(_TIMED, len(query.v)))]:
         begin = time.perf_counter()
-        rank(index, Query(*(value[at : at + 1] for value in query)), _BEST, mode)
+        rank(index, query.rows(slice(at, at + 1)), _BEST, mode)
         times.append(time.perf_counter() - begin)
     return float(np.median(times[2:]) * 1000)
 
@@ -125,14 +123,6 @@ def positions(index: Index) -> Float[Tensor, "tile 2"]:
     """Latitude and longitude of the tiles, in degrees; NaN where unknown."""
     columns = [index.tiles[name].to_numpy() for name in (schema.LATITUDE, schema.LONGITUDE)]
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
-
-
-def metres(one: Float[Tensor, "*row 2"], other: Float[Tensor, "*row 2"]) -> Float[Tensor, "*row"]:
-    """Great-circle distance between (latitude, longitude) in degrees, by the haversine formula."""
-    a, b = torch.deg2rad(one), torch.deg2rad(other)
-    half = torch.sin((b - a) / 2).square()
-    chord = half[..., 0] + torch.cos(a[..., 0]) * torch.cos(b[..., 0]) * half[..., 1]
-    return 2 * EARTH_M * torch.asin(chord.clamp(0, 1).sqrt())
 
 
 def _block(

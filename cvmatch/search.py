@@ -14,19 +14,21 @@ import torch
 import tyro
 from jaxtyping import Float, Int64
 
-from cvmatch import images, schema, storage
+from cvmatch import images, manifest, schema, storage
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import GUIDANCE, STEPS
-from cvmatch.index import EXHAUSTIVE, Index
+from cvmatch.geography import Area, Box, Circle
+from cvmatch.index.reader import EXHAUSTIVE, Index
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
 from cvmatch.match.model import Level, Query
-from cvmatch.match.score import fastest, joint_scores
+from cvmatch.match.score import fastest
 from cvmatch.segment.infer import SegmentAerial
 
 Mode = Literal["auto", "exact", "two-stage"]
 
 _BATCH = 16  # panoramas a step
 _SPARE = 64  # tiles that are scored again in fp32, at least
+_PICTURES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,10 @@ class SearchFiles:
     """Find the tiles of panorama files."""
 
     panorama: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Location of a 360-degree panorama, north in the middle; repeat the flag for more."""
+    """Location of a 360-degree panorama, north in the middle, or of a directory of them; repeat the
+    flag for more."""
     index: str = "data/index"
-    """Local directory of the index."""
+    """Directory of the index, local or in an object store (then copied here first)."""
     top_k: int = 10
     """Tiles to give for each panorama."""
     generator: str = ""
@@ -53,6 +56,12 @@ class SearchFiles:
     """Tiles that a two-stage search re-ranks; 0 takes the index's own number."""
     seed: int = 0
     """Of the generator's noise."""
+    near: tuple[float, float, float] | None = None
+    """Only tiles within a circle: latitude, longitude (degrees), metres."""
+    box: tuple[float, float, float, float] | None = None
+    """Only tiles in a box: south, west, north, east (degrees)."""
+    any_models: bool = False
+    """Search with another generator or segmenter than the one that made the index's queries."""
 
     def __post_init__(self) -> None:
         if not self.panorama or self.top_k < 1:
@@ -64,6 +73,8 @@ class SearchFiles:
             raise ValueError(
                 "search: --segmenter segments the synthetic aerial: give --generator too."
             )
+        if self.near and self.box:
+            raise ValueError("search: expected --near or --box, got both.")
 
     @property
     def level(self) -> Level:
@@ -71,6 +82,13 @@ class SearchFiles:
         if not self.generator:
             return "G"
         return "G+A+S" if self.segmenter else "G+A"
+
+    @property
+    def area(self) -> Area | None:
+        """Where the tile is looked for; None: everywhere."""
+        if self.near:
+            return Circle(*self.near)
+        return Box(*self.box) if self.box else None
 
 
 class Ranked(NamedTuple):
@@ -86,75 +104,92 @@ def search(config: SearchFiles) -> Iterator[dict[str, Any]]:
     """One row for each panorama and rank, by panorama: JSON-able, best tile first.
 
     Raises:
-        ValueError: panoramas that cannot be read, all named, before any work; or see `Index.open`.
+        ValueError: panoramas that cannot be read, all named, before any work; a generator or
+            segmenter that did not make the queries of the index; or see `Index.open`.
     """
-    pictures = _pictures(config.panorama)
+    places = _places(config.panorama)
+    pictures = _pictures(places)
     index = Index.open(config.index)
-    return _search(config, pictures, index, _actors(config, index, len(pictures)))
+    _check_models(config, index)
+    return _search(config, places, pictures, index, _actors(config, index, len(pictures)))
 
 
 def rank(
-    index: Index, query: Query, top_k: int = 10, mode: Mode = "auto", shortlist: int = 0
+    index: Index,
+    query: Query,
+    top_k: int = 10,
+    mode: Mode = "auto",
+    shortlist: int = 0,
+    rows: Int64[np.ndarray, " row"] | None = None,
 ) -> Ranked:
     """The best `top_k` tiles (or all, where there are fewer) by the exact joint score.
 
-    exact: of all tiles. two-stage: of the `shortlist` tiles (0: the index's number) whose own
-    embedding is nearest to the query's. Equal scores are ordered by row.
+    exact: of all tiles. two-stage: of the `shortlist` tiles (0: the index's number) that its head
+    finds nearest to the query. Equal scores are ordered by row. `rows`: only of these, and exact.
     """
-    if mode == "exact" or (mode == "auto" and len(index) <= EXHAUSTIVE):
-        return _exact(index, query, top_k)
+    if rows is not None or mode == "exact" or (mode == "auto" and len(index) <= EXHAUSTIVE):
+        return _exact(index, query, top_k, rows)
     return _two_stage(index, query, top_k, shortlist)
 
 
 def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
     """What `EmbedQuery` gave for a batch, on the device of the index's model."""
-    device = next(index.matcher.parameters()).device
-    return Query(*(torch.from_numpy(batch[name]).to(device) for name in (EMBEDDING, V)))
+    return Query(*(torch.from_numpy(batch[name]).to(index.device) for name in (EMBEDDING, V)))
 
 
 def _search(
-    config: SearchFiles, pictures: list[bytes], index: Index, actors: list[Any]
+    config: SearchFiles, every: list[str], pictures: list[bytes], index: Index, actors: list[Any]
 ) -> Iterator[dict[str, Any]]:
+    inside = index.inside(config.area) if config.area else None
     for begin in range(0, len(pictures), _BATCH):
-        places = config.panorama[begin : begin + _BATCH]
+        places = every[begin : begin + _BATCH]
         batch = _rows(places, pictures[begin : begin + _BATCH])
         for actor in actors:
             batch = actor(batch)
         failed = [error for error in batch[schema.ERROR] if error]
         if failed:
             raise ValueError(f"search: {len(failed)} panoramas failed: {'; '.join(failed)}")
-        ranked = rank(index, query_of(batch, index), config.top_k, config.mode, config.shortlist)
+        query = query_of(batch, index)
+        ranked = rank(index, query, config.top_k, config.mode, config.shortlist, inside)
         for place, rows, scores in zip(places, ranked.rows, ranked.scores, strict=True):
             yield from _answers(index, place, config.level, rows, scores)
 
 
 @torch.inference_mode()
-def _exact(index: Index, query: Query, top_k: int) -> Ranked:
+def _exact(
+    index: Index, query: Query, top_k: int, among: Int64[np.ndarray, " row"] | None = None
+) -> Ranked:
     """The best of all tiles: in the type that is fastest, then in fp32 those that may be it."""
     dtype = fastest(query.v.device)
     if dtype == torch.float32:
-        return _sorted(*_best(index, query, top_k, dtype), top_k)
-    rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype)
+        return _sorted(*_best(index, query, top_k, dtype, among), top_k)
+    rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype, among)
     scores = _scored(index, query, rows)
-    if rows.shape[1] < len(index):
+    if rows.shape[1] < len(index if among is None else among):
         # A tile that was left out has a rough score of at most the least kept one. Where that could
         # hide one of the best, for all the error that was seen, fp32 decides alone.
-        error = np.abs(scores - rough).max(axis=1)
+        error = np.abs(scores - rough, where=rows >= 0, out=np.zeros_like(scores)).max(axis=1)
         unsure = np.sort(scores, axis=1)[:, -top_k] <= rough.min(axis=1) + 2 * error
         if unsure.any():
-            again = Query(*(value[torch.from_numpy(unsure)] for value in query))
-            rows[unsure], scores[unsure] = _best(index, again, rows.shape[1], torch.float32)
+            again = query.rows(torch.from_numpy(unsure))
+            count = rows.shape[1]
+            rows[unsure], scores[unsure] = _best(index, again, count, torch.float32, among)
     return _sorted(rows, scores, top_k)
 
 
 def _best(
-    index: Index, query: Query, count: int, dtype: torch.dtype
+    index: Index,
+    query: Query,
+    count: int,
+    dtype: torch.dtype,
+    among: Int64[np.ndarray, " row"] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the `count` best tiles (or all) by scores in `dtype`, and these."""
+    """Rows of the `count` best tiles (or all) by scores in `dtype`, and these; -1 and -inf where
+    only deleted tiles are left."""
     best = torch.empty(len(query.v), 0)
     rows = torch.empty(len(query.v), 0, dtype=torch.int64)
     begin = 0
-    for part in index.scores(query, dtype):
+    for part in index.scores(query, dtype, among):
         best = torch.cat([best, part.cpu()], dim=1)
         rows = torch.cat(
             [rows, torch.arange(begin, begin + part.shape[1]).expand(len(best), -1)], dim=1
@@ -162,7 +197,8 @@ def _best(
         begin += part.shape[1]
         best, kept = best.topk(min(count, best.shape[1]))
         rows = rows.gather(1, kept)
-    return rows.numpy(), best.numpy()
+    found = rows.numpy() if among is None else among[rows.numpy()]
+    return np.where(best.numpy() == -np.inf, -1, found), best.numpy()
 
 
 @torch.inference_mode()
@@ -175,9 +211,8 @@ def _scored(index: Index, query: Query, rows: np.ndarray) -> np.ndarray:
     """Scores in fp32 of each query's own rows; -inf where there is none."""
     scores = np.full(rows.shape, -np.inf, dtype=np.float32)
     for at, own in enumerate(rows):
-        one = Query(*(value[at : at + 1] for value in query))
         found = own >= 0
-        scores[at, found] = joint_scores(index.matcher, one, index.take(own[found]))[0].cpu()
+        scores[at, found] = index.of_rows(query.rows(slice(at, at + 1)), own[found])[0].cpu()
     return scores
 
 
@@ -197,7 +232,29 @@ def _actors(config: SearchFiles, index: Index, rows: int) -> list[Any]:
     return [*actors, EmbedQuery(index.heads, config.level)]
 
 
-def _pictures(places: tuple[str, ...]) -> list[bytes]:
+def _check_models(config: SearchFiles, index: Index) -> None:
+    """The matcher knows the aerials of one generator; those of another one are no A to it."""
+    for name in ("generator", "segmenter"):
+        wanted, given = index.manifest["queries"].get(name), getattr(config, name)
+        if given and wanted and not config.any_models and manifest.fingerprint(given) != wanted:
+            raise ValueError(
+                f"search: expected the {name} that made this index's queries ({wanted}), got "
+                f"{manifest.fingerprint(given)} (of {given}). Pass the other one, or "
+                "--any-models True."
+            )
+
+
+def _places(given: tuple[str, ...]) -> list[str]:
+    """Locations of files; a directory stands for the pictures in it."""
+    found = []
+    for place in given:
+        names = storage.names(place) if storage.is_directory(place) else []
+        pictures = [name for name in names if name.lower().endswith(_PICTURES)]
+        found += [storage.join(place, name) for name in pictures] or [place]
+    return found
+
+
+def _pictures(places: list[str]) -> list[bytes]:
     """Content of the files, each of which decodes."""
     found, bad = [], []
     for place in places:
@@ -215,7 +272,7 @@ def _pictures(places: tuple[str, ...]) -> list[bytes]:
     return found
 
 
-def _rows(places: tuple[str, ...], pictures: list[bytes]) -> dict[str, np.ndarray]:
+def _rows(places: list[str], pictures: list[bytes]) -> dict[str, np.ndarray]:
     """A batch as `ingest` gives it. The file's stem is the id, which the generator's noise follows:
     a panorama of a data set gets the same synthetic aerial here as there."""
     batch = {

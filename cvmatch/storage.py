@@ -55,6 +55,12 @@ def exists(location: str) -> bool:
     return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
+def is_directory(location: str) -> bool:
+    """Whether a directory is there."""
+    filesystem, path = resolve(location)
+    return filesystem.get_file_info(path).type == fs.FileType.Directory
+
+
 def names(location: str, directories: bool = False) -> list[str]:
     """Sorted names of the entries (or only `directories`) of a directory; empty where it is not."""
     filesystem, path = resolve(location)
@@ -113,6 +119,6 @@ def make_directory(location: str) -> str:
 
 def remove(location: str) -> None:
     """Delete a directory and all in it, or nothing where there is none."""
-    filesystem, path = resolve(location)
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+    if is_directory(location):
+        filesystem, path = resolve(location)
         filesystem.delete_dir(path)

@@ -4,7 +4,7 @@ import json
 
 from cvmatch import progress
 from cvmatch.config import parse
-from cvmatch.index import BuildIndex, build
+from cvmatch.index.build import BuildIndex, build
 
 if __name__ == "__main__":
     progress.to_console()

@@ -1,7 +1,8 @@
 """Run the whole pipeline on an embedded data set: `python jobs/demo.py` (see the README)."""
 
-from cvmatch import config, engine, evaluate, index, progress, storage, synthesize, tune
+from cvmatch import config, engine, evaluate, progress, storage, synthesize, tune
 from cvmatch.generate import train as generator
+from cvmatch.index.build import build
 from cvmatch.match import train as matcher
 from cvmatch.segment import train as segmenter
 from cvmatch.toy import demo
@@ -26,7 +27,7 @@ if __name__ == "__main__":
     with step("matcher"):
         runs["matcher"] = matcher.train(config.override(plan.matcher, tuned.params))
     with step("index"):
-        index.build(plan.index)
+        build(plan.index)
     with step("evaluate"):
         measured = evaluate.evaluate(plan.evaluate)
     with step("search"):

@@ -3,7 +3,6 @@ import json
 import math
 import os
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,11 +10,13 @@ import tiny_index as tiny
 import torch
 from pyarrow import parquet
 
-from cvmatch import images, retrieval, schema, toy
+from cvmatch import geography, images, retrieval, schema, toy
 from cvmatch.evaluate import Evaluate, View, check_unseen, embedded, evaluate, flat, true_rows
 from cvmatch.fidelity import generation, segmentation
 from cvmatch.frechet import distance
-from cvmatch.index import Index
+from cvmatch.index.coarse import Own
+from cvmatch.index.reader import Index
+from cvmatch.index.shard import Store
 from cvmatch.match.augment import limited
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import LEVELS, JointFeatureLearningNet, MatcherConfig, Query
@@ -56,7 +57,8 @@ def plane(angles, places=None):
         }
     )
     u = directions(angles).numpy().astype(np.float16)
-    return Index(u, tiles, faiss.IndexFlatIP(2), model, {"shortlist": len(u)}, "")
+    about = {"shortlist": len(u)}
+    return Index(Store([u]), tiles, [], Own(model), np.empty(0, np.int64), model, about, "")
 
 
 def directions(angles):
@@ -123,11 +125,11 @@ def test_exhaustive_tile_without_coordinates_is_near_nothing():
 def test_metres_of_known_arcs():
     pole, equator = torch.tensor([90.0, 0.0]), torch.tensor([0.0, 123.0])
     quarter = math.pi / 2 * 6_371_008.8
-    assert retrieval.metres(pole, equator).item() == pytest.approx(quarter, rel=1e-6)
+    assert geography.metres(pole, equator).item() == pytest.approx(quarter, rel=1e-6)
     one = torch.tensor([[60.0, 10.0]], dtype=torch.float64)
     other = torch.tensor([[60.0, 10.001]], dtype=torch.float64)
     step = 6_371_008.8 * math.radians(0.001) * math.cos(math.radians(60))
-    assert retrieval.metres(one, other).item() == pytest.approx(step, rel=1e-6)
+    assert geography.metres(one, other).item() == pytest.approx(step, rel=1e-6)
 
 
 def test_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
@@ -145,7 +147,9 @@ def test_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
 def test_constant_embeddings_are_never_above_chance(tmp_path):
     opened = tiny.index(str(tmp_path), COUNT)
     model = opened.matcher
-    opened = Index(**{**vars(opened), "u": np.zeros_like(opened.u)})
+    opened = Index(
+        **{**vars(opened), "u": Store([np.zeros_like(array) for array in opened.u.arrays])}
+    )
     for weight in (model.query_first.weight, model.candidate_query.weight):
         torch.nn.init.zeros_(weight)
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
@@ -178,7 +182,9 @@ def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
         for rest in (model.query_rest, model.candidate_rest):
             for weight in rest.parameters():
                 weight.zero_()
-    opened = Index(**{**vars(opened), "u": np.zeros_like(opened.u)})
+    opened = Index(
+        **{**vars(opened), "u": Store([np.zeros_like(array) for array in opened.u.arrays])}
+    )
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
     queries = embedded(Evaluate(queries=str(tmp_path / "queries")), model)
     query = queries[View(360.0, False), "G+A"]

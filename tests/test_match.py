@@ -647,7 +647,7 @@ def test_embed_tile_passes_failed_rows_through_and_drops_pictures(tmp_path):
     model = network()
     model.save(str(tmp_path))
     given = columns(row("a", shade=9), row("b", error="earlier"), row("c", aerial=b"no picture"))
-    found = EmbedTile(str(tmp_path))(given)
+    found = EmbedTile(str(tmp_path), 4)(given)
     assert set(found) == {"pair_id", "latitude", "longitude", "error", "u"}
     assert found["error"][:2].tolist() == [None, "earlier"]
     assert found["error"][2].startswith("embed tile: aerial: ")

@@ -8,8 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from cvmatch import config as configs
-from cvmatch import images, schema, search, shard
-from cvmatch.index import BuildIndex, Index, publish
+from cvmatch import images, schema, search
+from cvmatch.index import shard
+from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.reader import Index
+from cvmatch.index.shard import Store
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import Query
 from cvmatch.search import SearchFiles, query_of, rank
@@ -60,11 +63,11 @@ def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
 def test_rank_exact_in_bf16_gives_the_best_of_fp32(index, query, monkeypatch, spread):
     monkeypatch.setattr(search, "fastest", lambda device: torch.bfloat16)
     monkeypatch.setattr(search, "_SPARE", 8)
-    centre = index.u.astype(np.float32).mean(axis=0)
-    noise = np.random.default_rng(0).normal(size=(400, index.u.shape[1]))
+    centre = index.u.take(np.arange(COUNT)).astype(np.float32).mean(axis=0)
+    noise = np.random.default_rng(0).normal(size=(400, len(centre)))
     # With the small spread, bf16 cannot tell the tiles apart.
     u = (centre + spread * noise).astype(np.float16)
-    many = Index(**{**vars(index), "u": u})
+    many = Index(**{**vars(index), "u": Store([u])})
     expected = torch.cat(list(many.scores(query)), dim=1).topk(2)
     ranked = rank(many, query, top_k=2, mode="exact")
     np.testing.assert_allclose(ranked.scores, expected.values, atol=1e-6)
@@ -114,8 +117,9 @@ def test_rank_of_lists_with_too_few_tiles_marks_the_end(tmp_path):
     config = BuildIndex(model=model, output=str(tmp_path / "index"), key="IVF8,Flat", probes=1)
     publish(parts, config)
     index = Index.open(config.output)
-    assert isinstance(index.ann, faiss.IndexIVF)
-    assert index.ann.nprobe == 1
+    (part,) = index.ann
+    assert isinstance(part.index, faiss.IndexIVF)
+    assert part.index.nprobe == 1
     ranked = rank(index, Query(torch.eye(16)[:2], torch.zeros(2, 16)), COUNT, "two-stage")
     ends = (ranked.rows == -1).sum(1)
     assert (ends > 0).all()
@@ -125,7 +129,7 @@ def test_rank_of_lists_with_too_few_tiles_marks_the_end(tmp_path):
 
 
 def test_rank_equal_tiles_are_ordered_by_row(index, query):
-    same = Index(**{**vars(index), "u": np.repeat(index.u[:1], COUNT, 0)})
+    same = Index(**{**vars(index), "u": Store([index.u.take(np.zeros(COUNT, int))])})
     for mode in ("exact", "two-stage"):
         ranked = rank(same, query, top_k=COUNT, mode=mode)
         assert np.ptp(ranked.scores, axis=1).max() < 1e-6

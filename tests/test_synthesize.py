@@ -16,7 +16,7 @@ import ray
 from mlflow import MlflowClient
 from ray._private import state as ray_state
 
-from cvmatch import schema, shard, toy, tracking
+from cvmatch import schema, tables, toy, tracking
 from cvmatch.engine import Pool
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.infer import Generate
@@ -50,7 +50,7 @@ def config(tmp_path_factory, world_root, ray_session):
 def rows(output: str) -> dict[str, dict]:
     found = [
         row
-        for table in shard.batches(output, schema.SYNTHESIZED.names)
+        for table in tables.batches(output, schema.SYNTHESIZED.names)
         for row in table.to_pylist()
     ]
     by_id = {row[schema.PAIR_ID]: row for row in found}

@@ -8,7 +8,8 @@ import torch
 from pyarrow import parquet
 
 from cvmatch import images, manifest, schema
-from cvmatch.index import BuildIndex, Index, publish
+from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.reader import Index
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
 from cvmatch.towers import TowerSpec
@@ -95,7 +96,7 @@ def columns(table: pa.Table) -> dict[str, np.ndarray]:
 
 def parts(table: pa.Table, model: str, directory: str) -> str:
     """What the pool writes for these rows, as two files, in an order of their own."""
-    embedded = EmbedTile(model)(columns(table))
+    embedded = EmbedTile(model, 8)(columns(table))
     u = pa.FixedSizeListArray.from_arrays(
         pa.array(embedded["u"].reshape(-1)), embedded["u"].shape[1]
     )

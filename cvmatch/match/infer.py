@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cvmatch import engine, images, schema
 from cvmatch.match.model import JointFeatureLearningNet, Level, Query
+from cvmatch.rowwise import Rowwise, reason
 
 U = "u"
 EMBEDDING = "embedding"
@@ -39,12 +40,14 @@ class Embed:
 class EmbedTile:
     """`aerial` (encoded) -> `u` (hidden, float16); pictures are dropped.
 
-    A row with `error`, or with a picture that cannot be decoded, gets zeros.
+    A row with `error`, or with a picture that cannot be decoded, gets zeros. The network takes
+    `batch` tiles at a time: u of a tile depends on their number, and on nothing else but the tile.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, batch: int) -> None:
         self.device = engine.device()
         self.model = JointFeatureLearningNet.load(model, self.device)
+        self.tiles = Rowwise(self._tiles, batch)
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -54,9 +57,15 @@ class EmbedTile:
         decoders = {schema.AERIAL: lambda data: images.decode(data, side)}
         good, errors, (aerial,) = _decoded(batch, decoders, "embed tile")
         u = np.zeros((len(errors), config.hidden), dtype=np.float16)
-        if good:
-            u[good] = self.model.tile(_planes(aerial, self.device)).cpu().half().numpy()
+        for row, made in zip(good, self.tiles(aerial), strict=True):
+            if isinstance(made, Exception):
+                errors[row] = f"embed tile: {reason(made)}"
+            else:
+                u[row] = made
         return _kept(batch) | {U: u, schema.ERROR: errors}
+
+    def _tiles(self, aerial: list[np.ndarray]) -> list[np.ndarray]:
+        return [*self.model.tile(_planes(aerial, self.device)).cpu().half().numpy()]
 
 
 class EmbedQuery:
@@ -103,7 +112,8 @@ class EmbedQuery:
 
 def embed_tiles(rows: Dataset, config: Embed) -> Dataset:
     """Rows with `aerial` -> the same, no pictures, with `u`."""
-    return engine.map_actors(rows, EmbedTile, config.pool, model=config.model)
+    size = config.pool.batch
+    return engine.map_actors(rows, EmbedTile, config.pool, model=config.model, batch=size)
 
 
 def embed_queries(rows: Dataset, config: Embed) -> Dataset:

@@ -94,7 +94,9 @@ def _by_place(rows: Dataset) -> tuple[list[str], np.ndarray]:
 def _by_model(rows: Dataset, model: str, pool: engine.Pool) -> tuple[list[str], np.ndarray]:
     """By the direct scores G against C, whose embeddings a FAISS index holds."""
     pairs = rows.select_columns([schema.PAIR_ID, schema.GROUND, schema.AERIAL, schema.ERROR])
-    seen = engine.map_actors(pairs, _EmbedPair, pool, model=os.path.abspath(model))
+    seen = engine.map_actors(
+        pairs, _EmbedPair, pool, model=os.path.abspath(model), batch=pool.batch
+    )
     good = [row for row in seen.take_all() if not row[schema.ERROR]]
     good.sort(key=lambda row: row[schema.PAIR_ID])
     net = JointFeatureLearningNet.load(model)
@@ -108,8 +110,8 @@ def _by_model(rows: Dataset, model: str, pool: engine.Pool) -> tuple[list[str], 
 class _EmbedPair:
     """`embedding` of level G, and `u`, of each pair."""
 
-    def __init__(self, model: str) -> None:
-        self.query, self.tile = EmbedQuery(model, "G"), EmbedTile(model)
+    def __init__(self, model: str, batch: int) -> None:
+        self.query, self.tile = EmbedQuery(model, "G"), EmbedTile(model, batch)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self.query(batch)

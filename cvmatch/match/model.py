@@ -108,6 +108,10 @@ class Query(NamedTuple):
     v: Float[Tensor, "query hidden"]
     """W1a a + b1: the query's part of FFN_C's first layer."""
 
+    def rows(self, which: "slice | Tensor") -> "Query":
+        """Some of the queries."""
+        return Query(self.embedding[which], self.v[which])
+
 
 class Rest(nn.Module):
     """What follows the first layer of a fusion head: x + W3 relu(W2 relu(x) + b2) + b3, unit norm.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from cvmatch import images, schema, shard
+from cvmatch import images, schema, tables
 from cvmatch.report.sheet import Example, Pixels, Tile
 
 _COLUMNS = (schema.GROUND, schema.AERIAL, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
@@ -17,7 +17,7 @@ Pictures = Mapping[str, Mapping[str, Any]]
 def pictures(location: str, wanted: Collection[str]) -> Pictures:
     """Those of the `wanted` pairs that are among the synthesized rows at `location`."""
     found = {}
-    for table in shard.batches(location, [schema.PAIR_ID, *_COLUMNS]):
+    for table in tables.batches(location, [schema.PAIR_ID, *_COLUMNS]):
         kept = table.filter(pc.field(schema.PAIR_ID).isin(list(wanted)))
         found |= {row[schema.PAIR_ID]: row for row in kept.to_pylist()}
     return found

@@ -10,7 +10,7 @@ from cvmatch.evaluate import Evaluate
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import TrainGenerator
-from cvmatch.index import BuildIndex
+from cvmatch.index.build import BuildIndex
 from cvmatch.ingest import Ingest
 from cvmatch.match.train import TrainMatcher
 from cvmatch.segment.infer import Segment

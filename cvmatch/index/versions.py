@@ -2,8 +2,8 @@
 
 Everything is written aside, hashed, made durable and renamed into place; a version's manifest lists
 each of its files with size and hash, and CURRENT is replaced last. So an interrupted publication
-leaves the old version readable, and a reader keeps the one that it opened. Local directories only:
-readers memory-map the files.
+leaves the old version readable, and a reader keeps the one that it opened. Readers memory-map the
+files, so that an index in an object store is worked on in a local copy (`remote`).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; a directory of another one is refused."""
 
 SMALL = 16 * 2**20
@@ -22,24 +22,10 @@ SMALL = 16 * 2**20
 
 MANIFEST = "manifest.json"
 
+CURRENT = "CURRENT"
+
 Files = dict[str, dict[str, Any]]
 """Path below the root -> {"bytes": size, "sha256": hex}."""
-
-
-def local(uri: str) -> str:
-    """The local directory that `uri` means.
-
-    Raises:
-        ValueError: an object store or another machine, which cannot be memory-mapped.
-    """
-    path = uri.removeprefix("file://")
-    if "://" in path:
-        raise ValueError(
-            f"index {uri}: expected a local directory, since searches memory-map its files, got a "
-            "remote location. Copy it first (for instance `aws s3 sync` or `gcloud storage rsync`) "
-            "and pass the copy."
-        )
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def place(root: str, aside: str, name: str) -> Files:
@@ -54,7 +40,7 @@ def place(root: str, aside: str, name: str) -> Files:
         if files_of(target, name) == files:
             return files
         os.replace(target, f"{aside}.damaged")
-    for path in _walk(aside):
+    for path in walk(aside):
         _sync(path)
     os.replace(aside, target)
     _sync(os.path.dirname(target))
@@ -91,13 +77,20 @@ def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> d
     full["sha256"] = _digest(full)
     text = json.dumps(full, indent=2, sort_keys=True) + "\n"
     write(os.path.join(folder, version, MANIFEST), text.encode())
-    write(os.path.join(root, "CURRENT"), f"{version}\n".encode())
+    write(os.path.join(root, CURRENT), f"{version}\n".encode())
     return full
+
+
+def names(root: str) -> list[str]:
+    """Names of the published versions, oldest first."""
+    folder = os.path.join(root, "versions")
+    there = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(n for n in there if os.path.exists(os.path.join(folder, n, MANIFEST)))
 
 
 def current(root: str) -> str | None:
     """Name of the current version; None where nothing was published yet."""
-    path = os.path.join(root, "CURRENT")
+    path = os.path.join(root, CURRENT)
     if not os.path.exists(path):
         return None
     with open(path, encoding="utf-8") as file:
@@ -114,14 +107,9 @@ def read(root: str, version: str = "") -> dict[str, Any]:
     name = version or current(root)
     path = os.path.join(root, "versions", name or "", MANIFEST)
     if name is None or not os.path.exists(path):
-        have = (
-            os.listdir(folder)
-            if os.path.isdir(folder := os.path.dirname(os.path.dirname(path)))
-            else []
-        )
         raise FileNotFoundError(
             f"index {root}: expected version {name or 'named in CURRENT'}, found "
-            f"{sorted(have) or 'no index'}. Build it: jobs/build_index.py --output {root}"
+            f"{names(root) or 'no index'}. Build it: jobs/build_index.py --output {root}"
         )
     with open(path, encoding="utf-8") as file:
         info = json.load(file)
@@ -162,7 +150,7 @@ def check(root: str, files: Files, deep: bool = False) -> None:
 def files_of(path: str, name: str) -> Files:
     """Size and hash of a file, or of each file below a directory, by `name` and path below it."""
     found = {}
-    for file in _walk(path):
+    for file in walk(path):
         below = os.path.relpath(file, path)
         key = name if below == "." else f"{name}/{below}"
         found[key] = {"bytes": os.path.getsize(file), "sha256": _hash(file)}
@@ -179,7 +167,8 @@ def write(path: str, data: bytes) -> None:
     _sync(os.path.dirname(path))
 
 
-def _walk(path: str) -> list[str]:
+def walk(path: str) -> list[str]:
+    """The file at a path, or all below it, sorted."""
     if os.path.isfile(path):
         return [path]
     return sorted(os.path.join(d, name) for d, _, names in os.walk(path) for name in names)

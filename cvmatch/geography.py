@@ -1,0 +1,74 @@
+"""Distances on the earth, and areas of it."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+EARTH_M = 6_371_008.8
+"""Mean radius of the earth in metres (IUGG)."""
+
+
+def metres(one: Float[Tensor, "*row 2"], other: Float[Tensor, "*row 2"]) -> Float[Tensor, "*row"]:
+    """Great-circle distance between (latitude, longitude) in degrees, by the haversine formula."""
+    a, b = torch.deg2rad(one), torch.deg2rad(other)
+    half = torch.sin((b - a) / 2).square()
+    chord = half[..., 0] + torch.cos(a[..., 0]) * torch.cos(b[..., 0]) * half[..., 1]
+    return 2 * EARTH_M * torch.asin(chord.clamp(0, 1).sqrt())
+
+
+@runtime_checkable
+class Area(Protocol):
+    """A part of the earth."""
+
+    def holds(
+        self, latitude: Float[np.ndarray, " place"], longitude: Float[np.ndarray, " place"]
+    ) -> Bool[np.ndarray, " place"]:
+        """Whether places (degrees; NaN: unknown, which is in no area) lie in it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Circle:
+    """All within a distance of a place."""
+
+    latitude: float
+    """Degrees north."""
+    longitude: float
+    """Degrees east."""
+    metres: float
+    """Radius."""
+
+    def holds(
+        self, latitude: Float[np.ndarray, " place"], longitude: Float[np.ndarray, " place"]
+    ) -> Bool[np.ndarray, " place"]:
+        """See `Area`."""
+        places = torch.from_numpy(np.stack([latitude, longitude], axis=1).astype(np.float64))
+        centre = torch.tensor([self.latitude, self.longitude], dtype=torch.float64)
+        return (metres(places, centre.expand_as(places)) <= self.metres).numpy()  # NaN compares false
+
+
+@dataclass(frozen=True)
+class Box:
+    """Between two parallels and two meridians, in degrees; `west` may be the larger one."""
+
+    south: float
+    """Least latitude."""
+    west: float
+    """Where it begins, going east."""
+    north: float
+    """Largest latitude."""
+    east: float
+    """Where it ends."""
+
+    def holds(
+        self, latitude: Float[np.ndarray, " place"], longitude: Float[np.ndarray, " place"]
+    ) -> Bool[np.ndarray, " place"]:
+        """See `Area`."""
+        tall = (latitude >= self.south) & (latitude <= self.north)
+        if self.west <= self.east:
+            return tall & (longitude >= self.west) & (longitude <= self.east)
+        return tall & ((longitude >= self.west) | (longitude <= self.east))

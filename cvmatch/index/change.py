@@ -1,0 +1,253 @@
+"""Tiles join an index, leave it, and its pieces become one again; each makes a new version."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cvmatch import engine, schema, storage
+from cvmatch.index import ann, build, remote, shard, versions
+from cvmatch.index.build import Gallery
+from cvmatch.index.draft import Draft, Entry, Run, draft, place_shard, serially
+from cvmatch.index.queries import split_queries
+from cvmatch.index.reader import Index
+from cvmatch.index.shard import Store
+
+_ROW = "row"
+
+PIECES = 16
+"""Parts of the shortlist at most: each is searched by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddTiles(Gallery):
+    """Embed more tiles with an index's own model, and add them: nothing else is done again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteTiles:
+    """Let no search give some tiles any more; their numbers stay until the index is compacted."""
+
+    output: str = "data/index"
+    """Directory of the index."""
+    ids: tuple[str, ...] = ()
+    """pair_id of each."""
+    file: str = ""
+    """URI of a text file with one pair_id a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compact:
+    """Leave deleted tiles out and merge what was added: as if all had been built at once."""
+
+    output: str = "data/index"
+    """Directory of the index."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect:
+    """Remove old versions and the files that no other one needs."""
+
+    output: str = "data/index"
+    """Directory of the index."""
+    keep: int = 2
+    """Versions that stay, the current one among them. A search that has an older one open goes on;
+    one that opens it later finds it gone."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"collect: expected keep >= 1, got {self.keep}.")
+
+
+def add(config: AddTiles) -> dict[str, Any]:
+    """Embed the tiles in a Ray pool and add them; gives the new manifest.
+
+    Raises:
+        ValueError: see `join`.
+    """
+    engine.start()
+    root = remote.fetched(config.output)
+    info = versions.read(root)
+    made_from = {"tile": info["parts"]["tile"], "add to": info["version"]}
+    made_from["tiles"] = build.source(config)
+    heads = os.path.join(root, "heads", info["model"])
+    parts, seconds = build.embed(config, heads, made_from)
+    new = join(parts, config, build.spread(config.output), seconds)
+    remote.pushed(config.output, new["version"])
+    storage.remove(build.work_of(config.output, made_from))
+    return new
+
+
+def join(parts: str, config: Gallery, run: Run = serially, seconds: float = 0.0) -> dict[str, Any]:
+    """Add the rows of Parquet files (see `build.publish`) to the current version.
+
+    Raises:
+        ValueError: an id is there already; or as `build.publish`.
+    """
+    root = remote.root(config.output)
+    index = Index.open(root)
+    info = index.manifest
+    tiles, rejected = shard.accepted(parts, config.max_rejected)
+    there = index.tiles[schema.PAIR_ID].take(pa.array(index.living))
+    both = tiles.filter(pc.field(schema.PAIR_ID).isin(there.combine_chunks()))[schema.PAIR_ID]
+    if len(both):
+        raise ValueError(
+            f"index {root}: {len(both)} of {len(tiles)} tiles are there already, such as "
+            f"{both.slice(0, 3).to_pylist()}. Delete them first (jobs/index.py delete), or leave "
+            "them out."
+        )
+    with draft(root, run) as work:
+        work.seconds["embed"] = seconds
+        work.files |= _lasting(info)
+        maker = {"tile": info["parts"]["tile"]}
+        width, size = info["hidden"], config.shard_rows
+        added = work.shards(parts, tiles, width, maker, size, info["rows"])
+        added = work.codes(added, info["coarse"], info["model"])
+        shards, pieces = [*info["shards"], *added], info["ann"]["parts"]
+        if len(pieces) < PIECES:
+            pieces = [*pieces, work.merged(added, info["coarse"])]
+        else:
+            work.files = {n: f for n, f in work.files.items() if not n.startswith("ann/")}
+            pieces = [work.merged(shards, info["coarse"])]
+        new = _changed(info, shards, pieces) | {"rejected": len(rejected)}
+        queries = split_queries(config.queries, index.heads, config.sample, config.seed)
+        return build.finished(work, new, queries, rejected)
+
+
+def delete(config: DeleteTiles) -> dict[str, Any]:
+    """Delete tiles; gives the new manifest.
+
+    Raises:
+        ValueError: no such tile.
+    """
+    root = remote.fetched(config.output)
+    index = Index.open(root)
+    wanted = {*config.ids, *(storage.read_text(config.file).split() if config.file else ())}
+    numbered = _numbered(index)
+    there = numbered.filter(pc.field(schema.PAIR_ID).isin(pa.array(sorted(wanted), pa.string())))
+    if len(there) != len(wanted) or not wanted:
+        missing = sorted(wanted - set(there[schema.PAIR_ID].to_pylist()))
+        raise ValueError(
+            f"index {root}: expected ids of tiles that are there, got {len(wanted)} ids of which "
+            f"{len(missing)} are not, such as {missing[:3]}. Nothing was deleted."
+        )
+    dead = np.union1d(index.dead, there[_ROW].to_numpy())
+    if len(dead) == len(index):
+        raise ValueError(f"index {root}: these are all its tiles. Remove the directory instead.")
+    with draft(root) as work:
+        work.files |= _lasting(index.manifest)
+        new = _changed(index.manifest, index.manifest["shards"], index.manifest["ann"]["parts"])
+        new["deleted"] = _store_dead(work, dead)
+        info = build.finished(work, new | {"rejected": 0}, None, [])
+    remote.pushed(config.output, info["version"])
+    return info
+
+
+def compact(config: Compact, run: Run = serially) -> dict[str, Any]:
+    """Write the living tiles as new shards by pair_id, with the same head; gives the manifest."""
+    root = remote.fetched(config.output)
+    index = Index.open(root)
+    info = index.manifest
+    rows = _numbered(index).sort_by(schema.PAIR_ID)[_ROW].to_numpy()
+    size = info["config"]["shard_rows"]
+    shas = tuple(one["sha"] for one in info["shards"])
+    maker = {"tile": info["parts"]["tile"]}
+    tasks = [
+        _Rewrite(root, shas, rows[at : at + size], index.tiles.take(rows[at : at + size]), maker)
+        for at in range(0, len(rows), size)
+    ]
+    with draft(root, run) as work:
+        kept = ("heads/", "coarse/", "probes/")
+        work.files |= {n: f for n, f in info["files"].items() if n.startswith(kept)}
+        with work.timed("shards"):
+            shards = work.placed(run(_rewrite, tasks), 0)
+        shards = work.codes(shards, info["coarse"], info["model"])
+        new = _changed(info, shards, [work.merged(shards, info["coarse"])])
+        done = build.finished(work, new | {"rejected": 0, "deleted": None}, None, [])
+    remote.pushed(config.output, done["version"])
+    return done
+
+
+def collect(config: Collect) -> dict[str, int]:
+    """Remove old versions of a local index; gives how many, and the files and bytes.
+
+    Raises:
+        ValueError: an index in an object store.
+    """
+    if remote.is_remote(config.output):
+        raise ValueError(f"collect: expected a local index, got {config.output}.")
+    root = remote.root(config.output)
+    names = versions.names(root)
+    current = versions.read(root)["version"]
+    old = [name for name in names if name != current]
+    old = old[: max(0, len(names) - config.keep)]
+    kept = {
+        file for name in names if name not in old for file in versions.read(root, name)["files"]
+    }
+    gone = {"versions": len(old), "files": 0, "bytes": 0}
+    for name in old:
+        shutil.rmtree(os.path.join(root, "versions", name))
+    for kind in ("shards", "codes", "coarse", "ann", "heads", "probes", "deleted"):
+        for file in versions.walk(os.path.join(root, kind)):
+            if os.path.relpath(file, root) not in kept:
+                gone["files"] += 1
+                gone["bytes"] += os.path.getsize(file)
+                os.remove(file)
+    return gone
+
+
+@dataclass(frozen=True)
+class _Rewrite:
+    root: str
+    shas: Sequence[str]
+    rows: np.ndarray = field(repr=False)
+    tiles: pa.Table = field(repr=False)
+    maker: dict[str, str]
+
+
+def _rewrite(task: _Rewrite) -> tuple[str, int, versions.Files]:
+    folders = [os.path.join(task.root, "shards", sha) for sha in task.shas]
+    store = Store([shard.read(folder, rereads=False)[0] for folder in folders])
+    return place_shard(task.root, store.take(task.rows), task.tiles, task.maker)
+
+
+def _numbered(index: Index) -> pa.Table:
+    """pair_id and row of the living tiles."""
+    living = pa.array(index.living)
+    ids = index.tiles[schema.PAIR_ID].take(living).combine_chunks()
+    return pa.table({schema.PAIR_ID: ids, _ROW: living})
+
+
+def _lasting(info: dict[str, Any]) -> versions.Files:
+    """Files that the next version shares."""
+    return {n: one for n, one in info["files"].items() if not n.startswith("versions/")}
+
+
+def _changed(
+    info: dict[str, Any], shards: Sequence[Entry], pieces: Sequence[Entry]
+) -> dict[str, Any]:
+    """The manifest of other shards; what `versions.commit` and `finished` add is left out."""
+    rows = sum(one["rows"] for one in shards)
+    asked = info["config"]["shortlist"]
+    return info | {
+        "rows": rows,
+        "shards": list(shards),
+        "ann": info["ann"] | {"parts": list(pieces)},
+        "shortlist": min(rows, asked or ann.candidates(rows)),
+        "made_from": None,
+    }
+
+
+def _store_dead(work: Draft, dead: np.ndarray) -> str:
+    path = os.path.join(work.aside, "deleted.npy")
+    np.save(path, dead)
+    (entry,) = versions.files_of(path, "deleted").values()
+    name = f"deleted/{entry['sha256'][:16]}.npy"
+    work.files = {n: one for n, one in work.files.items() if not n.startswith("deleted/")}
+    work.files |= versions.place(work.root, path, name)
+    return name

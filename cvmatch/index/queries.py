@@ -1,0 +1,76 @@
+"""Synthesized rows -> embedded queries: some to measure a shortlist, others to distil it from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from cvmatch import engine, manifest, schema, storage, tables
+from cvmatch.index.shard import CHUNK
+from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
+from cvmatch.match.model import JointFeatureLearningNet, Level, Query
+
+DISTIL = 1_000
+"""Queries at most from which a head is distilled."""
+
+_LEVELS = ("G", "G+A", "G+A+S")
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Embedded queries."""
+
+    measure: Query
+    """Of the fullest level that the model knows."""
+    distil: Query
+    """Others, of all levels in turns; where there are no others, the same."""
+    models: dict[str, str]
+    """Fingerprints of the generator and segmenter that made the rows; empty where unknown."""
+
+
+def split_queries(location: str, model: str, sample: int, seed: int) -> Queries | None:
+    """Some of the rows at `location`, embedded in this process; None where that is empty.
+
+    Raises:
+        ValueError: no row has the pictures that the model's queries consist of.
+    """
+    if not location:
+        return None
+    alone = JointFeatureLearningNet.config_of(model).alone
+    levels: tuple[Level, ...] = ("G",) if alone else _LEVELS
+    columns = [schema.PAIR_ID, schema.ERROR]
+    ids = [
+        pair_id
+        for table in tables.batches(location, columns, CHUNK)
+        for pair_id in table.filter(pc.field(schema.ERROR).is_null())[schema.PAIR_ID].to_pylist()
+    ]
+    drawn = np.random.default_rng(seed).permutation(ids).tolist()
+    others = drawn[sample : sample + DISTIL]
+    measure = _embedded(location, model, levels[-1], drawn[:sample])
+    parts = [
+        _embedded(location, model, level, others[at :: len(levels)])
+        for at, level in enumerate(levels)
+        if len(others) >= len(levels)
+    ]
+    distil = Query(*map(torch.cat, zip(*parts, strict=True))) if parts else measure
+    known = storage.exists(storage.join(location, manifest.NAME))
+    return Queries(measure, distil, manifest.read(location)["models"] if known else {})
+
+
+def _embedded(location: str, model: str, level: Level, ids: list[str]) -> Query:
+    names = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
+    pictures = [names[letter] for letter in level.split("+")]
+    columns = [schema.PAIR_ID, *pictures, schema.ERROR]
+    embed, parts = EmbedQuery(model, level), []
+    for table in tables.batches(location, columns):
+        rows = table.filter(pc.field(schema.PAIR_ID).isin(ids))
+        parts.append(embed({name: rows[name].to_numpy() for name in columns}))
+    good = np.concatenate([part[schema.ERROR] == None for part in parts])  # noqa: E711
+    if not good.any():
+        raise ValueError(
+            f"build_index: expected {pictures} in some rows of {location}, got none. "
+            "Run jobs/synthesize.py on them, or leave --queries out."
+        )
+    found = (np.concatenate([part[name] for part in parts])[good] for name in (EMBEDDING, V))
+    return Query(*(torch.from_numpy(value).to(engine.device()) for value in found))

@@ -1,0 +1,45 @@
+"""Rows on disk, a small table at a time."""
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from cvmatch import storage
+
+
+def files(location: str) -> list[str]:
+    """Names of the Parquet files of a directory, sorted.
+
+    Raises:
+        FileNotFoundError: none there.
+    """
+    names = [name for name in storage.names(location) if name.endswith(".parquet")]
+    if not names:
+        raise FileNotFoundError(
+            f"{location}: expected Parquet files of rows, found none. Run the job that writes them "
+            "(jobs/synthesize.py) to the end, or pass another location."
+        )
+    return names
+
+
+def batches(
+    location: str, columns: Sequence[str], rows: int = 64, names: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """Tables of at most `rows` rows of all Parquet files (or of `names`), in their order.
+
+    A column that a file lacks is null.
+
+    Raises:
+        FileNotFoundError: no Parquet file there.
+    """
+    filesystem, path = storage.resolve(location)
+    for name in files(location) if names is None else names:
+        with filesystem.open_input_file(storage.join(path, name)) as file:
+            content = parquet.ParquetFile(file)
+            have = [column for column in columns if column in content.schema_arrow.names]
+            for batch in content.iter_batches(rows, columns=have):
+                table = pa.Table.from_batches([batch])
+                for column in set(columns) - set(have):
+                    table = table.append_column(column, pa.nulls(len(table)))
+                yield table.select(list(columns))

@@ -1,0 +1,303 @@
+import os
+import resource
+import signal
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiny_index as tiny
+import torch
+
+from cvmatch import schema
+from cvmatch.index import ann, change, remote, versions
+from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.change import AddTiles, Collect, Compact, DeleteTiles, compact, delete, join
+from cvmatch.index.reader import Index
+from cvmatch.index.verify import Verify, probes_of, verify
+from cvmatch.match.identity import identity
+from cvmatch.match.model import JointFeatureLearningNet, Query
+from cvmatch.search import rank
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.matcher(str(tmp_path_factory.mktemp("matcher")))
+
+
+@pytest.fixture(scope="module")
+def parts(model, tmp_path_factory):
+    place = tmp_path_factory.mktemp("parts")
+    rows = tiny.rows(24)
+    ranges = {"all": (0, 24), "first": (0, 16), "last": (16, 8), "again": (5, 1)}
+    return {
+        name: tiny.parts(rows.slice(at, count), model, str(place / name))
+        for name, (at, count) in ranges.items()
+    }
+
+
+@pytest.fixture
+def output(tmp_path):
+    return str(tmp_path / "index")
+
+
+def queries(count=3):
+    random = torch.Generator().manual_seed(0)
+    embedding = torch.nn.functional.normalize(torch.randn(count, 16, generator=random), dim=1)
+    return Query(embedding, torch.randn(count, 16, generator=random))
+
+
+def ids_found(index, mode, top_k=24):
+    rows = rank(index, queries(), top_k, mode).rows
+    names = index.tiles[schema.PAIR_ID].to_pylist()
+    return [[names[row] for row in own if row >= 0] for own in rows]
+
+
+def test_shards_of_any_size_hold_the_same_tiles_and_give_the_same_answers(
+    model, parts, output, tmp_path
+):
+    publish(parts["all"], BuildIndex(model=model, output=output))
+    many = str(tmp_path / "many")
+    info = publish(parts["all"], BuildIndex(model=model, output=many, shard_rows=7))
+    assert [one["rows"] for one in info["shards"]] == [7, 7, 7, 3]
+    one, other = Index.open(output), Index.open(many, deep=True)
+    assert one.tiles[schema.PAIR_ID].to_pylist() == other.tiles[schema.PAIR_ID].to_pylist()
+    rows = np.array([23, 0, 6, 7, 20])
+    np.testing.assert_array_equal(one.u.take(rows), other.u.take(rows))
+    for mode in ("exact", "two-stage"):
+        assert ids_found(one, mode) == ids_found(other, mode)
+
+
+@pytest.mark.parametrize("key", ["Flat", "PQ8x4", "IVF4,PQ8x4", "SQ8"])
+def test_codes_merged_from_shards_are_the_bytes_of_one_shard(key):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(300, 16)).astype(np.float32)
+    template = ann.template(key, vectors)
+    pieces = [ann.encoded(template, [vectors[a:b]]) for a, b in ((0, 90), (90, 91), (91, 300))]
+    whole = ann.encoded(template, [vectors[:150], vectors[150:]])
+    merged, single = (
+        faiss.serialize_index(ann.merged(template, codes)) for codes in (pieces, [whole])
+    )
+    np.testing.assert_array_equal(merged, single)
+
+
+@pytest.mark.parametrize("key", ["PQ8x4", "IVF4,PQ8x4"])
+def test_codes_of_another_template_are_refused(key):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(300, 16)).astype(np.float32)
+    template, other = ann.template(key, vectors), ann.template(key, vectors[::-1] + 1)
+    codes = [ann.encoded(template, [vectors]), ann.encoded(other, [vectors])]
+    with pytest.raises(ValueError, match="codes of shard 1 were not made by the template"):
+        ann.merged(template, codes)
+
+
+@pytest.mark.parametrize("key", ["PQ8x4fs", "IVF4,PQ8x4fs", "HNSW32", "PQ8x4,Refine(SQfp16)"])
+def test_kinds_whose_shards_cannot_be_merged_are_refused(key):
+    with pytest.raises(ValueError, match=r"cannot be merged.*--key auto"):
+        ann.template(key, np.ones((64, 16), np.float32))
+
+
+def test_added_tiles_are_found_as_if_all_had_been_built_at_once(model, parts, output, tmp_path):
+    publish(parts["all"], BuildIndex(model=model, output=output))
+    grown = str(tmp_path / "grown")
+    publish(parts["first"], BuildIndex(model=model, output=grown))
+    info = join(parts["last"], AddTiles(output=grown))
+    assert (info["rows"], info["version"], len(info["ann"]["parts"])) == (24, "v000002", 2)
+    whole, pieces = Index.open(output), Index.open(grown, deep=True)
+    for mode in ("exact", "two-stage"):
+        assert ids_found(whole, mode) == ids_found(pieces, mode)
+    np.testing.assert_array_equal(whole.nearest(queries(), 5), pieces.nearest(queries(), 5))
+    assert len(Index.open(grown, version="v000001")) == 16
+
+
+def test_add_of_tiles_that_are_there_is_refused_and_changes_nothing(model, parts, output):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    with pytest.raises(ValueError, match=r"1 of 1 tiles are there already, such as \['0000005'\]"):
+        join(parts["again"], AddTiles(output=output))
+    assert versions.names(output) == ["v000001"]
+
+
+def test_many_additions_become_one_piece_again(model, parts, output, monkeypatch):
+    monkeypatch.setattr(change, "PIECES", 1)
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    info = join(parts["last"], AddTiles(output=output))
+    assert [one["rows"] for one in info["ann"]["parts"]] == [24]
+    assert len([name for name in info["files"] if name.startswith("ann/")]) == 1
+    assert len(Index.open(output, deep=True)) == 24
+
+
+def test_deleted_tiles_are_given_by_no_search_and_may_come_again(model, parts, output):
+    publish(parts["all"], BuildIndex(model=model, output=output))
+    before = ids_found(Index.open(output), "exact")
+    gone = before[0][0], before[1][0]
+    info = delete(DeleteTiles(output=output, ids=gone[:1]))
+    delete(DeleteTiles(output=output, ids=gone[1:]))
+    assert info["rows"] == 24
+    index = Index.open(output, deep=True)
+    for mode in ("exact", "two-stage"):
+        assert ids_found(index, mode) == [[n for n in own if n not in gone] for own in before]
+    assert [list(row[row >= 0]) for row in index.nearest(queries(), 24)] != []
+    assert (index.nearest(queries(), 10) >= 0).all()  # others take their place
+    rows = tiny.rows(24).filter(pa.compute.field(schema.PAIR_ID) == gone[0])
+    again = tiny.parts(pa.concat_tables([rows]), model, f"{output}-again")
+    join(again, AddTiles(output=output))
+    assert gone[0] in ids_found(Index.open(output), "exact")[0]
+
+
+def test_delete_of_unknown_or_deleted_ids_changes_nothing(model, parts, output):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    delete(DeleteTiles(output=output, ids=("0000003",)))
+    with pytest.raises(ValueError, match=r"2 ids of which 1 are not, such as \['0000003'\]"):
+        delete(DeleteTiles(output=output, ids=("0000003", "0000004")))
+    with pytest.raises(ValueError, match="0 ids"):
+        delete(DeleteTiles(output=output))
+    assert versions.names(output)[-1] == "v000002"
+
+
+def test_compacted_index_has_the_shards_of_one_that_was_built_at_once(
+    model, parts, output, tmp_path
+):
+    rows = tiny.rows(24)
+    left = [number for number in range(24) if number not in (2, 20)]
+    kept = tiny.parts(rows.take(left), model, str(tmp_path / "kept"))
+    fresh = publish(kept, BuildIndex(model=model, output=str(tmp_path / "fresh"), shard_rows=9))
+    publish(parts["last"], BuildIndex(model=model, output=output, shard_rows=9))
+    join(parts["first"], AddTiles(output=output))
+    delete(DeleteTiles(output=output, ids=("0000002", "0000020")))
+    info = compact(Compact(output=output))
+    same = ("sha", "rows", "row_start", "codes")
+    assert [[one[name] for name in same] for one in info["shards"]] == [
+        [one[name] for name in same] for one in fresh["shards"]
+    ]
+    assert info["ann"]["parts"] == fresh["ann"]["parts"]  # vectors as they are need no training
+    assert verify(Verify(index=output, deep=True))["tiles"] == 22
+
+
+def test_collect_removes_what_only_old_versions_need(model, parts, output):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    join(parts["last"], AddTiles(output=output))
+    compact(Compact(output=output))
+    reader = Index.open(output, version="v000001")
+    gone = change.collect(Collect(output=output, keep=1))
+    assert gone["versions"] == 2
+    assert gone["bytes"] > 0
+    assert len(Index.open(output, deep=True)) == 24
+    assert ids_found(reader, "exact")[0]  # goes on with what it opened
+    with pytest.raises(FileNotFoundError, match="v000001, found"):
+        Index.open(output, version="v000001")
+
+
+def test_manifest_with_a_shard_twice_or_missing_is_refused(model, parts, output):
+    info = publish(parts["all"], BuildIndex(model=model, output=output, shard_rows=8))
+    first, second, third = info["shards"]
+    for wrong in ([first, second, second], [first, third]):
+        versions.commit(output, info | {"shards": wrong}, {})
+        with pytest.raises(ValueError, match=r"expected shards .* each once"):
+            Index.open(output)
+    versions.commit(output, info | {"shards": [first, second, third]}, {})
+    assert len(Index.open(output)) == 24
+
+
+def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
+    model, parts, output, monkeypatch
+):
+    probes = probes_of(tiny.rows(24))
+    info = publish(parts["all"], BuildIndex(model=model, output=output), probes=probes)
+    found = verify(Verify(index=output, deep=True))
+    assert (found["tiles"], found["probes"], found["codes"]) == (24, 16, 24)
+    assert found["probes_apart"] < 1e-2
+
+    turned = JointFeatureLearningNet.tile
+    monkeypatch.setattr(JointFeatureLearningNet, "tile", lambda self, x: turned(self, x.flip(1)))
+    with pytest.raises(ValueError, match=r"of 16 stored pictures \d+ give other numbers"):
+        verify(Verify(index=output, deep=True))
+    monkeypatch.undo()
+
+    # A head with other weights: its codes have the right number and size.
+    wrong = ann.encoded(
+        ann.template("Flat", np.ones((1, 16), np.float32)), [np.eye(24, 16, dtype=np.float32)]
+    )
+    path = os.path.join(output, "codes", f"{info['shards'][0]['codes']}.faiss")
+    faiss.write_index(wrong, path)
+    files = info["files"] | versions.files_of(path, os.path.relpath(path, output))
+    versions.commit(output, info | {"files": files}, {})
+    assert verify(Verify(index=output))["tiles"] == 24
+    with pytest.raises(ValueError, match="are not what its tiles give with the head"):
+        verify(Verify(index=output, deep=True))
+
+
+def test_identity_names_the_part_that_changed(model, tmp_path):
+    own = identity(model)
+    changes = {"tile": "candidate_tile", "tail": "candidate_rest.last", "query": "query_first"}
+    for part, name in changes.items():
+        net = JointFeatureLearningNet.load(model)
+        net.get_submodule(name).weight.data += 1
+        net.save(str(tmp_path / part))
+        found = identity(str(tmp_path / part))
+        assert {key for key in own if own[key] != found[key]} == {part}
+
+
+def test_open_with_a_model_of_the_same_tower_says_that_no_tile_is_embedded_again(
+    model, parts, output, tmp_path
+):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    net = JointFeatureLearningNet.load(model)
+    net.candidate_rest.last.weight.data += 1
+    net.save(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"\['tail'\].*no tile is embedded again.*build_index"):
+        Index.open(output, model=str(tmp_path / "other"))
+
+
+def test_disk_that_fills_up_leaves_the_old_version(model, parts, output, tmp_path):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for limit in (100, 300, 700, 2_000):  # of the files of this small index, in bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises((OSError, RuntimeError)):
+                join(parts["last"], AddTiles(output=output))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert len(Index.open(output, deep=True)) == 16
+    join(parts["last"], AddTiles(output=output))
+    assert len(Index.open(output, deep=True)) == 24
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """An S3 on loopback, with one bucket."""
+    from moto.server import ThreadedMotoServer  # noqa: PLC0415 (takes half a second)
+    from pyarrow import fs  # noqa: PLC0415
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    settings = {
+        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint, remote.CACHE: str(tmp_path / "cache"),
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    fs.S3FileSystem(allow_bucket_creation=True, endpoint_override=endpoint).create_dir("tiles")
+    yield "s3://tiles"
+    server.stop()
+
+
+def test_index_in_an_object_store_is_searched_from_a_copy_and_grows(
+    model, parts, bucket, tmp_path, monkeypatch
+):
+    uri = f"{bucket}/country/index"
+    with pytest.raises(FileNotFoundError, match="no index"):
+        Index.open(uri)
+    info = publish(parts["first"], BuildIndex(model=model, output=uri))
+    remote.pushed(uri, info["version"])
+    delete(DeleteTiles(output=uri, ids=("0000001",)))
+    monkeypatch.setenv(remote.CACHE, str(tmp_path / "another machine"))
+    index = Index.open(uri, deep=True)
+    assert (len(index), index.manifest["version"], list(index.dead)) == (16, "v000002", [1])
+    assert "0000001" not in ids_found(index, "exact")[0]
+    # A copy that lost a file gets it again.
+    copy = os.path.join(remote.root(uri), "shards", info["shards"][0]["sha"], "u.npy")
+    os.remove(copy)
+    assert len(Index.open(uri, deep=True)) == 16
