@@ -17,13 +17,13 @@ class Peak:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Peak]:
-    """The peak while the block runs."""
+def watched(field: str = "Pss") -> Iterator[Peak]:
+    """The peak while the block runs; with "Pss_Anon" without the pages of mapped files."""
     peak, finished = Peak(), threading.Event()
 
     def look() -> None:
         while not finished.wait(SAMPLE_S):
-            peak.mib = max(peak.mib, sum(map(_proportional, _tree(os.getpid()))) / 1024)
+            peak.mib = max(peak.mib, sum(_size(pid, field) for pid in below(os.getpid())) / 1024)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -34,7 +34,7 @@ def watched() -> Iterator[Peak]:
         thread.join()
 
 
-def _tree(root: int) -> list[int]:
+def below(root: int) -> list[int]:
     """`root` and the processes below it."""
     children: dict[int, list[int]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -48,10 +48,10 @@ def _tree(root: int) -> list[int]:
     return found
 
 
-def _proportional(pid: int) -> int:
+def _size(pid: int, field: str) -> int:
     """KiB of a process; of a page that n processes map, an n-th."""
     for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1])
     return 0
 

@@ -48,7 +48,9 @@ class Circle:
         """See `Area`."""
         places = torch.from_numpy(np.stack([latitude, longitude], axis=1).astype(np.float64))
         centre = torch.tensor([self.latitude, self.longitude], dtype=torch.float64)
-        return (metres(places, centre.expand_as(places)) <= self.metres).numpy()  # NaN compares false
+        return (
+            metres(places, centre.expand_as(places)) <= self.metres
+        ).numpy()  # NaN compares false
 
 
 @dataclass(frozen=True)

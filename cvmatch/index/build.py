@@ -26,6 +26,9 @@ from cvmatch.match.infer import Embed, EmbedTile, embed_tiles
 from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.written import Written
 
+ENOUGH = {"top1": 0.99, "top10": 0.98}
+"""Shares of the exact best tiles that a shortlist should hold."""
+
 _SAMPLE = 65_536  # tiles from which a distilled head learns: 32 MiB of u
 
 _log = logging.getLogger(__name__)
@@ -81,7 +84,8 @@ class BuildIndex(Gallery):
     """Tiles that a two-stage search re-ranks exactly; 0 chooses by the number of tiles."""
     head: Literal["auto", "own", "distilled"] = "auto"
     """Whose vectors FAISS holds: the matcher's own, or a head's that is distilled from its scores
-    on some of `queries`. auto: distilled where there are more than 100,000 tiles, and queries."""
+    on some of `queries`. auto: the own ones, unless they hold less of the exact answers than ENOUGH
+    and distilled ones hold more (asked of more than 100,000 tiles, which need a shortlist)."""
     steps: int = coarse.STEPS
     """Steps of the distillation."""
 
@@ -196,9 +200,7 @@ def publish(
             "queries": {},
         }
         queries = split_queries(config.queries, config.model, config.sample, config.seed)
-        info["coarse"] = _coarse(work, config, entries, model, info["ann"]["key"], queries)
-        info["shards"] = work.codes(entries, info["coarse"], maker)
-        info["ann"]["parts"] = [work.merged(info["shards"], info["coarse"])]
+        info |= _shortlisted(work, config, info, entries, model, queries)
         info["probes"] = kept["probes"] if kept else verify.store_probes(work, probes)
         return finished(work, info, queries, rejected)
 
@@ -206,14 +208,8 @@ def publish(
 def finished(
     work: Draft, info: dict[str, Any], queries: Queries | None, rejected: list[dict[str, str]]
 ) -> dict[str, Any]:
-    """Measure a version, publish it, and give its manifest."""
-    info = dict(info)
-    if queries:
-        info["queries"] = queries.models
-    info["recall"] = None
-    if queries:
-        with work.timed("recall"):
-            info["recall"] = measured(work.root, info, queries.measure)
+    """Publish a version, with its times and sizes; gives its manifest."""
+    info = info | {"queries": queries.models if queries else info["queries"]}
     info["seconds"] = {stage: round(value, 3) for stage, value in work.seconds.items()}
     info["tiles_per_s"] = {
         stage: round(info["rows"] / value, 1) for stage, value in work.seconds.items() if value
@@ -230,30 +226,64 @@ def finished(
     return versions.commit(work.root, info, {"rejected.jsonl": lines.encode()})
 
 
-def _coarse(
+def recalled(work: Draft, info: dict[str, Any], queries: Queries | None) -> dict[str, Any] | None:
+    """Recall of a version that is not published yet; None without queries."""
+    if not queries:
+        return None
+    with work.timed("recall"):
+        return measured(work.root, info, queries.measure)
+
+
+def _shortlisted(
     work: Draft,
     config: BuildIndex,
+    info: dict[str, Any],
     entries: list[Entry],
     model: JointFeatureLearningNet,
-    key: str,
     queries: Queries | None,
-) -> str:
-    store = work.store(entries)
-    kind = config.head
-    if kind == "auto":
-        kind = "distilled" if queries and len(store) > EXHAUSTIVE else "own"
+) -> dict[str, Any]:
+    """The entries of the manifest that say which shortlist there is; the best of those tried."""
+    kinds = ["own", "distilled"] if config.head == "auto" else [config.head]
+    if config.head == "auto" and (not queries or info["rows"] <= EXHAUSTIVE):
+        kinds = ["own"]
+    store, before, tried = work.store(entries), work.files, []
+    for kind in kinds:
+        work.files = dict(before)
+        head = _head(work, kind, config, store, model, queries)
+        name = work.template(head, info["ann"]["key"], store, config.seed)
+        shards = work.codes(entries, name, info["model"])
+        made = {"head": kind, "coarse": name, "shards": shards}
+        made["ann"] = info["ann"] | {"parts": [work.merged(shards, name)]}
+        made["recall"] = recalled(work, info | made, queries)
+        tried.append((made, work.files))
+        if made["recall"] and all(made["recall"][top] >= ENOUGH[top] for top in ENOUGH):
+            break
+    found, work.files = max(tried, key=lambda one: _held(one[0]["recall"]))
+    return found
+
+
+def _held(recall: dict[str, float] | None) -> float:
+    return sum(recall[top] for top in ENOUGH) if recall else 0.0
+
+
+def _head(
+    work: Draft,
+    kind: str,
+    config: BuildIndex,
+    store: shard.Store,
+    model: JointFeatureLearningNet,
+    queries: Queries | None,
+) -> coarse.Head:
     if kind == "own":
-        head: coarse.Head = coarse.Own(model)
-    elif queries is None:
+        return coarse.Own(model)
+    if queries is None:
         raise ValueError(
             "build_index: a distilled head learns from queries: pass --queries (synthesized rows), "
             "or --head own."
         )
-    else:
-        with work.timed("head"):
-            sample = store.take(drawn(len(store), _SAMPLE, config.seed))
-            head = coarse.distil(model, queries.distil, sample, config.steps, config.seed)
-    return work.template(head, key, store, config.seed)
+    with work.timed("head"):
+        sample = store.take(drawn(len(store), _SAMPLE, config.seed))
+        return coarse.distil(model, queries.distil, sample, config.steps, config.seed)
 
 
 def _about(

@@ -116,6 +116,7 @@ def join(parts: str, config: Gallery, run: Run = serially, seconds: float = 0.0)
             pieces = [work.merged(shards, info["coarse"])]
         new = _changed(info, shards, pieces) | {"rejected": len(rejected)}
         queries = split_queries(config.queries, index.heads, config.sample, config.seed)
+        new["recall"] = build.recalled(work, new, queries)
         return build.finished(work, new, queries, rejected)
 
 
@@ -240,6 +241,7 @@ def _changed(
         "ann": info["ann"] | {"parts": list(pieces)},
         "shortlist": min(rows, asked or ann.candidates(rows)),
         "made_from": None,
+        "recall": None,
     }
 
 

@@ -1,0 +1,168 @@
+"""An index from pictures, end to end: tiles a second against the bare tower, and what is found."""
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from _harness import Bench, finish, flags, sized
+from index_1m import trained
+from matching import MatchingBench, Rows
+from stream import Stage, compared
+
+from cvmatch import engine, schema, toy
+from cvmatch.engine import Pool
+from cvmatch.evaluate import true_rows
+from cvmatch.generate.infer import Generate
+from cvmatch.index.build import BuildIndex, build
+from cvmatch.index.reader import Index
+from cvmatch.ingest import Ingest, ingest
+from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
+from cvmatch.retrieval import KS
+from cvmatch.search import Mode, query_of, rank
+from cvmatch.segment.infer import Segment
+from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.synthesize import Synthesize, synthesize
+from cvmatch.tables import batches
+from cvmatch.world import MakeWorld, make_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromImages(Bench):
+    """Build an index of all tiles of a world, and search it for its held-out panoramas."""
+
+    tiles: int = 0
+    """Tiles that are made for the run, 1 in 40 of them with a query; 0: 20,000, quick 600."""
+    data: str = ""
+    """World to take instead: all its tiles, and the panoramas of its split `val`."""
+    matcher: str = ""
+    """Trained joint matcher; empty: one is trained for a minute, with the true tiles as A."""
+    generator: str = ""
+    """Generator that draws the A of the queries; empty: A is the true tile."""
+    batch: int = 32
+    """Tiles a call of the tower."""
+    speed: int = 0
+    """Tiles on which tower and pool are timed; 0: 3,000, quick 500."""
+    rounds: int = 0
+    """How often both are timed, in turns; medians are reported. 0: 3, quick 1."""
+
+
+def queries_of(asked: FromImages, data: str, at: str) -> str:
+    """Rows of the held-out panoramas, with A and S."""
+    if not asked.generator:
+        return f"{Rows(MatchingBench(data=data), at).true}/val"
+    segmenter = f"{at}/segmenter"
+    Segmenter.from_base(toy.SEGFORMER, Preprocess(size=128, num_classes=6)).save(segmenter)
+    config = Synthesize(
+        data=Ingest(root=data, split="val"),
+        generate=Generate(model=asked.generator, pool=Pool(size=2, batch=32)),
+        segment=Segment(model=segmenter, pool=Pool(batch=32)),
+        output=f"{at}/queries",
+    )
+    synthesize(config)
+    return config.output
+
+
+def speeds(asked: FromImages, model: str, data: Ingest) -> tuple[float, float]:
+    """Tiles a second of the tower in a loop, and of a pool of one in a stream."""
+    some = replace(data, limit=asked.speed, block=asked.batch)
+    held: list = list(ingest(some).iter_batches(batch_size=asked.batch, batch_format="numpy"))
+    stage = Stage(
+        "embed tiles",
+        lambda: EmbedTile(model, asked.batch),
+        lambda: embed_tiles(ingest(some), Embed(model=model, pool=Pool(batch=asked.batch))),
+    )
+    return compared(stage, held, asked.rounds)
+
+
+def recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]:
+    """R@k of the queries in both modes, in [0, 1]."""
+    embed = EmbedQuery(index.heads, "G+A+S")
+    pictures = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
+    columns = [schema.PAIR_ID, *pictures, schema.ERROR]
+    found: dict[Mode, list[np.ndarray]] = {"exact": [], "two-stage": []}
+    truth = []
+    for table in batches(location, columns):
+        batch = {name: table[name].to_numpy() for name in columns}
+        query = query_of(embed(batch), index)
+        truth.append(true_rows(table[schema.PAIR_ID].to_pylist(), index).numpy())
+        for mode, rows in found.items():
+            rows.append(rank(index, query, max(KS), mode).rows)
+    right = np.concatenate(truth)[:, None]
+    return {
+        mode: {
+            f"recall@{k}": float((np.concatenate(rows)[:, :k] == right).any(1).mean()) for k in KS
+        }
+        for mode, rows in found.items()
+    }
+
+
+def main(asked: FromImages) -> None:
+    """Make, build, search."""
+    usual = (
+        {"tiles": 600, "speed": 500, "rounds": 1}
+        if asked.quick
+        else {"tiles": 20_000, "speed": 3_000, "rounds": 3}
+    )
+    asked = sized(asked, usual)
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    engine.start(logical_cpus=4)
+    with tempfile.TemporaryDirectory() as at:
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
+        data = asked.data or f"{at}/world"
+        if not asked.data:
+            held_out = asked.tiles // 40
+            rest = asked.tiles - held_out
+            make_world(MakeWorld(output=data, preset="standard", train=rest, val=held_out))
+        model = asked.matcher or trained(f"{at}/trained")[0]
+        location = queries_of(asked, data, f"{at}/rows")
+        bare, pooled = speeds(asked, model, Ingest(root=data, cache=f"{at}/cache"))
+        config = BuildIndex(
+            tiles=Ingest(root=data, cache=f"{at}/whole"),
+            splits=("train", "val"),
+            model=model,
+            output=f"{at}/index",
+            queries=location,
+            pool=Pool(batch=asked.batch),
+        )
+        info = build(config)
+        report(asked, info, recalls(Index.open(config.output), location), bare, pooled)
+
+
+def report(
+    asked: FromImages,
+    info: dict[str, Any],
+    found: dict[Mode, dict[str, float]],
+    bare: float,
+    pooled: float,
+) -> None:
+    """The table."""
+    table = [
+        {"search": mode, **{f"R@{k}, %": 100 * numbers[f"recall@{k}"] for k in KS}}
+        for mode, numbers in found.items()
+    ]
+    apart = max(abs(found["exact"][f"recall@{k}"] - found["two-stage"][f"recall@{k}"]) for k in KS)
+    figures = {"tower.bare": bare, "tower.pool": pooled, "tower.ratio": pooled / bare}
+    figures |= {f"{m}.{name}": value for m, row in found.items() for name, value in row.items()}
+    figures |= {"recall_apart": apart, "tiles_per_s.embed": info["tiles_per_s"]["embed"]}
+    figures |= {f"stage_s.{name}": value for name, value in info["seconds"].items()}
+    figures |= {f"shortlist.{name}": info["recall"][name] for name in ("top1", "top10")}
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in info["seconds"].items())
+    notes = (
+        f"{info['rows']} tiles of a world. The tower alone, one thread, batches of {asked.batch} "
+        f"in memory: {bare:.1f} tiles/s; a pool of one actor in a stream that reads and decodes "
+        f"beside it: {pooled:.1f} ({pooled / bare:.2f}), {asked.rounds} rounds in turns, medians.",
+        f"Seconds of the build: {seconds}. Embedding with the start of Ray's processes, the check "
+        f"of all pictures and the writing: {info['tiles_per_s']['embed']:.1f} tiles/s.",
+        f"Shortlist {info['ann']['key']} ({info['head']} head) of {info['shortlist']} tiles; it "
+        f"holds {100 * info['recall']['top1']:.1f} % of the exact first and "
+        f"{100 * info['recall']['top10']:.1f} % of the exact first ten answers. R@k of queries of "
+        f"level G+A+S{'' if asked.generator else ' (A is the true tile)'}; two-stage and exact "
+        f"are apart by {100 * apart:.2f} points at most.",
+    )
+    finish(asked, "An index from pictures", table, figures, notes)
+
+
+if __name__ == "__main__":
+    main(flags(FromImages))
