@@ -16,11 +16,12 @@ from cvmatch.engine import Pool
 from cvmatch.evaluate import true_rows
 from cvmatch.generate.infer import Generate
 from cvmatch.index.build import BuildIndex, build
+from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.retrieval import KS
-from cvmatch.search import Mode, query_of, rank
+from cvmatch.search import query_of
 from cvmatch.segment.infer import Segment
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.synthesize import Synthesize, synthesize

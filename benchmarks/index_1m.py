@@ -25,11 +25,11 @@ from cvmatch import engine, progress, schema, tables
 from cvmatch.index.build import BuildIndex, publish
 from cvmatch.index.draft import vectors
 from cvmatch.index.queries import split_queries
+from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import Query
 from cvmatch.match.train import train
-from cvmatch.search import Mode, rank
 
 
 @dataclass(frozen=True, kw_only=True)

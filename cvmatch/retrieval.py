@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cvmatch import metrics, schema
 from cvmatch.geography import metres
+from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.match.model import Query
-from cvmatch.search import rank
 
 KS = (1, 5, 10)
 

@@ -7,27 +7,23 @@ noise are the same; but one query must not wait for Ray to start.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float, Int64
 
 from cvmatch import images, manifest, schema, storage
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import GUIDANCE, STEPS
 from cvmatch.geography import Area, Box, Circle
-from cvmatch.index.reader import EXHAUSTIVE, Index
+from cvmatch.index.ranking import Mode, rank
+from cvmatch.index.reader import Index
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
 from cvmatch.match.model import Level, Query
-from cvmatch.match.score import fastest
 from cvmatch.segment.infer import SegmentAerial
 
-Mode = Literal["auto", "exact", "two-stage"]
-
 _BATCH = 16  # panoramas a step
-_SPARE = 64  # tiles that are scored again in fp32, at least
 _PICTURES = (".jpg", ".jpeg", ".png")
 
 
@@ -62,6 +58,12 @@ class SearchFiles:
     """Only tiles in a box: south, west, north, east (degrees)."""
     any_models: bool = False
     """Search with another generator or segmenter than the one that made the index's queries."""
+    page: str = ""
+    """Also write an HTML page of what was found there."""
+    tiles: str = ""
+    """URI of rows (`pair_id`, `aerial`) with pictures of the tiles, for the page; empty: none."""
+    open: bool = False
+    """Open the page in a browser (without --page: search.html)."""
 
     def __post_init__(self) -> None:
         if not self.panorama or self.top_k < 1:
@@ -91,17 +93,20 @@ class SearchFiles:
         return Box(*self.box) if self.box else None
 
 
-class Ranked(NamedTuple):
-    """Best tiles of each query, best first."""
+@dataclass(frozen=True)
+class Answer:
+    """What was found for one panorama."""
 
-    rows: Int64[np.ndarray, "query k"]
-    """Rows of the index; -1 behind the end, where a shortlist held fewer than k tiles."""
-    scores: Float[np.ndarray, "query k"]
-    """Exact joint scores, in [-1, 1]; -inf where there is no tile."""
+    query: str
+    """Its location."""
+    pictures: dict[str, bytes | None]
+    """`ground`, and where they were made `synthetic` and `synthetic_classes`; encoded."""
+    tiles: list[dict[str, Any]]
+    """Best first: query, rank, tile, score, latitude, longitude, level. JSON-able."""
 
 
-def search(config: SearchFiles) -> Iterator[dict[str, Any]]:
-    """One row for each panorama and rank, by panorama: JSON-able, best tile first.
+def search(config: SearchFiles) -> Iterator[Answer]:
+    """An answer for each panorama.
 
     Raises:
         ValueError: panoramas that cannot be read, all named, before any work; a generator or
@@ -114,24 +119,6 @@ def search(config: SearchFiles) -> Iterator[dict[str, Any]]:
     return _search(config, places, pictures, index, _actors(config, index, len(pictures)))
 
 
-def rank(
-    index: Index,
-    query: Query,
-    top_k: int = 10,
-    mode: Mode = "auto",
-    shortlist: int = 0,
-    rows: Int64[np.ndarray, " row"] | None = None,
-) -> Ranked:
-    """The best `top_k` tiles (or all, where there are fewer) by the exact joint score.
-
-    exact: of all tiles. two-stage: of the `shortlist` tiles (0: the index's number) that its head
-    finds nearest to the query. Equal scores are ordered by row. `rows`: only of these, and exact.
-    """
-    if rows is not None or mode == "exact" or (mode == "auto" and len(index) <= EXHAUSTIVE):
-        return _exact(index, query, top_k, rows)
-    return _two_stage(index, query, top_k, shortlist)
-
-
 def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
     """What `EmbedQuery` gave for a batch, on the device of the index's model."""
     return Query(*(torch.from_numpy(batch[name]).to(index.device) for name in (EMBEDDING, V)))
@@ -139,86 +126,23 @@ def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
 
 def _search(
     config: SearchFiles, every: list[str], pictures: list[bytes], index: Index, actors: list[Any]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Answer]:
     inside = index.inside(config.area) if config.area else None
     for begin in range(0, len(pictures), _BATCH):
         places = every[begin : begin + _BATCH]
         batch = _rows(places, pictures[begin : begin + _BATCH])
-        for actor in actors:
+        for actor in actors[:-1]:
             batch = actor(batch)
+        made = [_made(batch, row) for row in range(len(places))]
+        batch = actors[-1](batch)  # drops the pictures
         failed = [error for error in batch[schema.ERROR] if error]
         if failed:
             raise ValueError(f"search: {len(failed)} panoramas failed: {'; '.join(failed)}")
         query = query_of(batch, index)
         ranked = rank(index, query, config.top_k, config.mode, config.shortlist, inside)
-        for place, rows, scores in zip(places, ranked.rows, ranked.scores, strict=True):
-            yield from _answers(index, place, config.level, rows, scores)
-
-
-@torch.inference_mode()
-def _exact(
-    index: Index, query: Query, top_k: int, among: Int64[np.ndarray, " row"] | None = None
-) -> Ranked:
-    """The best of all tiles: in the type that is fastest, then in fp32 those that may be it."""
-    dtype = fastest(query.v.device)
-    if dtype == torch.float32:
-        return _sorted(*_best(index, query, top_k, dtype, among), top_k)
-    rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype, among)
-    scores = _scored(index, query, rows)
-    if rows.shape[1] < len(index if among is None else among):
-        # A tile that was left out has a rough score of at most the least kept one. Where that could
-        # hide one of the best, for all the error that was seen, fp32 decides alone.
-        error = np.abs(scores - rough, where=rows >= 0, out=np.zeros_like(scores)).max(axis=1)
-        unsure = np.sort(scores, axis=1)[:, -top_k] <= rough.min(axis=1) + 2 * error
-        if unsure.any():
-            again = query.rows(torch.from_numpy(unsure))
-            count = rows.shape[1]
-            rows[unsure], scores[unsure] = _best(index, again, count, torch.float32, among)
-    return _sorted(rows, scores, top_k)
-
-
-def _best(
-    index: Index,
-    query: Query,
-    count: int,
-    dtype: torch.dtype,
-    among: Int64[np.ndarray, " row"] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the `count` best tiles (or all) by scores in `dtype`, and these; -1 and -inf where
-    only deleted tiles are left."""
-    best = torch.empty(len(query.v), 0)
-    rows = torch.empty(len(query.v), 0, dtype=torch.int64)
-    begin = 0
-    for part in index.scores(query, dtype, among):
-        best = torch.cat([best, part.cpu()], dim=1)
-        rows = torch.cat(
-            [rows, torch.arange(begin, begin + part.shape[1]).expand(len(best), -1)], dim=1
-        )
-        begin += part.shape[1]
-        best, kept = best.topk(min(count, best.shape[1]))
-        rows = rows.gather(1, kept)
-    found = rows.numpy() if among is None else among[rows.numpy()]
-    return np.where(best.numpy() == -np.inf, -1, found), best.numpy()
-
-
-@torch.inference_mode()
-def _two_stage(index: Index, query: Query, top_k: int, shortlist: int) -> Ranked:
-    near = index.nearest(query, max(shortlist or index.manifest["shortlist"], top_k))
-    return _sorted(near, _scored(index, query, near), top_k)
-
-
-def _scored(index: Index, query: Query, rows: np.ndarray) -> np.ndarray:
-    """Scores in fp32 of each query's own rows; -inf where there is none."""
-    scores = np.full(rows.shape, -np.inf, dtype=np.float32)
-    for at, own in enumerate(rows):
-        found = own >= 0
-        scores[at, found] = index.of_rows(query.rows(slice(at, at + 1)), own[found])[0].cpu()
-    return scores
-
-
-def _sorted(rows: np.ndarray, scores: np.ndarray, top_k: int) -> Ranked:
-    order = np.lexsort((rows, -scores))[:, :top_k]
-    return Ranked(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
+        for row, place in enumerate(places):
+            found = _tiles(index, place, config.level, ranked.rows[row], ranked.scores[row])
+            yield Answer(place, made[row], list(found))
 
 
 def _actors(config: SearchFiles, index: Index, rows: int) -> list[Any]:
@@ -289,7 +213,12 @@ def _objects(values: list[Any]) -> np.ndarray:
     return array
 
 
-def _answers(
+def _made(batch: dict[str, np.ndarray], row: int) -> dict[str, bytes | None]:
+    names = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
+    return {name: batch[name][row] for name in names if name in batch}
+
+
+def _tiles(
     index: Index, place: str, level: Level, rows: np.ndarray, scores: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     kept = rows[rows >= 0]

@@ -2,12 +2,23 @@
 
 import json
 import logging
+import os
+import webbrowser
 
 from cvmatch import progress
 from cvmatch.config import parse
+from cvmatch.report.found import found
 from cvmatch.search import SearchFiles, search
 
 if __name__ == "__main__":
     progress.to_console(logging.WARNING)
-    for found in search(parse(SearchFiles)):
-        print(json.dumps(found))
+    config = parse(SearchFiles)
+    answers = []
+    for answer in search(config):
+        for tile in answer.tiles:
+            print(json.dumps(tile))
+        answers.append(answer)
+    if page := config.page or ("search.html" if config.open else ""):
+        place = found(answers, page, config.tiles)
+        if config.open:
+            webbrowser.open(f"file://{os.path.abspath(place)}" if "://" not in place else place)

@@ -13,11 +13,11 @@ from cvmatch import schema
 from cvmatch.index import ann, change, remote, versions
 from cvmatch.index.build import BuildIndex, publish
 from cvmatch.index.change import AddTiles, Collect, Compact, DeleteTiles, compact, delete, join
+from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.index.verify import Verify, probes_of, verify
 from cvmatch.match.identity import identity
 from cvmatch.match.model import JointFeatureLearningNet, Query
-from cvmatch.search import rank
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,27 @@ def test_search_ranks_tiles_of_panorama_files(place, world_root):
 
 
 @pytest.mark.ray
+def test_index_grows_shrinks_and_is_verified(place, world_root):
+    at, root = f"{place}/grown", f"--tiles.root {world_root}"
+    built = last("build_index.py", f"{root} --model {place}/matcher --output {at}")
+    tiles = built["rows"]
+    again = last("build_index.py", f"{root} --model {place}/matcher --output {at} --key SQ8")
+    assert (again["version"], again["rows"]) == ("v000002", tiles)
+    info = last("index.py", f"info --index {at}")
+    assert info["seconds"]["embed"] == 0.0  # by the same tower: not embedded again
+    added = last("index.py", f"add --output {at} {root} --tiles.split train --queries {place}/val")
+    assert (added["rows"], added["recall"]["top1"]) == (tiles + 24, 1.0)
+    last("index.py", f"delete --output {at} --ids 0000001 0000002")
+    last("index.py", f"compact --output {at}")
+    checked = last("index.py", f"verify --index {at} --deep True")
+    assert checked["tiles"] == tiles + 22
+    assert checked["probes"] == tiles
+    assert last("index.py", f"collect --output {at} --keep 1")["versions"] == 4
+    with pytest.raises(SystemExit, match="expected one of info, verify"):
+        run("index.py", "destroy")
+
+
+@pytest.mark.ray
 def test_evaluate_reports_every_level_and_refuses_training_pairs(place):
     words = f"--index {place}/index --output {place}/evaluation --bootstrap 50"
     results = last("evaluate.py", f"--queries {place}/val {words}")

@@ -1,21 +1,27 @@
+import dataclasses
 import json
+from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny_index as tiny
 import torch
 from torch.nn import functional as F
 
 from cvmatch import config as configs
-from cvmatch import images, schema, search
-from cvmatch.index import shard
+from cvmatch import images, schema, search, tables
+from cvmatch.index import ranking, shard
 from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import Store
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import Query
-from cvmatch.search import SearchFiles, query_of, rank
+from cvmatch.report.found import found
+from cvmatch.search import SearchFiles, query_of
+from cvmatch.search_rows import SearchRows, search_rows
 
 COUNT = 24
 
@@ -61,8 +67,8 @@ def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_rank_exact_in_bf16_gives_the_best_of_fp32(index, query, monkeypatch, spread):
-    monkeypatch.setattr(search, "fastest", lambda device: torch.bfloat16)
-    monkeypatch.setattr(search, "_SPARE", 8)
+    monkeypatch.setattr(ranking, "fastest", lambda device: torch.bfloat16)
+    monkeypatch.setattr(ranking, "_SPARE", 8)
     centre = index.u.take(np.arange(COUNT)).astype(np.float32).mean(axis=0)
     noise = np.random.default_rng(0).normal(size=(400, len(centre)))
     # With the small spread, bf16 cannot tell the tiles apart.
@@ -100,7 +106,7 @@ def test_rank_of_a_gallery_in_pieces_equals_the_whole(index, query, monkeypatch)
 
 def test_rank_auto_of_a_large_gallery_is_two_stage(index, query, monkeypatch):
     exact = rank(index, query, 5, shortlist=5)
-    monkeypatch.setattr(search, "EXHAUSTIVE", COUNT - 1)
+    monkeypatch.setattr(ranking, "EXHAUSTIVE", COUNT - 1)
     staged = rank(index, query, 5, shortlist=5)
     np.testing.assert_array_equal(np.sort(staged.rows), np.sort(index.nearest(query, 5)))
     assert (np.sort(staged.rows) != np.sort(exact.rows)).any()
@@ -154,7 +160,11 @@ def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):
         (tmp_path / f"{number}.png").write_bytes(rows[schema.GROUND][number].as_py())
     folder = index.heads.split("/heads/")[0]
     config = SearchFiles(panorama=tuple(places), index=folder, top_k=4)
-    answers = [json.loads(json.dumps(answer)) for answer in search.search(config)]
+    found = list(search.search(config))
+    assert [one.pictures for one in found] == [
+        {schema.GROUND: rows[schema.GROUND][number].as_py()} for number in (3, 1)
+    ]
+    answers = [json.loads(json.dumps(tile)) for one in found for tile in one.tiles]
     batch = EmbedQuery(index.heads, "G")(tiny.columns(rows))
     ranked = rank(index, query_of(batch, index), top_k=4)
     assert [answer["query"] for answer in answers] == [places[0]] * 4 + [places[1]] * 4
@@ -176,3 +186,86 @@ def test_search_files_flags_repeat_and_name_what_is_missing():
         SearchFiles()
     with pytest.raises(ValueError, match="give --generator too"):
         SearchFiles(panorama=("a.jpg",), segmenter="models/segmenter")
+
+
+def test_search_in_an_area_gives_the_best_of_the_tiles_there(index, tmp_path):
+    rows = tiny.rows(6)
+    (tmp_path / "panoramas").mkdir()
+    for number in range(3):
+        path = tmp_path / "panoramas" / f"{number}.png"
+        path.write_bytes(rows[schema.GROUND][number].as_py())
+    (tmp_path / "panoramas" / "notes.txt").write_text("not a picture")
+    folder = index.heads.split("/heads/")[0]
+    asked = {"panorama": (str(tmp_path / "panoramas"),), "index": folder, "top_k": COUNT}
+    everywhere = list(search.search(SearchFiles(**asked)))
+    assert len(everywhere) == 3
+    # Tiles lie 0.01 degrees (1,112 m) apart, going north from the equator.
+    areas = {"near": (0.05, 0.0, 1_200.0), "box": (0.035, -1.0, 0.065, 1.0)}
+    for name, area in areas.items():
+        found = list(search.search(SearchFiles(**asked, **{name: area})))
+        for one, whole in zip(found, everywhere, strict=True):
+            inside = [
+                t["tile"] for t in whole.tiles if t["tile"] in ("0000004", "0000005", "0000006")
+            ]
+            assert [tile["tile"] for tile in one.tiles] == inside
+    with pytest.raises(ValueError, match="--near or --box, got both"):
+        SearchFiles(**asked, **areas)
+
+
+def test_search_with_another_generator_than_the_queries_of_the_index_is_refused(
+    index, tmp_path, monkeypatch
+):
+    known = {**index.manifest, "queries": {"generator": "abc"}}
+    monkeypatch.setattr(Index, "open", lambda uri: Index(**{**vars(index), "manifest": known}))
+    (tmp_path / "g.png").write_bytes(tiny.rows(1)[schema.GROUND][0].as_py())
+    config = SearchFiles(
+        panorama=(str(tmp_path / "g.png"),), generator=tiny.matcher(str(tmp_path / "m"))
+    )
+    with pytest.raises(ValueError, match=r"the generator that made .* \(abc\), got [0-9a-f]{64}"):
+        search.search(config)
+
+
+def test_page_of_a_search_shows_each_panorama_its_tiles_and_where_they_are(index, tmp_path):
+    rows = tiny.rows(COUNT)
+    location = tiny.write(rows, str(tmp_path / "rows"))
+    (tmp_path / "street <1>.png").write_bytes(rows[schema.GROUND][2].as_py())
+    folder = index.heads.split("/heads/")[0]
+    config = SearchFiles(panorama=(str(tmp_path / "street <1>.png"),), index=folder, top_k=3)
+    place = found(list(search.search(config)), str(tmp_path / "page.html"), location)
+    page = Path(place).read_text(encoding="utf-8")
+    assert page.count("<img ") == 4  # the panorama and three tiles
+    assert "street &lt;1&gt;.png" in page
+    assert "latitude" in page
+    assert "C true" not in page
+
+
+@pytest.mark.ray
+def test_search_rows_on_ray_gives_what_a_search_here_gives(ray_session, index, tmp_path):
+    rows = tiny.rows(7)
+    broken = rows[schema.GROUND].to_pylist()
+    broken[3] = b"no picture"
+    column = rows.column_names.index(schema.GROUND)
+    location = tiny.write(
+        rows.set_column(column, schema.GROUND, pa.array(broken)), f"{tmp_path}/rows"
+    )
+    folder = index.heads.split("/heads/")[0]
+    config = SearchRows(
+        rows=location, index=folder, output=str(tmp_path / "found"), level="G", top_k=4
+    )
+    assert search_rows(config)["rows"] == 7
+    written = pa.concat_tables(
+        tables.batches(config.output, ["pair_id", "tiles", "scores", "error"])
+    )
+    written = written.sort_by("pair_id").to_pylist()
+    batch = EmbedQuery(index.heads, "G")(tiny.columns(rows))
+    ranked = rank(index, query_of(batch, index), top_k=4)
+    for number, row in enumerate(written):
+        if number == 3:
+            assert "not a PNG or JPEG" in row["error"]
+            assert row["tiles"] == []
+        else:
+            assert row["tiles"] == [f"{tile:07d}" for tile in ranked.rows[number]]
+            np.testing.assert_allclose(row["scores"], ranked.scores[number], atol=1e-4)
+    assert search_rows(config)["rows"] == 7  # whole already
+    with pytest.raises(ValueError, match="expected rows made from"):
+        search_rows(dataclasses.replace(config, top_k=5))

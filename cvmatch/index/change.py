@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cvmatch import engine, schema, storage
-from cvmatch.index import ann, build, remote, shard, versions
-from cvmatch.index.build import Gallery
+from cvmatch.index import ann, build, gallery, remote, shard, versions
 from cvmatch.index.draft import Draft, Entry, Run, draft, place_shard, serially
 from cvmatch.index.queries import split_queries
 from cvmatch.index.reader import Index
@@ -25,7 +24,7 @@ PIECES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddTiles(Gallery):
+class AddTiles(gallery.Gallery):
     """Embed more tiles with an index's own model, and add them: nothing else is done again."""
 
 
@@ -74,16 +73,18 @@ def add(config: AddTiles) -> dict[str, Any]:
     root = remote.fetched(config.output)
     info = versions.read(root)
     made_from = {"tile": info["parts"]["tile"], "add to": info["version"]}
-    made_from["tiles"] = build.source(config)
+    made_from["tiles"] = gallery.source(config)
     heads = os.path.join(root, "heads", info["model"])
-    parts, seconds = build.embed(config, heads, made_from)
-    new = join(parts, config, build.spread(config.output), seconds)
+    parts, seconds = gallery.embed(config, heads, made_from)
+    new = join(parts, config, gallery.spread(config.output), seconds)
     remote.pushed(config.output, new["version"])
-    storage.remove(build.work_of(config.output, made_from))
+    storage.remove(gallery.work_of(config.output, made_from))
     return new
 
 
-def join(parts: str, config: Gallery, run: Run = serially, seconds: float = 0.0) -> dict[str, Any]:
+def join(
+    parts: str, config: gallery.Gallery, run: Run = serially, seconds: float = 0.0
+) -> dict[str, Any]:
     """Add the rows of Parquet files (see `build.publish`) to the current version.
 
     Raises:

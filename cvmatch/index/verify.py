@@ -70,9 +70,19 @@ def verify(config: Verify) -> dict[str, Any]:
     return found
 
 
-def about(uri: str, version: str = "") -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Show what an index consists of, and what was measured when it was built."""
+
+    index: str = "data/index"
+    """Directory of the index, local or in an object store."""
+    version: str = ""
+    """Version; empty: the current one."""
+
+
+def about(config: Info) -> dict[str, Any]:
     """The manifest. Raises as `versions.read`."""
-    return versions.read(remote.fetched(uri, version), version)
+    return versions.read(remote.fetched(config.index, config.version), config.version)
 
 
 def probes_of(rows: pa.Table) -> pa.Table:

@@ -169,8 +169,9 @@ def _example(example: Example) -> str:
         _figure(example.ground, "ground", f"Street panorama of {name}", "G panorama"),
         _figure(example.synthetic, "tile", f"Generated tile of {name}", "A generated"),
         _figure(example.class_colours, "classes", f"Classes of the tile of {name}", "S classes"),
-        _figure(example.aerial, "true", f"True tile of {name}", "C true"),
     ]
+    if example.aerial is not None:
+        cells.append(_figure(example.aerial, "true", f"True tile of {name}", "C true"))
     for answer, tile in enumerate(example.top, 1):
         right = tile.pair_id == example.pair_id
         alt = f"Answer {answer}, {'right' if right else 'wrong'}: {escape(tile.pair_id)}"
@@ -179,8 +180,14 @@ def _example(example: Example) -> str:
         cells.append(_figure(tile.picture, kind, alt, caption, absent="not at hand"))
     return (
         f"<article><h3>{name} <span>{place}</span></h3>"
-        f'<div class="row">{"".join(cells)}</div></article>'
+        f'<div class="row">{"".join(cells)}</div>{_map(example)}</article>'
     )
+
+
+def _map(example: Example) -> str:
+    """Where the best tiles lie; the first one is marked."""
+    drawing = charts.scatter(example.positions, 0, "longitude", "latitude")
+    return f'<div class="charts"><figure>{drawing}</figure></div>' if drawing else ""
 
 
 def _figure(

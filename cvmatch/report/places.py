@@ -39,11 +39,12 @@ def example(
         synthetic=images.decode(synthetic) if synthetic else None,
         classes=images.decode_ids(classes) if classes else None,
         aerial=images.decode(own[schema.AERIAL]),
-        top=[Tile(pair_id=n, picture=_tile(found.get(n)), score=score) for n, score in tiles],
+        top=[Tile(pair_id=n, picture=tile(found.get(n)), score=score) for n, score in tiles],
         rank=rank,
         note=note,
     )
 
 
-def _tile(row: Mapping[str, Any] | None) -> Pixels | None:
+def tile(row: Mapping[str, Any] | None) -> Pixels | None:
+    """The picture of a tile, if it is at hand."""
     return images.decode(row[schema.AERIAL]) if row else None

@@ -41,14 +41,16 @@ class Example:
     """A, the generated tile; None where the generator did not run."""
     classes: UInt8[np.ndarray, "_ _"] | None = None
     """S, the map of class ids of A; None where the segmenter did not run."""
-    aerial: Pixels
-    """C, the tile that is right."""
+    aerial: Pixels | None = None
+    """C, the tile that is right; None where that is not known."""
     top: Sequence[Tile]
     """The best tiles, best first."""
     rank: int | None = None
     """Place of the right tile in the whole gallery, from 1; None where it was not looked up."""
     note: str = ""
     """Why it is shown."""
+    positions: Sequence[tuple[float, float]] = ()
+    """Longitude and latitude (degrees) of the best tiles, for a map; empty: no map."""
 
     @property
     def class_colours(self) -> Pixels | None:

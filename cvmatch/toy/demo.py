@@ -142,8 +142,8 @@ def look_up(config: Demo, settings: Settings) -> list[Example]:
         top_k=5,
     )
     found: dict[str, list[dict[str, Any]]] = {pair_id: [] for pair_id in queries}
-    for row in search(asked):
-        found[files[row["query"]]].append(row)
+    for answer in search(asked):
+        found[files[answer.query]] = answer.tiles
     ranks = _ranks(settings.evaluate.output)
     pictures = places.pictures(
         location, {row["tile"] for rows in found.values() for row in rows} | {*found}

@@ -1,0 +1,118 @@
+"""Pictures of tiles -> u of each, by a pool of actors, in a stream that resumes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import ray
+
+from cvmatch import engine, ingest, manifest, progress, schema, storage, tables
+from cvmatch.engine import Pool
+from cvmatch.flow import Flow, each_step
+from cvmatch.index import remote
+from cvmatch.index.draft import Draft, Run, serially
+from cvmatch.ingest import Ingest
+from cvmatch.match.infer import Embed, EmbedTile, embed_tiles
+from cvmatch.written import Written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Tiles, and the actors that embed them."""
+
+    tiles: Ingest = field(default_factory=lambda: Ingest(split="val"))
+    """Data set whose tiles are taken."""
+    splits: tuple[Literal["train", "val"], ...] = ()
+    """Splits of it that are taken; empty: only `tiles.split`."""
+    rows: str = ""
+    """URI of a directory of rows (as jobs/synthesize.py writes) to take instead of `tiles`: any
+    Parquet files with pair_id and aerial, and where known latitude and longitude."""
+    pool: Pool = field(default_factory=lambda: Pool(batch=32))
+    """Actors that embed tiles."""
+    max_rejected: float = 0.05
+    """Largest share of rows without an embedding, in [0, 1]."""
+    shard_rows: int = 100_000
+    """Tiles of a shard, the unit of parallel work."""
+    output: str = "data/index"
+    """Directory of the index, local or in an object store; a new version joins those there. On
+    several nodes: a path that all of them mount."""
+    queries: str = ""
+    """URI of synthesized rows for which the shortlist is measured (and, of other ones, from which a
+    distilled head learns); their tiles need not be known. Empty: not measured."""
+    sample: int = 200
+    """Queries that measure it."""
+    seed: int = 0
+    """Of the draws of queries and of training vectors."""
+
+    def __post_init__(self) -> None:
+        if self.shard_rows < 1 or self.sample < 1:
+            raise ValueError(
+                f"build_index: expected shard_rows and sample >= 1, got {self.shard_rows} and "
+                f"{self.sample}."
+            )
+
+
+def dataset(gallery: Gallery) -> ray.data.Dataset:
+    """The rows of the tiles, with their pictures."""
+    wanted = [schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR]
+    if not gallery.rows:
+        first, *rest = [ingest.ingest(one) for one in _ingests(gallery)]
+        return (first.union(*rest) if rest else first).select_columns(wanted)
+    filesystem, path = storage.resolve(gallery.rows)
+    have = next(tables.batches(gallery.rows, wanted, 1)).schema
+    rows: Any = ray.data.read_parquet(path, filesystem=filesystem, file_extensions=["parquet"])
+    return rows.select_columns([name for name in wanted if name in have.names])
+
+
+def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str, float]:
+    """u of all tiles by a pool of actors, as Parquet files: their location, and seconds."""
+    work = work_of(gallery.output, made_from)
+    written = Written(storage.join(work, "parts"))
+    flow = Flow({"read": "read_pictures", "embed": EmbedTile.__name__, "write": "Write"})
+    clock = Draft("", "", serially)
+    with engine.resumable(storage.join(work, "checkpoint")), clock.timed("embed"):
+        engine.preflight(gallery.pool)
+        rows = embed_tiles(dataset(gallery), Embed(model=model, pool=gallery.pool))
+        filesystem, path = storage.resolve(storage.make_directory(written.output))
+        written.update(running=True)
+        with (
+            progress.watch("embed tiles", 0, lambda: written.rows, flow.note),
+            each_step(rows, flow.update, lambda _: written.update(running=True)),
+        ):
+            rows.write_parquet(path, filesystem=filesystem)
+    return written.output, clock.seconds["embed"]
+
+
+def source(gallery: Gallery) -> str:
+    """Fingerprint of the tiles: names and sizes of their files."""
+    if gallery.rows:
+        filesystem, path = storage.resolve(gallery.rows)
+        names = tables.files(gallery.rows)
+        infos = filesystem.get_file_info([storage.join(path, name) for name in names])
+        return manifest.digest([[name, one.size] for name, one in zip(names, infos, strict=True)])
+    found = []
+    for one in _ingests(gallery):
+        ingest.ingest(one)  # lazy, but for its check of the files
+        found.append(ingest.fingerprint(one))
+    return manifest.digest(found)
+
+
+def _ingests(gallery: Gallery) -> list[Ingest]:
+    splits = gallery.splits or (gallery.tiles.split,)
+    return [replace(gallery.tiles, split=split) for split in splits]
+
+
+def work_of(output: str, made_from: dict[str, Any]) -> str:
+    """Directory of an unfinished build, named by what makes its rows."""
+    place = storage.absolute(output.removeprefix("file://"))
+    return storage.join(place, "building", manifest.digest(made_from)[:16])
+
+
+def spread(uri: str) -> Run:
+    """Ray's tasks; of an index in an object store on this node, which has its copy."""
+
+    def run(function: Any, items: Sequence[Any]) -> list[Any]:
+        engine.start()
+        return engine.tasks(function, items, here=remote.is_remote(uri))
+
+    return run

@@ -1,0 +1,51 @@
+"""The page of a search: each panorama, what was made of it, and the tiles that it found."""
+
+from collections.abc import Sequence
+
+from cvmatch import images, schema
+from cvmatch.report import places
+from cvmatch.report.page import Page, provenance, report
+from cvmatch.report.sheet import Example, Tile
+from cvmatch.search import Answer
+
+
+def found(answers: Sequence[Answer], output: str, tiles: str = "") -> str:
+    """Write the page to the file `output`; gives its location.
+
+    `tiles`: URI of rows with pictures of the tiles.
+    """
+    wanted = {tile["tile"] for answer in answers for tile in answer.tiles}
+    pictures = places.pictures(tiles, wanted) if tiles else {}
+    levels = sorted({tile["level"] for answer in answers for tile in answer.tiles})
+    page = Page(
+        title="cvmatch: search",
+        summary=f"{len(answers)} panoramas, searched by {', '.join(levels)}. Which tile is the "
+        "right one is not known here: the first one is the best guess.",
+        run=provenance(),
+        examples=[_example(answer, pictures) for answer in answers],
+    )
+    return report(page, output)
+
+
+def _example(answer: Answer, pictures: places.Pictures) -> Example:
+    synthetic = answer.pictures.get(schema.SYNTHETIC)
+    classes = answer.pictures.get(schema.SYNTHETIC_CLASSES)
+    return Example(
+        pair_id=answer.query,
+        ground=images.decode(answer.pictures[schema.GROUND] or b""),
+        synthetic=images.decode(synthetic) if synthetic else None,
+        classes=images.decode_ids(classes) if classes else None,
+        top=[
+            Tile(
+                pair_id=tile["tile"],
+                picture=places.tile(pictures.get(tile["tile"])),
+                score=tile["score"],
+            )
+            for tile in answer.tiles
+        ],
+        positions=[
+            (tile["longitude"], tile["latitude"])
+            for tile in answer.tiles
+            if tile["latitude"] is not None and tile["longitude"] is not None
+        ],
+    )

@@ -1,0 +1,12 @@
+"""Find the tiles of all rows of a synthesized data set, on a cluster."""
+
+import json
+
+from cvmatch import progress
+from cvmatch.config import parse
+from cvmatch.search_rows import SearchRows, search_rows
+
+if __name__ == "__main__":
+    progress.to_console()
+    config = parse(SearchRows)
+    print(json.dumps({"output": config.output, "rows": search_rows(config)["rows"]}))
