@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from jaxtyping import Int64
 
 from cvmatch import images, manifest, schema, storage
 from cvmatch.generate.infer import GenerateAerial
@@ -110,13 +111,16 @@ def search(config: SearchFiles) -> Iterator[Answer]:
 
     Raises:
         ValueError: panoramas that cannot be read, all named, before any work; a generator or
-            segmenter that did not make the queries of the index; or see `Index.open`.
+            segmenter that did not make the queries of the index; no tile in the area; or see
+            `Index.open`.
     """
     places = _places(config.panorama)
     pictures = _pictures(places)
     index = Index.open(config.index)
     _check_models(config, index)
-    return _search(config, places, pictures, index, _actors(config, index, len(pictures)))
+    inside = _inside(config, index)
+    actors = _actors(config, index, len(pictures))
+    return _search(config, places, pictures, index, inside, actors)
 
 
 def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
@@ -125,9 +129,13 @@ def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
 
 
 def _search(
-    config: SearchFiles, every: list[str], pictures: list[bytes], index: Index, actors: list[Any]
+    config: SearchFiles,
+    every: list[str],
+    pictures: list[bytes],
+    index: Index,
+    inside: Int64[np.ndarray, " row"] | None,
+    actors: list[Any],
 ) -> Iterator[Answer]:
-    inside = index.inside(config.area) if config.area else None
     for begin in range(0, len(pictures), _BATCH):
         places = every[begin : begin + _BATCH]
         batch = _rows(places, pictures[begin : begin + _BATCH])
@@ -166,6 +174,20 @@ def _check_models(config: SearchFiles, index: Index) -> None:
                 f"{manifest.fingerprint(given)} (of {given}). Pass the other one, or "
                 "--any-models True."
             )
+
+
+def _inside(config: SearchFiles, index: Index) -> Int64[np.ndarray, " row"] | None:
+    """Rows of the tiles that are searched; None: all."""
+    if config.area is None:
+        return None
+    rows = index.inside(config.area)
+    if not len(rows):
+        known = len(index) - index.tiles[schema.LATITUDE].null_count
+        raise ValueError(
+            f"search: none of {len(index)} tiles lies in {config.area} ({known} have coordinates). "
+            "Pass a larger area, or another index."
+        )
+    return rows
 
 
 def _places(given: tuple[str, ...]) -> list[str]:

@@ -23,10 +23,20 @@ def files(location: str) -> list[str]:
     return names
 
 
+def rows(location: str) -> list[int]:
+    """Number of rows of each of its `files`."""
+    filesystem, path = storage.resolve(location)
+    found = []
+    for name in files(location):
+        with filesystem.open_input_file(storage.join(path, name)) as file:
+            found.append(parquet.read_metadata(file).num_rows)
+    return found
+
+
 def batches(
-    location: str, columns: Sequence[str], rows: int = 64, names: Sequence[str] | None = None
+    location: str, columns: Sequence[str], size: int = 64, names: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Tables of at most `rows` rows of all Parquet files (or of `names`), in their order.
+    """Tables of at most `size` rows of all Parquet files (or of `names`), in their order.
 
     A column that a file lacks is null.
 
@@ -38,7 +48,7 @@ def batches(
         with filesystem.open_input_file(storage.join(path, name)) as file:
             content = parquet.ParquetFile(file)
             have = [column for column in columns if column in content.schema_arrow.names]
-            for batch in content.iter_batches(rows, columns=have):
+            for batch in content.iter_batches(size, columns=have):
                 table = pa.Table.from_batches([batch])
                 for column in set(columns) - set(have):
                     table = table.append_column(column, pa.nulls(len(table)))

@@ -1,6 +1,12 @@
+import dataclasses
+import glob
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -9,6 +15,7 @@ import pytest
 import tiny_index as tiny
 import torch
 
+from cvmatch import config as configs
 from cvmatch import schema
 from cvmatch.index import ann, versions
 from cvmatch.index.build import BuildIndex, build, publish
@@ -16,6 +23,8 @@ from cvmatch.index.quality import recall
 from cvmatch.index.reader import Index
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from cvmatch.match.model import Query
+
+JOBS = Path(__file__).parent.parent / "jobs"
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +341,29 @@ def test_shard_names_its_files_and_maker(model, parts, output):
         about = json.load(file)
     assert (about["rows"], about["maker"]) == (12, {"tile": info["parts"]["tile"]})
     assert os.path.getsize(os.path.join(folder, "u.npy")) % 64 == 12 * 16 * 2 % 64  # aligned
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_build_that_was_killed_goes_on_and_ends_in_the_same_files(ray_session, model, tmp_path):
+    location = tiny.write(tiny.rows(400), str(tmp_path / "rows"))
+    pool = "--pool.batch 8 --shard-rows 150 --key PQ8x4"
+    command = f"{sys.executable} {JOBS}/build_index.py --rows {location} --model {model} {pool}"
+    killed = str(tmp_path / "killed")
+    parts = glob.glob(f"{killed}/building/*/parts/*.parquet")
+    with subprocess.Popen(f"{command} --output {killed}".split(), stderr=subprocess.DEVNULL) as job:
+        while not parts and job.poll() is None:
+            time.sleep(0.01)
+            parts = glob.glob(f"{killed}/building/*/parts/*.parquet")
+        job.kill()
+    assert not os.path.exists(f"{killed}/CURRENT")
+    config = configs.parse(BuildIndex, f"--rows {location} --model {model} {pool}".split())
+    infos = [
+        build(dataclasses.replace(config, output=place)) for place in (killed, f"{killed}-never")
+    ]
+    files = [
+        {name: one for name, one in info["files"].items() if not name.startswith("versions/")}
+        for info in infos
+    ]
+    assert files[0] == files[1]
+    assert infos[0]["rows"] == 400

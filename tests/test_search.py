@@ -208,6 +208,8 @@ def test_search_in_an_area_gives_the_best_of_the_tiles_there(index, tmp_path):
                 t["tile"] for t in whole.tiles if t["tile"] in ("0000004", "0000005", "0000006")
             ]
             assert [tile["tile"] for tile in one.tiles] == inside
+    with pytest.raises(ValueError, match=r"none of 24 tiles lies in .*24 have coordinates"):
+        search.search(SearchFiles(**asked, near=(50.0, 0.0, 1_000.0)))
     with pytest.raises(ValueError, match="--near or --box, got both"):
         SearchFiles(**asked, **areas)
 

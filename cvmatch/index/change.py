@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +13,13 @@ import pyarrow.compute as pc
 
 from cvmatch import engine, schema, storage
 from cvmatch.index import ann, build, gallery, remote, shard, versions
-from cvmatch.index.draft import Draft, Entry, Run, draft, place_shard, serially
+from cvmatch.index.draft import ASIDE, Draft, Entry, Run, draft, place_shard, serially
 from cvmatch.index.queries import split_queries
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import Store
 
 _ROW = "row"
+_DAY_S = 86_400.0
 
 PIECES = 16
 """Parts of the shortlist at most: each is searched by itself."""
@@ -194,6 +196,10 @@ def collect(config: Collect) -> dict[str, int]:
     gone = {"versions": len(old), "files": 0, "bytes": 0}
     for name in old:
         shutil.rmtree(os.path.join(root, "versions", name))
+    for name in os.listdir(root):  # of publications that were killed
+        path = os.path.join(root, name)
+        if name.startswith(ASIDE) and time.time() - os.path.getmtime(path) > _DAY_S:
+            shutil.rmtree(path)
     for kind in ("shards", "codes", "coarse", "ann", "heads", "probes", "deleted"):
         for file in versions.walk(os.path.join(root, kind)):
             if os.path.relpath(file, root) not in kept:

@@ -218,10 +218,13 @@ def drawn(rows: int, count: int, seed: int) -> np.ndarray:
 
 _STEP = 4096
 
+ASIDE = ".aside-"
+"""Begins the names of directories in which files are written before they are put into place."""
+
 
 @contextlib.contextmanager
 def _aside(root: str) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix=".aside-", dir=root) as folder:
+    with tempfile.TemporaryDirectory(prefix=ASIDE, dir=root) as folder:
         yield folder
 
 

@@ -1,5 +1,6 @@
 """Pictures of tiles -> u of each, by a pool of actors, in a stream that resumes."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,10 +11,10 @@ from cvmatch import engine, ingest, manifest, progress, schema, storage, tables
 from cvmatch.engine import Pool
 from cvmatch.flow import Flow, each_step
 from cvmatch.index import remote
-from cvmatch.index.draft import Draft, Run, serially
+from cvmatch.index.draft import Run
 from cvmatch.ingest import Ingest
 from cvmatch.match.infer import Embed, EmbedTile, embed_tiles
-from cvmatch.written import Written
+from cvmatch.written import Judge, Written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +66,29 @@ def dataset(gallery: Gallery) -> ray.data.Dataset:
 
 
 def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str, float]:
-    """u of all tiles by a pool of actors, as Parquet files: their location, and seconds."""
+    """u of all tiles by a pool of actors, as Parquet files: their location, and seconds.
+
+    Raises:
+        ValueError: the pool does not fit the cluster, or too many tiles fail (at once, when they
+            do).
+    """
+    begin = time.monotonic()
     work = work_of(gallery.output, made_from)
     written = Written(storage.join(work, "parts"))
     flow = Flow({"read": "read_pictures", "embed": EmbedTile.__name__, "write": "Write"})
-    clock = Draft("", "", serially)
-    with engine.resumable(storage.join(work, "checkpoint")), clock.timed("embed"):
+    with engine.resumable(storage.join(work, "checkpoint")):
         engine.preflight(gallery.pool)
         rows = embed_tiles(dataset(gallery), Embed(model=model, pool=gallery.pool))
         filesystem, path = storage.resolve(storage.make_directory(written.output))
         written.update(running=True)
+        total = _count(gallery)
+        judge = Judge(written, total, gallery.max_rejected)
         with (
-            progress.watch("embed tiles", 0, lambda: written.rows, flow.note),
-            each_step(rows, flow.update, lambda _: written.update(running=True)),
+            progress.watch("embed tiles", total, lambda: written.rows, flow.note),
+            each_step(rows, flow.update, judge),
         ):
             rows.write_parquet(path, filesystem=filesystem)
-    return written.output, clock.seconds["embed"]
+    return written.output, time.monotonic() - begin
 
 
 def source(gallery: Gallery) -> str:
@@ -95,6 +103,13 @@ def source(gallery: Gallery) -> str:
         ingest.ingest(one)  # lazy, but for its check of the files
         found.append(ingest.fingerprint(one))
     return manifest.digest(found)
+
+
+def _count(gallery: Gallery) -> int:
+    """Tiles; call it after `dataset`."""
+    if gallery.rows:
+        return sum(tables.rows(gallery.rows))
+    return sum(ingest.accepted(one) for one in _ingests(gallery))
 
 
 def _ingests(gallery: Gallery) -> list[Ingest]:

@@ -16,9 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float16, Int64, Shaped
-from pyarrow import parquet
 
-from cvmatch import schema, storage, tables
+from cvmatch import schema, tables
 from cvmatch.index import versions
 from cvmatch.schema import ERROR, LATITUDE, LONGITUDE, PAIR_ID
 
@@ -151,14 +150,10 @@ def about(folder: str) -> dict[str, Any]:
 
 def _files(parts: str) -> Iterator[tuple[int, int, str]]:
     """Rows at which each file begins and ends, and its name."""
-    filesystem, path = storage.resolve(parts)
-    names = tables.files(parts)
     begin = 0
-    for name in names:
-        with filesystem.open_input_file(storage.join(path, name)) as file:
-            end = begin + parquet.read_metadata(file).num_rows
-        yield begin, end, name
-        begin = end
+    for name, count in zip(tables.files(parts), tables.rows(parts), strict=True):
+        yield begin, begin + count, name
+        begin += count
 
 
 def _finite(values: np.ndarray, parts: str) -> np.ndarray:
