@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index, opened
 from cvmatch.match.model import Query
 
@@ -23,7 +24,7 @@ def recall(index: Index, query: Query) -> dict[str, float]:
     found = torch.zeros(len(query.v), best, dtype=torch.bool)
     for begin in range(0, len(found), _QUERIES):
         part = query.rows(slice(begin, begin + _QUERIES))
-        exact = torch.cat(list(index.scores(part)), dim=1).topk(best).indices.cpu().numpy()
+        exact = rank(index, part, best, "exact").rows
         for at, (rows, kept) in enumerate(zip(exact, index.nearest(part), strict=True), begin):
             found[at] = torch.from_numpy(np.isin(rows, kept))
     top = {"top1": found[:, 0].double().mean().item(), "top10": found.double().mean().item()}
