@@ -298,8 +298,8 @@ def report(
         f"Seconds of the build, two tasks of Ray at a time: {seconds} (embed: none, u is "
         f"synthetic). Peak memory of the build, over this process and Ray's, without mapped files: "
         f"{peaks[1]:.0f} MiB, and {peaks[0]:.0f} MiB with a tenth of the tiles.",
-        f"All {len(query.v)} queries (exact: 16) in one call: {speeds['two-stage']:.0f} a second in two "
-        f"stages, {speeds['exact']:.2f} exact. A process that opened the index (in "
+        f"All {len(query.v)} queries (exact: 16) in one call: {speeds['two-stage']:.0f} a second "
+        f"in two stages, {speeds['exact']:.2f} exact. A process that opened the index (in "
         f"{memory['open_ms']:.0f} ms, of it {memory['check_ms']:.0f} ms for checks) and answered: "
         f"{memory['private_mib']:.0f} MiB private, of which {memory['imports_mib']:.0f} MiB are "
         "the imported libraries.",
