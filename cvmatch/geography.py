@@ -1,5 +1,6 @@
 """Distances on the earth, and areas of it."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +19,16 @@ def metres(one: Float[Tensor, "*row 2"], other: Float[Tensor, "*row 2"]) -> Floa
     half = torch.sin((b - a) / 2).square()
     chord = half[..., 0] + torch.cos(a[..., 0]) * torch.cos(b[..., 0]) * half[..., 1]
     return 2 * EARTH_M * torch.asin(chord.clamp(0, 1).sqrt())
+
+
+def offset(start: tuple[float, float], to: tuple[float, float]) -> tuple[float, float]:
+    """Metres east and north from one (latitude, longitude) in degrees to another, on a flat map.
+
+    Equirectangular at the start's latitude; of two sides of the date line, the short way.
+    """
+    degree = math.radians(1) * EARTH_M
+    east = (to[1] - start[1] + 180) % 360 - 180
+    return east * degree * math.cos(math.radians(start[0])), (to[0] - start[0]) * degree
 
 
 @runtime_checkable

@@ -237,8 +237,8 @@ def test_page_of_a_search_shows_each_panorama_its_tiles_and_where_they_are(index
     page = Path(place).read_text(encoding="utf-8")
     assert page.count("<img ") == 4  # the panorama and three tiles
     assert "street &lt;1&gt;.png" in page
-    assert "latitude" in page
-    assert "C true" not in page
+    assert "metres north" in page
+    assert "not known" in page
 
 
 @pytest.mark.ray

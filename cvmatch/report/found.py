@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cvmatch import images, schema
+from cvmatch import geography, images, schema
 from cvmatch.report import places
 from cvmatch.report.page import Page, provenance, report
 from cvmatch.report.sheet import Example, Tile
@@ -19,9 +19,10 @@ def found(answers: Sequence[Answer], output: str, tiles: str = "") -> str:
     levels = sorted({tile["level"] for answer in answers for tile in answer.tiles})
     page = Page(
         title="cvmatch: search",
-        summary=f"{len(answers)} panoramas, searched by {', '.join(levels)}. Which tile is the "
+        summary=f"Panoramas: {len(answers)}, searched by {', '.join(levels)}. Which tile is the "
         "right one is not known here: the first one is the best guess.",
         run=provenance(),
+        places="Panoramas",
         examples=[_example(answer, pictures) for answer in answers],
     )
     return report(page, output)
@@ -43,9 +44,15 @@ def _example(answer: Answer, pictures: places.Pictures) -> Example:
             )
             for tile in answer.tiles
         ],
-        positions=[
-            (tile["longitude"], tile["latitude"])
-            for tile in answer.tiles
-            if tile["latitude"] is not None and tile["longitude"] is not None
-        ],
+        positions=_positions(answer),
     )
+
+
+def _positions(answer: Answer) -> list[tuple[float, float]]:
+    """Metres east and north of the tiles with coordinates from the first one."""
+    found = [
+        (tile["latitude"], tile["longitude"])
+        for tile in answer.tiles
+        if tile["latitude"] is not None and tile["longitude"] is not None
+    ]
+    return [geography.offset(found[0], place) for place in found]

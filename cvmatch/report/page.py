@@ -56,7 +56,9 @@ class Page:
     results: Sequence[Score] = ()
     """See `scores.scores`."""
     examples: Sequence[Example] = ()
-    """Held-out pairs."""
+    """Panoramas, and what was found for them."""
+    places: str = "Held-out places"
+    """What they are."""
     curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
     """Loss against epoch, by title of the chart: a curve for training, one for validation."""
     trials: Sequence[Trial] = ()
@@ -82,7 +84,7 @@ def html(page: Page) -> str:
     template = resources.files("cvmatch.report").joinpath("page.html").read_text("utf-8")
     parts = [
         ("results", "Results", _results(page.results)),
-        ("places", "Held-out places", _examples(page.examples)),
+        ("places", page.places, _examples(page.examples)),
         ("learning", "Learning", _curves(page.curves)),
         ("search", "Search", _trials(page)),
         ("time", "Time", _seconds(page.seconds)),
@@ -169,9 +171,8 @@ def _example(example: Example) -> str:
         _figure(example.ground, "ground", f"Street panorama of {name}", "G panorama"),
         _figure(example.synthetic, "tile", f"Generated tile of {name}", "A generated"),
         _figure(example.class_colours, "classes", f"Classes of the tile of {name}", "S classes"),
+        _figure(example.aerial, "true", f"True tile of {name}", "C true", absent="not known"),
     ]
-    if example.aerial is not None:
-        cells.append(_figure(example.aerial, "true", f"True tile of {name}", "C true"))
     for answer, tile in enumerate(example.top, 1):
         right = tile.pair_id == example.pair_id
         alt = f"Answer {answer}, {'right' if right else 'wrong'}: {escape(tile.pair_id)}"
@@ -186,7 +187,8 @@ def _example(example: Example) -> str:
 
 def _map(example: Example) -> str:
     """Where the best tiles lie; the first one is marked."""
-    drawing = charts.scatter(example.positions, 0, "longitude", "latitude")
+    axes = ("metres east of the first tile", "metres north")
+    drawing = charts.scatter(example.positions, 0, *axes)
     return f'<div class="charts"><figure>{drawing}</figure></div>' if drawing else ""
 
 

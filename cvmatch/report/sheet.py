@@ -50,7 +50,7 @@ class Example:
     note: str = ""
     """Why it is shown."""
     positions: Sequence[tuple[float, float]] = ()
-    """Longitude and latitude (degrees) of the best tiles, for a map; empty: no map."""
+    """Metres east and north of the best tiles from the first one, for a map; empty: no map."""
 
     @property
     def class_colours(self) -> Pixels | None:

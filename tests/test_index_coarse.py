@@ -3,7 +3,6 @@ import pytest
 import tiny_index as tiny
 import torch
 
-from cvmatch import geography
 from cvmatch.index import coarse
 from cvmatch.index.build import BuildIndex, publish
 from cvmatch.index.reader import Index
@@ -73,16 +72,3 @@ def test_distilled_head_without_queries_is_refused(model, tmp_path):
     config = BuildIndex(model=model, output=str(tmp_path / "index"), head="distilled")
     with pytest.raises(ValueError, match="pass --queries"):
         publish(parts, config)
-
-
-def test_areas_hold_what_lies_in_them():
-    latitude = np.array([0.0, 0.0, 10.0, np.nan, 0.0])
-    longitude = np.array([0.0, 1.0, 0.0, 0.0, 179.9])
-    degree = 2 * np.pi * geography.EARTH_M / 360
-    circle = geography.Circle(0.0, 0.0, degree * 1.001)
-    assert circle.holds(latitude, longitude).tolist() == [True, True, False, False, False]
-    box = geography.Box(-1.0, -0.5, 20.0, 0.5)
-    assert box.holds(latitude, longitude).tolist() == [True, False, True, False, False]
-    across = geography.Box(-1.0, 179.0, 1.0, -179.0)  # over the date line
-    assert across.holds(latitude, longitude).tolist() == [False] * 4 + [True]
-    assert across.holds(latitude[:1], np.array([-179.5])).tolist() == [True]
