@@ -1,9 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_index as tiny
 import torch
 
-from cvmatch.index import coarse
+from cvmatch.index import build, coarse
 from cvmatch.index.build import BuildIndex, publish
 from cvmatch.index.reader import Index
 from cvmatch.match.model import JointFeatureLearningNet, Query
@@ -72,3 +74,21 @@ def test_distilled_head_without_queries_is_refused(model, tmp_path):
     config = BuildIndex(model=model, output=str(tmp_path / "index"), head="distilled")
     with pytest.raises(ValueError, match="pass --queries"):
         publish(parts, config)
+
+
+def test_build_takes_a_distilled_head_only_where_its_own_holds_too_little(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(build, "EXHAUSTIVE", 10)
+    rows = tiny.rows(24)
+    config = BuildIndex(
+        model=model, output=str(tmp_path / "index"), queries=tiny.write(rows, str(tmp_path / "q")),
+        steps=2, sample=8, shortlist=24,
+    )  # fmt: skip
+    parts = tiny.parts(rows, model, str(tmp_path / "parts"))
+    enough = publish(parts, config)  # all tiles are in the shortlist
+    assert (enough["head"], "discarded" in enough["seconds"]) == ("own", False)
+    few = publish(parts, dataclasses.replace(config, shortlist=1))
+    assert few["recall"]["top10"] <= 0.1  # one of ten at most, with either head
+    assert few["seconds"]["discarded"] > 0
+    assert len(Index.open(config.output, deep=True).nearest(queries(1, 0))[0]) == 1

@@ -106,6 +106,8 @@ def test_index_grows_shrinks_and_is_verified(place, world_root):
     tiles = built["rows"]
     again = last("build_index.py", f"{root} --model {place}/matcher --output {at} --key SQ8")
     assert (again["version"], again["rows"]) == ("v000002", tiles)
+    old = Path(at, "versions", "v000001", "manifest.json")
+    old.write_text(old.read_text().replace('"format": 2', '"format": 1'))  # of an older cvmatch
     info = last("index.py", f"info --index {at}")
     assert info["seconds"]["embed"] == 0.0  # by the same tower: not embedded again
     added = last("index.py", f"add --output {at} {root} --tiles.split train --queries {place}/val")

@@ -1,5 +1,6 @@
 """Tiles -> the next version of an index: u of each tile, its shards, the shortlist, its recall."""
 
+import contextlib
 import json
 import logging
 import os
@@ -164,19 +165,22 @@ def _shortlisted(
     kinds = ["own", "distilled"] if config.head == "auto" else [config.head]
     if config.head == "auto" and (not queries or info["rows"] <= EXHAUSTIVE):
         kinds = ["own"]
-    store, before, tried = work.store(entries), work.files, []
+    store, files, seconds, tried = work.store(entries), work.files, work.seconds, []
     for kind in kinds:
-        work.files = dict(before)
+        work.files, work.seconds = dict(files), dict(seconds)
         head = _head(work, kind, config, store, model, queries)
         name = work.template(head, info["ann"]["key"], store, config.seed)
         shards = work.codes(entries, name, info["model"])
         made = {"head": kind, "coarse": name, "shards": shards}
         made["ann"] = info["ann"] | {"parts": [work.merged(shards, name)]}
         made["recall"] = recalled(work, info | made, queries)
-        tried.append((made, work.files))
+        tried.append((made, work.files, work.seconds))
         if made["recall"] and all(made["recall"][top] >= ENOUGH[top] for top in ENOUGH):
             break
-    found, work.files = max(tried, key=lambda one: _held(one[0]["recall"]))
+    best = max(tried, key=lambda one: _held(one[0]["recall"]))
+    found, work.files, work.seconds = best
+    if others := [sum(one[2].values()) - sum(seconds.values()) for one in tried if one is not best]:
+        work.seconds["discarded"] = sum(others)
     return found
 
 
@@ -235,14 +239,13 @@ def _made_from(config: BuildIndex) -> dict[str, Any]:
 def _kept(root: str, made_from: dict[str, Any]) -> dict[str, Any] | None:
     """The newest version of just these shards, if its files are whole."""
     for name in reversed(versions.names(root)):
-        info = versions.read(root, name)
-        if info["made_from"] == made_from:
-            shards = {n: one for n, one in info["files"].items() if n.startswith("shards/")}
-            try:
+        # One of another format, or damaged, is no help, but must not be in the way either.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            info = versions.read(root, name)
+            if info["made_from"] == made_from:
+                shards = {n: one for n, one in info["files"].items() if n.startswith("shards/")}
                 versions.check(root, shards, deep=True)
-            except (FileNotFoundError, ValueError):
-                continue
-            return info
+                return info
     return None
 
 
