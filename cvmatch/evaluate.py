@@ -153,9 +153,7 @@ def true_rows(ids: list[str], index: Index) -> Int64[Tensor, " query"]:
     Raises:
         ValueError: the index lacks some; names them.
     """
-    living = index.living
-    names = index.tiles[schema.PAIR_ID].take(pa.array(living)).to_pylist()
-    rows = dict(zip(names, living.tolist(), strict=True))
+    rows = dict(zip(index.living_ids.to_pylist(), index.living.tolist(), strict=True))
     missing = [name for name in ids if name not in rows]
     if missing:
         raise ValueError(

@@ -74,8 +74,8 @@ def search_rows(config: SearchRows) -> dict[str, Any]:
     index = Index.open(config.index)
     asked = {name: configs.plain(config)[name] for name in ("level", "top_k", "mode")}
     version = index.manifest["sha256"]
-    written = Written(output)
-    if written.claim({"index": version, "rows": manifest.read(config.rows), **asked}):
+    written, source = Written(output), manifest.read(config.rows)
+    if written.claim({"index": version, "rows": source, **asked}):
         return manifest.read(output)
     engine.start()
     pictures = [schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES]
@@ -94,7 +94,7 @@ def search_rows(config: SearchRows) -> dict[str, Any]:
         written.update(running=True)
         filesystem, path = storage.resolve(output)
         with (
-            progress.watch("search", manifest.read(config.rows)["rows"], lambda: written.rows),
+            progress.watch("search", source["rows"], lambda: written.rows),
             each_step(found, flow.update, lambda _: written.update(running=True)),
         ):
             found.write_parquet(path, filesystem=filesystem)

@@ -217,7 +217,7 @@ def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
     wrong = ann.encoded(
         ann.template("Flat", np.ones((1, 16), np.float32)), [np.eye(24, 16, dtype=np.float32)]
     )
-    path = os.path.join(output, "codes", f"{info['shards'][0]['codes']}.faiss")
+    path = os.path.join(output, info["shards"][0]["codes"])
     faiss.write_index(wrong, path)
     files = info["files"] | versions.files_of(path, os.path.relpath(path, output))
     versions.commit(output, info | {"files": files}, {})

@@ -96,8 +96,7 @@ def join(
     index = Index.open(root)
     info = index.manifest
     tiles, rejected = shard.accepted(parts, config.max_rejected)
-    there = index.tiles[schema.PAIR_ID].take(pa.array(index.living))
-    both = tiles.filter(pc.field(schema.PAIR_ID).isin(there.combine_chunks()))[schema.PAIR_ID]
+    both = tiles.filter(pc.field(schema.PAIR_ID).isin(index.living_ids))[schema.PAIR_ID]
     if len(both):
         raise ValueError(
             f"index {root}: {len(both)} of {len(tiles)} tiles are there already, such as "
@@ -226,9 +225,7 @@ def _rewrite(task: _Rewrite) -> tuple[str, int, versions.Files]:
 
 def _numbered(index: Index) -> pa.Table:
     """pair_id and row of the living tiles."""
-    living = pa.array(index.living)
-    ids = index.tiles[schema.PAIR_ID].take(living).combine_chunks()
-    return pa.table({schema.PAIR_ID: ids, _ROW: living})
+    return pa.table({schema.PAIR_ID: index.living_ids, _ROW: index.living})
 
 
 def _lasting(info: dict[str, Any]) -> versions.Files:
@@ -255,8 +252,6 @@ def _changed(
 def _store_dead(work: Draft, dead: np.ndarray) -> str:
     path = os.path.join(work.aside, "deleted.npy")
     np.save(path, dead)
-    (entry,) = versions.files_of(path, "deleted").values()
-    name = f"deleted/{entry['sha256'][:16]}.npy"
-    work.files = {n: one for n, one in work.files.items() if not n.startswith("deleted/")}
-    work.files |= versions.place(work.root, path, name)
+    name, files = versions.place_file(work.root, path, "deleted")
+    work.files = {n: one for n, one in work.files.items() if not n.startswith("deleted/")} | files
     return name

@@ -111,23 +111,23 @@ class Draft:
         with self.timed("codes"):
             made = self.run(encode_shard, tasks)
         by_shard = {}
-        for entry, (sha, files) in zip(missing, made, strict=True):
+        for entry, (name, files) in zip(missing, made, strict=True):
             self.files |= files
-            by_shard[entry["sha"]] = sha
+            by_shard[entry["sha"]] = name
         return [{"codes": by_shard.get(entry["sha"]), **entry} for entry in entries]
 
     def merged(self, entries: Sequence[Entry], coarse_name: str) -> Entry:
         """Merge the codes of consecutive shards for searching; gives an entry of "ann"."""
         with self.timed("merge"):
             template = faiss.read_index(os.path.join(self.root, "coarse", coarse_name, TEMPLATE))
-            paths = (os.path.join(self.root, "codes", f"{one['codes']}.faiss") for one in entries)
+            paths = (os.path.join(self.root, one["codes"]) for one in entries)
             index = ann.merged(template, map(faiss.read_index, paths))
             name, files = _place_index(self.root, self.aside, index, "ann")
         rows = sum(entry["rows"] for entry in entries)
         if index.ntotal != rows:
             raise ValueError(f"index {self.root}: {index.ntotal} codes of {rows} tiles: corrupt.")
         self.files |= files
-        return {"file": f"ann/{name}.faiss", "rows": rows, "row_start": entries[0]["row_start"]}
+        return {"file": name, "rows": rows, "row_start": entries[0]["row_start"]}
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -202,10 +202,8 @@ def vectors(head: Head, u: Float16[np.ndarray, "tile _"]) -> Float32[np.ndarray,
     of a matrix product depend on both, and so would codes at the edge of a cell."""
     with engine.one_thread():
         found = [
-            head.tile(
-                torch.from_numpy(u[begin : begin + _STEP].copy()).float().to(head.device)
-            ).cpu()
-            for begin in range(0, len(u), _STEP)
+            head.tile(torch.from_numpy(part.astype(np.float32)).to(head.device)).cpu()
+            for part in Store([u]).parts(_STEP)
         ]
     return torch.cat(found).float().numpy()
 
@@ -233,6 +231,4 @@ def _place_index(
 ) -> tuple[str, versions.Files]:
     path = os.path.join(aside, f"{kind}.faiss")
     faiss.write_index(index, path)
-    (entry,) = versions.files_of(path, kind).values()
-    name = entry["sha256"][:16]
-    return name, versions.place(root, path, f"{kind}/{name}.faiss")
+    return versions.place_file(root, path, kind)

@@ -75,7 +75,9 @@ def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str,
     begin = time.monotonic()
     work = work_of(gallery.output, made_from)
     written = Written(storage.join(work, "parts"))
-    flow = Flow({"read": "read_pictures", "embed": EmbedTile.__name__, "write": "Write"})
+    flow = Flow(
+        {"read": ingest.read_pictures.__name__, "embed": EmbedTile.__name__, "write": "Write"}
+    )
     with engine.resumable(storage.join(work, "checkpoint")):
         engine.preflight(gallery.pool)
         rows = embed_tiles(dataset(gallery), Embed(model=model, pool=gallery.pool))

@@ -80,6 +80,11 @@ class Index:
         """Rows that were not deleted."""
         return np.setdiff1d(np.arange(len(self)), self.dead, assume_unique=True)
 
+    @property
+    def living_ids(self) -> pa.Array:
+        """pair_id of each of the `living`."""
+        return self.tiles[schema.PAIR_ID].take(pa.array(self.living)).combine_chunks()
+
     def scores(
         self,
         query: Query,

@@ -97,14 +97,13 @@ def store_probes(work: Draft, probes: pa.Table | None) -> str | None:
         return None
     path = os.path.join(work.aside, "probes.parquet")
     parquet.write_table(probes, path)
-    (entry,) = versions.files_of(path, "probes").values()
-    name = f"probes/{entry['sha256'][:16]}.parquet"
-    work.files |= versions.place(work.root, path, name)
+    name, files = versions.place_file(work.root, path, "probes")
+    work.files |= files
     return name
 
 
 def _check_ids(index: Index, uri: str) -> None:
-    ids = index.tiles[schema.PAIR_ID].take(pa.array(index.living))
+    ids = index.living_ids
     unique = len(ids.unique())
     if unique != len(ids):
         raise ValueError(
@@ -115,7 +114,7 @@ def _check_ids(index: Index, uri: str) -> None:
 
 def _check_codes(root: str, info: dict[str, Any], entry: dict[str, Any]) -> None:
     codes = shard_codes(EncodeShard(root, entry["sha"], info["coarse"], info["model"]))
-    stored = faiss.read_index(os.path.join(root, "codes", f"{entry['codes']}.faiss"))
+    stored = faiss.read_index(os.path.join(root, entry["codes"]))
     made, kept = (faiss.serialize_index(one) for one in (codes, stored))
     if not np.array_equal(made, kept):
         raise ValueError(

@@ -47,6 +47,13 @@ def place(root: str, aside: str, name: str) -> Files:
     return files
 
 
+def place_file(root: str, aside: str, kind: str) -> tuple[str, Files]:
+    """Move a finished file below `root/kind`, under a name of its content; gives name and files."""
+    (entry,) = files_of(aside, kind).values()
+    name = f"{kind}/{entry['sha256'][:16]}{os.path.splitext(aside)[1]}"
+    return name, place(root, aside, name)
+
+
 def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> dict[str, Any]:
     """Make a version of `info` (which holds "files") the current one; gives its manifest.
 
