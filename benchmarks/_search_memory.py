@@ -9,7 +9,7 @@ import torch
 from cvmatch.index import versions
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
-from cvmatch.match.model import Query
+from cvmatch.match.fusion import Query
 
 
 def private() -> float:

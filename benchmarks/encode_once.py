@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from cvmatch import engine, progress, toy
+from cvmatch import engine, hardware, progress, toy
 from cvmatch.engine import Pool
 from cvmatch.generate import parts
 from cvmatch.generate.condition import Conditioning
@@ -161,7 +161,7 @@ def compared(asked: EncodeBench, name: str, config: TrainGenerator) -> dict[str,
 def main(asked: EncodeBench) -> None:
     """Both ways in turns, in each setting."""
     engine.start(logical_cpus=4)
-    engine.keep_memory()
+    hardware.keep_memory()
     asked = filled(asked)
     table, figures = [], {}
     with tempfile.TemporaryDirectory() as at:

@@ -27,8 +27,8 @@ from cvmatch.index.draft import vectors
 from cvmatch.index.queries import split_queries
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
+from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedTile
-from cvmatch.match.model import Query
 from cvmatch.match.train import train
 
 

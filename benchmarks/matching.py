@@ -15,7 +15,7 @@ from conditioning import ConditioningBench
 from conditioning import settings as generator_settings
 from pyarrow import parquet
 
-from cvmatch import engine, images, manifest, progress, schema, toy
+from cvmatch import engine, hardware, images, manifest, progress, schema, toy
 from cvmatch.engine import Pool
 from cvmatch.evaluate import Evaluate, evaluate
 from cvmatch.generate.infer import Generate
@@ -265,7 +265,7 @@ def main(asked: MatchingBench) -> None:
     )
     asked = sized(asked, sizes)
     engine.start(logical_cpus=4)
-    engine.keep_memory()
+    hardware.keep_memory()
     chosen = [
         name for name in CONTENDERS if not asked.only or any(word in name for word in asked.only)
     ]

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cvmatch import draws, engine, fidelity, metrics, progress, toy
+from cvmatch import draws, engine, fidelity, hardware, metrics, progress, toy
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.model import Generator
@@ -116,7 +116,7 @@ def main(asked: SamplerBench) -> None:
         if not asked.data:
             make_world(MakeWorld(output=root, preset="standard", train=16, val=count))
         if asked.generator:
-            model = Generator.load(asked.generator, engine.device())
+            model = Generator.load(asked.generator, hardware.device())
         else:
             model = Generator.base(
                 toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4)

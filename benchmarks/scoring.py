@@ -9,8 +9,9 @@ import torch
 from _harness import Bench, finish, flags, sized
 from torch import Tensor, nn
 
-from cvmatch import engine, metrics, progress
-from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, Query
+from cvmatch import hardware, metrics, progress
+from cvmatch.match.fusion import Query
+from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
 from cvmatch.match.score import CHUNK, fastest, joint_scores
 
 
@@ -99,7 +100,7 @@ def filled(asked: ScoringBench) -> ScoringBench:
 def main(asked: ScoringBench) -> None:
     """All ways in turns; then whether they agree."""
     asked = filled(asked)
-    engine.keep_memory()
+    hardware.keep_memory()
     torch.manual_seed(0)
     model = JointFeatureLearningNet(MatcherConfig(hidden=asked.hidden)).eval()
     width = model.aerial_tower.dim

@@ -14,7 +14,7 @@ from matching import ALONE, MatchingBench, Rows, settings
 from ray.data import Dataset
 from torch import Tensor, nn
 
-from cvmatch import engine, progress, storage, training
+from cvmatch import engine, hardware, progress, storage, training
 from cvmatch.match.pairs import decode, synthesized
 from cvmatch.match.task import MatcherTask
 from cvmatch.match.train import TrainMatcher, build_task
@@ -111,7 +111,7 @@ def main(asked: OverheadBench) -> None:
     rounds = asked.rounds or (1 if asked.quick else 3)
     steps = asked.steps or (6 if asked.quick else 20)
     engine.start(logical_cpus=6)
-    engine.keep_memory()
+    hardware.keep_memory()
     torch.set_num_threads(1)  # as a worker has
     found: dict[str, list[float]] = {"plain": [], "here": [], "train": []}
     with tempfile.TemporaryDirectory() as at:

@@ -25,7 +25,8 @@ from cvmatch.fidelity import Distance, generation, segmentation
 from cvmatch.frechet import distance
 from cvmatch.index.reader import Index
 from cvmatch.match.augment import limited
-from cvmatch.match.model import LEVELS, JointFeatureLearningNet, Level, Query
+from cvmatch.match.fusion import LEVELS, Level, Query
+from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.match.task import IDS, training_ids
 from cvmatch.report import evaluation
 
@@ -102,8 +103,9 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
     ids = _query_ids(config.queries)
     check_unseen(ids, index.heads)
     truth = true_rows(ids, index)
+    model = JointFeatureLearningNet.load(index.heads, index.device)
     with tracking.start("evaluate", config) as run:
-        queries = embedded(config, index.matcher)
+        queries = embedded(config, model)
         results: dict[str, Any] = {"index": _about(index), "queries": len(ids), "retrieval": {}}
         tables = []
         for (view, level), query in queries.items():
@@ -176,7 +178,7 @@ def embedded(config: Evaluate, model: JointFeatureLearningNet) -> dict[tuple[Vie
     ]
     parts: dict[tuple[View, Level], list[Query]] = {key: [] for key in wanted}
     letters = set("".join(config.levels)) - {"+"}
-    device = next(model.parameters()).device
+    device = model.device
     for rows in _batches(config.queries):
         side = (model.config.square, model.config.square)
         _require(rows, letters)

@@ -16,7 +16,7 @@ from cvmatch import metrics, schema
 from cvmatch.geography import metres
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
-from cvmatch.match.model import Query
+from cvmatch.match.fusion import Query
 
 KS = (1, 5, 10)
 

@@ -20,8 +20,8 @@ from cvmatch.generate.model import GUIDANCE, STEPS
 from cvmatch.geography import Area, Box, Circle
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
+from cvmatch.match.fusion import Level, Query
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
-from cvmatch.match.model import Level, Query
 from cvmatch.segment.infer import SegmentAerial
 
 _BATCH = 16  # panoramas a step

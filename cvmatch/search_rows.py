@@ -12,8 +12,8 @@ from cvmatch.engine import Pool
 from cvmatch.flow import Flow, each_step
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
+from cvmatch.match.fusion import Level
 from cvmatch.match.infer import Embed, EmbedQuery, embed_queries
-from cvmatch.match.model import Level
 from cvmatch.search import query_of
 from cvmatch.written import Written
 

@@ -7,14 +7,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
-import torchvision
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.models.vgg import make_layers
 
 MEAN = (0.485, 0.456, 0.406)
 """Mean (R, G, B) of ImageNet in [0, 1]: what torchvision's weights expect subtracted."""
@@ -141,13 +140,14 @@ def features(name: str, weights: str = "") -> nn.Sequential:
 
 
 def _small(spec: TowerSpec) -> tuple[nn.Module, int]:
-    stack = make_layers(list(spec.layers), spec.batch_norm)
+    models = _models()
+    stack = models.vgg.make_layers(list(spec.layers), spec.batch_norm)
     for layer in stack:
         if isinstance(layer, nn.Conv2d):  # as VGG does it
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
     with torch.device("meta"):  # VGG's own head, replaced below, would draw 120 M weights (2 s)
-        net = torchvision.models.VGG(nn.Sequential(), init_weights=False)
+        net = models.VGG(nn.Sequential(), init_weights=False)
     net.features = stack
     net.avgpool = nn.AdaptiveAvgPool2d(spec.grid)
     width = [layer for layer in spec.layers if isinstance(layer, int)][-1]
@@ -157,12 +157,13 @@ def _small(spec: TowerSpec) -> tuple[nn.Module, int]:
 
 
 def _named(name: str) -> tuple[nn.Module, int]:
-    if name not in torchvision.models.list_models(torchvision.models):
+    models = _models()
+    if name not in models.list_models(models):
         raise ValueError(
             f"tower {name!r}: expected a directory with {_CONFIG}, or a torchvision classification "
             "model such as vgg16, convnext_tiny, convnext_base, resnet50."
         )
-    net = torchvision.models.get_model(name, weights=None)
+    net = models.get_model(name, weights=None)
     # The classifier is the linear layer defined last, in all of torchvision's families but a few.
     linear = {path: part for path, part in net.named_modules() if isinstance(part, nn.Linear)}
     if not linear:
@@ -173,6 +174,14 @@ def _named(name: str) -> tuple[nn.Module, int]:
     parent, _, child = path.rpartition(".")
     setattr(net.get_submodule(parent), child, nn.Identity())
     return net, last.in_features
+
+
+def _models() -> ModuleType:
+    # Imported where a backbone is made: it takes a second and 90 MiB of memory (torch 2.13's
+    # compiler comes with it), and a process that searches an index makes none.
+    from torchvision import models  # noqa: PLC0415 (see above)
+
+    return models
 
 
 def _loaded(spec: TowerSpec, weights: str | Mapping[str, Tensor]) -> Tower:
@@ -212,9 +221,10 @@ def _read(path: str) -> Mapping[str, Tensor]:
 
 
 def _from_hub(name: str) -> Mapping[str, Tensor]:
-    if name not in torchvision.models.list_models(torchvision.models):
+    models = _models()
+    if name not in models.list_models(models):
         _named(name)  # raises with the names
-    url = torchvision.models.get_model_weights(name)["DEFAULT"].url
+    url = models.get_model_weights(name)["DEFAULT"].url
     try:
         return torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True

@@ -18,8 +18,9 @@ from cvmatch.index.coarse import Own
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import Store
 from cvmatch.match.augment import limited
+from cvmatch.match.fusion import LEVELS, Fusion, Query
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.match.model import LEVELS, JointFeatureLearningNet, MatcherConfig, Query
+from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.towers import MEAN
 
 COUNT = 24
@@ -38,14 +39,20 @@ def index(folder):
     return Index.open(os.path.join(folder, "index"))
 
 
+@pytest.fixture(scope="module")
+def model(index):
+    return JointFeatureLearningNet.load(index.heads)
+
+
+def of_equal_tiles(index, model):
+    """The index with zeros for all tiles, and another model."""
+    u = Store([np.zeros_like(array) for array in index.u.arrays])
+    return Index(**{**vars(index), "matcher": model, "u": u})
+
+
 def plane(angles, places=None):
     """An index of tiles at angles (degrees) of a plane, whose score is the cosine of the angle."""
-    model = JointFeatureLearningNet(
-        MatcherConfig(
-            ground=tiny.TOWER, aerial=tiny.TOWER, classes=tiny.TOWER, panorama=(16, 64),
-            polar=(16, 64), square=32, hidden=2,
-        )
-    ).eval()  # fmt: skip
+    model = Fusion(ground=4, aerial=4, classes=4, hidden=2).eval()
     for weight in model.candidate_rest.parameters():
         torch.nn.init.zeros_(weight)
     places = places or [(0.01 * number, 0.0) for number in range(len(angles))]
@@ -146,10 +153,8 @@ def test_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
 
 def test_constant_embeddings_are_never_above_chance(tmp_path):
     opened = tiny.index(str(tmp_path), COUNT)
-    model = opened.matcher
-    opened = Index(
-        **{**vars(opened), "u": Store([np.zeros_like(array) for array in opened.u.arrays])}
-    )
+    model = JointFeatureLearningNet.load(opened.heads)
+    opened = of_equal_tiles(opened, model)
     for weight in (model.query_first.weight, model.candidate_query.weight):
         torch.nn.init.zeros_(weight)
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
@@ -170,26 +175,24 @@ def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
     # A query and a tile's embedding with that query's A are equal: in a loss or a protocol that
     # embedded each tile with the A of its own pair, it would find every tile.
     opened = tiny.index(str(tmp_path), COUNT)
-    model = opened.matcher
+    model = JointFeatureLearningNet.load(opened.heads)
     g, a = model.null_ground.numel(), model.null_synthetic.numel()
     with torch.no_grad():
         for layer in (model.query_first, model.candidate_query, model.candidate_tile):
             for weight in layer.parameters():
                 weight.zero_()
-        code = torch.randn(model.config.hidden, a, generator=torch.Generator().manual_seed(0))
+        code = torch.randn(model.hidden, a, generator=torch.Generator().manual_seed(0))
         model.candidate_query.weight.copy_(code)
         model.query_first.weight[:, g : g + a] = code
         for rest in (model.query_rest, model.candidate_rest):
             for weight in rest.parameters():
                 weight.zero_()
-    opened = Index(
-        **{**vars(opened), "u": Store([np.zeros_like(array) for array in opened.u.arrays])}
-    )
+    opened = of_equal_tiles(opened, model)
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
     queries = embedded(Evaluate(queries=str(tmp_path / "queries")), model)
     query = queries[View(360.0, False), "G+A"]
     with torch.inference_mode():
-        candidate = model.joint(torch.zeros(COUNT, model.config.hidden), query.v)
+        candidate = model.joint(torch.zeros(COUNT, model.hidden), query.v)
     own = (candidate * query.embedding).sum(1)
     torch.testing.assert_close(own, torch.ones(COUNT))  # the leak
     found = retrieval.exhaustive(opened, query, torch.arange(COUNT), 1000.0)
@@ -230,9 +233,9 @@ def test_true_rows_of_tiles_that_the_index_lacks_are_named(index):
         true_rows(["0000024", "0000001", "x"], index)
 
 
-def test_embedded_levels_equal_the_actors(index, folder):
+def test_embedded_levels_equal_the_actors(index, model, folder):
     config = Evaluate(queries=os.path.join(folder, "queries"))
-    queries = embedded(config, index.matcher)
+    queries = embedded(config, model)
     for level in LEVELS:
         batch = EmbedQuery(index.heads, level)(tiny.columns(tiny.rows(10)))
         query = queries[View(360.0, False), level]
@@ -240,11 +243,11 @@ def test_embedded_levels_equal_the_actors(index, folder):
         np.testing.assert_allclose(query.v.numpy(), batch["v"], atol=1e-3)
 
 
-def test_embedded_limited_views_have_level_g_alone(index, folder):
+def test_embedded_limited_views_have_level_g_alone(model, folder):
     config = Evaluate(
         queries=os.path.join(folder, "queries"), fov=(360.0, 90.0), unknown_heading=True
     )
-    queries = embedded(config, index.matcher)
+    queries = embedded(config, model)
     names = [(view.name, level) for view, level in queries]
     limited = [("360-unknown", "G"), ("90-north", "G"), ("90-unknown", "G")]
     assert sorted(names) == sorted([("360-north", level) for level in LEVELS] + limited)
@@ -255,14 +258,14 @@ def test_embedded_limited_views_have_level_g_alone(index, folder):
         Evaluate(levels=("A",), fov=(90.0,))
 
 
-def test_embedded_rows_without_synthetic_say_which_job(folder, index, tmp_path):
+def test_embedded_rows_without_synthetic_say_which_job(model, tmp_path):
     rows = tiny.rows(4)
     column = rows.column_names.index(schema.SYNTHETIC)
     rows = rows.set_column(column, schema.SYNTHETIC, pa.nulls(4, pa.binary()))
     tiny.write(rows, str(tmp_path / "rows"))
     with pytest.raises(ValueError, match=r"\['synthetic'\] in every row.*synthesize"):
-        embedded(Evaluate(queries=str(tmp_path / "rows")), index.matcher)
-    queries = embedded(Evaluate(queries=str(tmp_path / "rows"), levels=("G",)), index.matcher)
+        embedded(Evaluate(queries=str(tmp_path / "rows")), model)
+    queries = embedded(Evaluate(queries=str(tmp_path / "rows"), levels=("G",)), model)
     assert [level for _, level in queries] == ["G"]
 
 

@@ -21,8 +21,8 @@ from cvmatch.index import ann, versions
 from cvmatch.index.build import BuildIndex, build, publish
 from cvmatch.index.quality import recall
 from cvmatch.index.reader import Index
+from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedQuery, EmbedTile
-from cvmatch.match.model import Query
 
 JOBS = Path(__file__).parent.parent / "jobs"
 
@@ -72,6 +72,12 @@ def test_open_moved_directory_without_its_model_directory_still_answers(tmp_path
     query = Query(torch.eye(16)[:1], torch.zeros(1, 16))
     assert torch.cat(list(opened.scores(query)), dim=1).shape == (1, 24)
     assert opened.matcher.training is False
+
+
+def test_process_that_opens_an_index_imports_no_ray_and_no_torchvision():
+    # Together 140 MiB and two seconds of each search process.
+    script = "import sys, cvmatch.index.ranking; print({'ray', 'torchvision'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "set()"
 
 
 def test_publish_interrupted_at_every_rename_keeps_the_old_version(

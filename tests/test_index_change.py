@@ -16,8 +16,9 @@ from cvmatch.index.change import AddTiles, Collect, Compact, DeleteTiles, compac
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.index.verify import Verify, probes_of, verify
+from cvmatch.match.fusion import Query
 from cvmatch.match.identity import identity
-from cvmatch.match.model import JointFeatureLearningNet, Query
+from cvmatch.match.model import JointFeatureLearningNet
 
 
 @pytest.fixture(scope="module")

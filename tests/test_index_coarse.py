@@ -8,7 +8,8 @@ import torch
 from cvmatch.index import build, coarse
 from cvmatch.index.build import BuildIndex, publish
 from cvmatch.index.reader import Index
-from cvmatch.match.model import JointFeatureLearningNet, Query
+from cvmatch.match.fusion import Query
+from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.match.score import joint_scores
 
 

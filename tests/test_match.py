@@ -21,9 +21,10 @@ from cvmatch.colour import jittered
 from cvmatch.engine import Pool
 from cvmatch.match import loss
 from cvmatch.match.augment import Views, augmented, blurred, turned
+from cvmatch.match.fusion import LEVELS, Query
 from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.mine import GROUP, grouped, mined, nearest
-from cvmatch.match.model import LEVELS, JointFeatureLearningNet, MatcherConfig, Query
+from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, load_fusion
 from cvmatch.match.pairs import decode, decode_batch, synthesized
 from cvmatch.match.score import joint_scores
 from cvmatch.match.task import IDS, MatcherTask, training_ids
@@ -184,17 +185,36 @@ def test_model_saved_and_loaded_scores_the_same(tmp_path):
     assert torch.equal(first, second)
 
 
-def test_model_directory_absent_is_refused_with_advice(tmp_path):
+@pytest.mark.parametrize("alone", [False, True])
+@torch.no_grad()
+def test_heads_loaded_without_towers_score_as_the_whole_model(tmp_path, alone):
+    model, seen = network(alone=alone), views(rows(3))
+    model.save(str(tmp_path))
+    heads = load_fusion(str(tmp_path))
+    assert heads.training is False
+    features = {"ground": model.ground_features(seen.ground), "synthetic": None, "classes": None}
+    if not alone:
+        features["synthetic"] = model.aerial_features(seen.synthetic)
+        features["classes"] = model.class_features(seen.classes)
+    u = model.tile(seen.aerial)
+    first, second = (joint_scores(m, m.fuse(**features), u) for m in (model, heads))
+    assert torch.equal(first, second)
+    assert torch.equal(model.shortlist(u), heads.shortlist(u))
+
+
+@pytest.mark.parametrize("load", [JointFeatureLearningNet.load, load_fusion])
+def test_model_directory_absent_is_refused_with_advice(tmp_path, load):
     with pytest.raises(ValueError, match=r"jobs/train_matcher.py published\), found none"):
-        JointFeatureLearningNet.load(str(tmp_path))
+        load(str(tmp_path))
 
 
-def test_model_of_an_older_format_is_refused(tmp_path):
+@pytest.mark.parametrize("load", [JointFeatureLearningNet.load, load_fusion])
+def test_model_of_an_older_format_is_refused(tmp_path, load):
     network().save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"format": 1}))
     with pytest.raises(ValueError, match="format 1, this version reads 2"):
-        JointFeatureLearningNet.load(str(tmp_path))
+        load(str(tmp_path))
 
 
 def test_model_of_another_preprocessing_is_refused(tmp_path):

@@ -17,8 +17,9 @@ from cvmatch.index.build import BuildIndex, publish
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import Store
+from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.match.model import Query
+from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.report.found import found
 from cvmatch.search import SearchFiles, query_of
 from cvmatch.search_rows import SearchRows, search_rows
@@ -40,7 +41,7 @@ def query(index):
 @torch.inference_mode()
 def unsplit(index, query):
     """Scores by FFN_C([a; c]) as one network, each tile from its picture."""
-    model, rows = index.matcher, tiny.rows(COUNT)
+    model, rows = JointFeatureLearningNet.load(index.heads), tiny.rows(COUNT)
 
     def features(column):
         pixels = np.stack([images.decode(data) for data in rows[column].to_pylist()])

@@ -4,6 +4,7 @@ import urllib.error
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
@@ -71,14 +72,14 @@ def test_tower_vgg16_gives_fc7_behind_its_relu():
 def test_tower_of_torchvision_loses_its_classifier_only(name, dim):
     with torch.device("meta"):
         model = Tower(TowerSpec(arch=name))
-        whole = towers.torchvision.models.get_model(name)
+        whole = torchvision.models.get_model(name)
     assert model.dim == dim
     lost = set(whole.state_dict()) - set(model.net.state_dict())
     assert sorted(whole.state_dict()[key].shape[0] for key in lost) == [1000, 1000]
 
 
 def test_tower_weights_from_a_file_are_used_without_their_classifier(tmp_path):
-    whole = towers.torchvision.models.resnet18(weights=None).eval()
+    whole = torchvision.models.resnet18(weights=None).eval()
     path = str(tmp_path / "resnet18.safetensors")
     save_file(whole.state_dict(), path)
     model = towers.tower("resnet18", path).eval()

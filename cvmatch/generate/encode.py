@@ -13,7 +13,7 @@ import torch
 from ray.data import Dataset
 from torch import Tensor
 
-from cvmatch import engine, geometry, images, manifest, progress, schema, storage
+from cvmatch import engine, geometry, hardware, images, manifest, progress, schema, storage
 from cvmatch.flow import Flow, each_step
 from cvmatch.generate import parts, rays, variants
 from cvmatch.generate.condition import Conditioning
@@ -57,7 +57,7 @@ class EncodePairs:
 
     def __init__(self, config: Encode, sizes: Sizes) -> None:
         encoders = parts.load_encoders(config.diffusion, config.clip, config.revision)
-        self.frozen = Frozen(encoders, config.conditioning).to(engine.device())
+        self.frozen = Frozen(encoders, config.conditioning).to(hardware.device())
         self.config, self.sizes = config, sizes
 
     def __call__(self, batch: Batch) -> Batch:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from ray.data import Dataset
 
-from cvmatch import draws, engine, images, schema, storage
+from cvmatch import draws, engine, hardware, images, schema, storage
 from cvmatch.generate.model import GUIDANCE, STEPS, Generator, require
 from cvmatch.rowwise import Rowwise, reason
 
@@ -41,7 +41,7 @@ class GenerateAerial:
     """
 
     def __init__(self, model: str, steps: int, guidance: float, seed: int, batch: int = 32) -> None:
-        self.generator = Generator.load(model, engine.device())
+        self.generator = Generator.load(model, hardware.device())
         self.steps, self.guidance, self.seed = steps, guidance, seed
         self.draw = Rowwise(self._draw, batch)
 

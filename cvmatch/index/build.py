@@ -18,8 +18,8 @@ from cvmatch.index.gallery import Gallery, dataset, embed, source, spread, work_
 from cvmatch.index.quality import measured
 from cvmatch.index.queries import Queries, split_queries
 from cvmatch.index.reader import EXHAUSTIVE
+from cvmatch.match.fusion import Fusion
 from cvmatch.match.identity import identity
-from cvmatch.match.model import JointFeatureLearningNet
 
 ENOUGH = {"top1": 0.99, "top10": 0.98}
 """Shares of the exact best tiles that a shortlist should hold."""
@@ -109,7 +109,7 @@ def publish(
             work.files |= {n: f for n, f in kept["files"].items() if n.startswith(same)}
         else:
             entries = work.shards(
-                parts, tiles, model.config.hidden, {"tile": parts_of["tile"]}, config.shard_rows
+                parts, tiles, model.hidden, {"tile": parts_of["tile"]}, config.shard_rows
             )
         info = _about(config, entries, model) | {
             "model": maker,
@@ -158,7 +158,7 @@ def _shortlisted(
     config: BuildIndex,
     info: dict[str, Any],
     entries: list[Entry],
-    model: JointFeatureLearningNet,
+    model: Fusion,
     queries: Queries | None,
 ) -> dict[str, Any]:
     """The entries of the manifest that say which shortlist there is; the best of those tried."""
@@ -193,7 +193,7 @@ def _head(
     kind: str,
     config: BuildIndex,
     store: shard.Store,
-    model: JointFeatureLearningNet,
+    model: Fusion,
     queries: Queries | None,
 ) -> coarse.Head:
     if kind == "own":
@@ -208,11 +208,9 @@ def _head(
         return coarse.distil(model, queries.distil, sample, config.steps, config.seed)
 
 
-def _about(
-    config: BuildIndex, entries: list[Entry], model: JointFeatureLearningNet
-) -> dict[str, Any]:
+def _about(config: BuildIndex, entries: list[Entry], model: Fusion) -> dict[str, Any]:
     rows = sum(entry["rows"] for entry in entries)
-    width = model.config.hidden
+    width = model.hidden
     key = ann.ladder(rows, width) if config.key == "auto" else config.key
     return {
         "rows": rows,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvmatch.match.model import JointFeatureLearningNet, Query
+from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.score import joint_scores
 
 WIDTH = 128
@@ -58,13 +58,13 @@ class Head(Protocol):
 class Own:
     """The matcher's own: tiles under the null synthetic aerial."""
 
-    def __init__(self, matcher: JointFeatureLearningNet) -> None:
+    def __init__(self, matcher: Fusion) -> None:
         self.matcher = matcher
 
     @property
     def device(self) -> torch.device:
         """The matcher's."""
-        return next(self.matcher.parameters()).device
+        return self.matcher.device
 
     def tile(self, u: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
         """Candidate embeddings."""
@@ -110,7 +110,7 @@ class Distilled(nn.Module):
         save_file(state, os.path.join(directory, _WEIGHTS))
 
 
-def load(directory: str, matcher: JointFeatureLearningNet) -> Head:
+def load(directory: str, matcher: Fusion) -> Head:
     """The head that `save` wrote, on the matcher's device."""
     with open(os.path.join(directory, _CONFIG), encoding="utf-8") as file:
         plain = json.load(file)
@@ -118,11 +118,11 @@ def load(directory: str, matcher: JointFeatureLearningNet) -> Head:
         return Own(matcher)
     head = Distilled(**plain)
     head.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)))
-    return head.to(next(matcher.parameters()).device).eval()
+    return head.to(matcher.device).eval()
 
 
 def distil(
-    matcher: JointFeatureLearningNet,
+    matcher: Fusion,
     queries: Query,
     u: Float16[np.ndarray, "tile hidden"],
     steps: int = STEPS,
@@ -136,7 +136,7 @@ def distil(
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Distilled(matcher.config.hidden).to(device)
+        head = Distilled(matcher.hidden).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), _LR, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
     for _ in range(steps):

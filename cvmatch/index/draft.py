@@ -16,12 +16,13 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float16, Float32
 
-from cvmatch import engine, manifest
+from cvmatch import hardware, manifest
 from cvmatch.index import ann, coarse, shard, versions
 from cvmatch.index.coarse import Head
 from cvmatch.index.reader import TEMPLATE
 from cvmatch.index.shard import Maker, Store
-from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.fusion import Fusion
+from cvmatch.match.model import load_fusion
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -191,16 +192,16 @@ def shard_codes(task: EncodeShard) -> faiss.Index:
 
 
 @functools.lru_cache(maxsize=1)
-def matcher(root: str, maker: str) -> JointFeatureLearningNet:
+def matcher(root: str, maker: str) -> Fusion:
     """The matcher in an index; a process that encodes many shards loads it once."""
-    return JointFeatureLearningNet.load(os.path.join(root, "heads", maker), engine.device())
+    return load_fusion(os.path.join(root, "heads", maker), hardware.device())
 
 
 @torch.inference_mode()
 def vectors(head: Head, u: Float16[np.ndarray, "tile _"]) -> Float32[np.ndarray, "tile _"]:
     """The head's vectors of tiles, always computed in the same steps, on one thread: the last bits
     of a matrix product depend on both, and so would codes at the edge of a cell."""
-    with engine.one_thread():
+    with hardware.one_thread():
         found = [
             head.tile(torch.from_numpy(part.astype(np.float32)).to(head.device)).cpu()
             for part in Store([u]).parts(_STEP)

@@ -7,7 +7,7 @@ import torch
 
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index, opened
-from cvmatch.match.model import Query
+from cvmatch.match.fusion import Query
 
 _QUERIES = 16  # queries a step
 

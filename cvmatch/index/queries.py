@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from cvmatch import engine, manifest, schema, storage, tables
+from cvmatch import hardware, manifest, schema, storage, tables
 from cvmatch.index.shard import CHUNK
+from cvmatch.match.fusion import Level, Query
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
-from cvmatch.match.model import JointFeatureLearningNet, Level, Query
+from cvmatch.match.model import JointFeatureLearningNet
 
 DISTIL = 1_000
 """Queries at most from which a head is distilled."""
@@ -73,4 +74,4 @@ def _embedded(location: str, model: str, level: Level, ids: list[str]) -> Query:
             "Run jobs/synthesize.py on them, or leave --queries out."
         )
     found = (np.concatenate([part[name] for part in parts])[good] for name in (EMBEDDING, V))
-    return Query(*(torch.from_numpy(value).to(engine.device()) for value in found))
+    return Query(*(torch.from_numpy(value).to(hardware.device()) for value in found))

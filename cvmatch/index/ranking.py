@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 
 from cvmatch.index.reader import EXHAUSTIVE, Index
-from cvmatch.match.model import Query
+from cvmatch.match.fusion import Query
 from cvmatch.match.score import fastest
 
 Mode = Literal["auto", "exact", "two-stage"]

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Float16, Int64
 from torch import Tensor
 
-from cvmatch import engine, geography, manifest, schema
+from cvmatch import geography, hardware, manifest, schema
 from cvmatch.images import PREPROCESS
 from cvmatch.index import ann, coarse, remote, shard, versions
 from cvmatch.index.coarse import Head
+from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.identity import identity
-from cvmatch.match.model import JointFeatureLearningNet, Query
+from cvmatch.match.model import load_fusion
 from cvmatch.match.score import joint_scores
 
 EXHAUSTIVE = 100_000
@@ -41,8 +42,8 @@ class Index:
     """What these vectors are."""
     dead: Int64[np.ndarray, " row"]
     """Rows that were deleted, sorted."""
-    matcher: JointFeatureLearningNet
-    """The model that made u, in evaluation mode."""
+    matcher: Fusion
+    """What scores need of the model that made u, in evaluation mode."""
     manifest: dict[str, Any]
     """What the version consists of, and what was measured."""
     heads: str
@@ -73,7 +74,7 @@ class Index:
     @property
     def device(self) -> torch.device:
         """Where scores are computed."""
-        return next(self.matcher.parameters()).device
+        return self.matcher.device
 
     @property
     def living(self) -> Int64[np.ndarray, " row"]:
@@ -154,7 +155,7 @@ def opened(root: str, info: dict[str, Any]) -> Index:
     folders = [os.path.join(root, "shards", one["sha"]) for one in info["shards"]]
     arrays, tables = zip(*(shard.read(folder, rereads) for folder in folders), strict=True)
     heads = os.path.join(root, "heads", info["model"])
-    matcher = JointFeatureLearningNet.load(heads, engine.device())
+    matcher = load_fusion(heads, hardware.device())
     return Index(
         u=shard.Store(arrays),
         tiles=pa.concat_tables(tables),

@@ -8,8 +8,9 @@ import torch
 from ray.data import Dataset
 from torch import Tensor
 
-from cvmatch import engine, images, schema
-from cvmatch.match.model import JointFeatureLearningNet, Level, Query
+from cvmatch import engine, hardware, images, schema
+from cvmatch.match.fusion import Level, Query
+from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.rowwise import Rowwise, reason
 
 U = "u"
@@ -45,7 +46,7 @@ class EmbedTile:
     """
 
     def __init__(self, model: str, batch: int) -> None:
-        self.device = engine.device()
+        self.device = hardware.device()
         self.model = JointFeatureLearningNet.load(model, self.device)
         self.tiles = Rowwise(self._tiles, batch)
 
@@ -76,7 +77,7 @@ class EmbedQuery:
     """
 
     def __init__(self, model: str, level: Level) -> None:
-        self.device = engine.device()
+        self.device = hardware.device()
         self.model = JointFeatureLearningNet.load(model, self.device)
         self.level = level
 

@@ -1,35 +1,26 @@
-"""JointFeatureLearningNet: query (G, A, S) and candidate (A, C) -> scores, factorised over tiles.
+"""JointFeatureLearningNet: pictures of a query (G, A, S) and of tiles (C) -> what scores need.
 
-`candidate = FFN_C([a; c])` uses the *query's* synthetic aerial, so a tile has no embedding of its
-own. FFN_C's first layer is linear, hence W1 [a; c] + b1 = (W1c c) + (W1a a + b1) = u + v: a tile
-keeps `u`, a query computes `v` once, and a pair costs two small layers. Exact, and ~10^5 times
-faster than running the towers for each pair.
+The towers are here; what joins their features, and how a pair is scored, is in `fusion.py`.
 """
 
 import dataclasses
 import json
 import os
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cvmatch import geometry, images
+from cvmatch.match.fusion import ALONE, Fusion, Query
 from cvmatch.schema import PALETTE
 from cvmatch.towers import Tower, TowerSpec, normalise
 
-Level = Literal["G", "G+A", "G+A+S", "A"]
-LEVELS: tuple[Level, ...] = ("G", "G+A", "G+A+S", "A")
-"""What a query may consist of; learned nulls stand in for the rest."""
-
 View = Literal["polar", "square"]
 
-_ALONE = (
-    "matcher: trained on G alone (w_joint 0), expected queries of level G, got A or S. Pass "
-    "--levels G (jobs/evaluate.py), leave the generator out, or train it with w_joint."
-)
 _TOWERS = ("ground", "aerial", "classes")
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -100,38 +91,8 @@ class MatcherConfig:
         return config
 
 
-class Query(NamedTuple):
-    """What scoring needs of each query, whatever the number of tiles."""
-
-    embedding: Float[Tensor, "query hidden"]
-    """FFN_G([g; a; s]), unit norm."""
-    v: Float[Tensor, "query hidden"]
-    """W1a a + b1: the query's part of FFN_C's first layer."""
-
-    def rows(self, which: "slice | Tensor") -> "Query":
-        """Some of the queries."""
-        return Query(self.embedding[which], self.v[which])
-
-
-class Rest(nn.Module):
-    """What follows the first layer of a fusion head: x + W3 relu(W2 relu(x) + b2) + b3, unit norm.
-
-    The sum with x makes a head start as a linear one. Without it, G found C among 500 (`standard`
-    world, InfoNCE, level G) in 8 % after a CPU minute, and in 46 % after four; with it in 49 %
-    after the first.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.middle, self.last = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Float[Tensor, "*row hidden"]) -> Float[Tensor, "*row hidden"]:
-        """The embedding of what the first layer gave."""
-        return nn.functional.normalize(x + self.last(self.middle(x.relu()).relu()), dim=-1)
-
-
-class JointFeatureLearningNet(nn.Module):
-    """Towers for G, S and (one for both) A and C; FFN_G, FFN_C; nulls for an absent g, a or s.
+class JointFeatureLearningNet(Fusion):
+    """Towers for G, S and (one for both) A and C, in front of the fusion heads.
 
     Where the config says so, one tower is shared by G, A and C, or there is none for S.
     """
@@ -140,27 +101,17 @@ class JointFeatureLearningNet(nn.Module):
         self, config: MatcherConfig, towers: tuple[Tower, Tower, Tower] | None = None
     ) -> None:
         """`towers` for G, for A and C, and for S; untrained ones of `config` by default."""
-        super().__init__()
+        ground, aerial, classes = towers or _towers(config)
+        super().__init__(
+            aerial.dim if config.shared else ground.dim,
+            aerial.dim,
+            0 if config.alone else classes.dim,
+            config.hidden,
+        )
         self.config = config
-        specs = (config.ground, config.aerial, config.classes)
-        ground, self.aerial_tower, classes = towers or tuple(Tower(spec) for spec in specs)
+        self.aerial_tower = aerial
         self.ground_tower = None if config.shared else ground
         self.classes_tower = None if config.alone else classes
-        g = a = self.aerial_tower.dim
-        if self.ground_tower:
-            g = self.ground_tower.dim
-        s = self.classes_tower.dim if self.classes_tower else 0
-        hidden = config.hidden
-        self.null_ground = nn.Parameter(torch.zeros(g))
-        self.null_synthetic = nn.Parameter(torch.zeros(a))
-        self.null_classes = nn.Parameter(torch.zeros(s))
-        self.query_first, self.query_rest = nn.Linear(g + a + s, hidden), Rest(hidden)
-        self.candidate_tile = nn.Linear(a, hidden, bias=False)  # W1c
-        self.candidate_query = nn.Linear(a, hidden)  # W1a, b1
-        # A and S start without a say, as new inputs of a pre-trained network do: G learns first.
-        nn.init.zeros_(self.candidate_query.weight)
-        self.query_first.weight.data[:, g:] = 0
-        self.candidate_rest = Rest(hidden)
         self.palette: Tensor
         palette = torch.zeros(256, 3)  # ignored pixels stay black
         palette[: len(PALETTE)] = torch.tensor(PALETTE) / 255
@@ -181,7 +132,7 @@ class JointFeatureLearningNet(nn.Module):
             ValueError: the model was trained on G alone.
         """
         if self.classes_tower is None:
-            raise ValueError(_ALONE)
+            raise ValueError(ALONE)
         colours = self.palette[ids.int()].permute(0, 3, 1, 2)
         return _standard(self.classes_tower(normalise(self._view(colours, "nearest"))))
 
@@ -202,54 +153,6 @@ class JointFeatureLearningNet(nn.Module):
             None if classes is None else self.class_features(classes),
         )
 
-    def fuse(
-        self,
-        ground: Float[Tensor, "query g"] | None,
-        synthetic: Float[Tensor, "query a"] | None,
-        classes: Float[Tensor, "query s"] | None,
-    ) -> Query:
-        """Query from tower features; None stands for the learned null.
-
-        Raises:
-            ValueError: all three are None, or the model was trained on G alone and there is more.
-        """
-        given = [feature for feature in (ground, synthetic, classes) if feature is not None]
-        if not given:
-            raise ValueError(
-                "a query needs at least one of ground, synthetic and classes, got none"
-            )
-        if self.config.alone and not (synthetic is None and classes is None):
-            raise ValueError(_ALONE)
-        g = self.null_ground.expand(len(given[0]), -1) if ground is None else ground
-        a = self.null_synthetic.expand(len(given[0]), -1) if synthetic is None else synthetic
-        s = self.null_classes.expand(len(given[0]), -1) if classes is None else classes
-        embedding = self.query_rest(self.query_first(torch.cat([g, a, s], dim=1)))
-        return Query(embedding, self.candidate_query(a))
-
-    def joint(
-        self, u: Float[Tensor, "*#pair hidden"], v: Float[Tensor, "*#pair hidden"]
-    ) -> Float[Tensor, "*pair hidden"]:
-        """Candidate embedding FFN_C([a; c]) of pairs, unit norm, from its two halves."""
-        return self.candidate_rest(u + v)
-
-    def pair_scores(
-        self, query: Query, u: Float[Tensor, "tile hidden"]
-    ) -> Float[Tensor, "query tile"]:
-        """Cosine of each query and each tile, each tile embedded with that query's own A.
-
-        All pairs at once, with gradient; `score.joint_scores` is for many tiles.
-        """
-        candidate = self.joint(u[None], query.v[:, None])
-        return (candidate.float() * query.embedding[:, None].float()).sum(-1)
-
-    def shortlist(self, u: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
-        """A tile's own embedding (unit norm), under the null synthetic aerial: what FAISS holds.
-
-        Its product with a query of level G is that level's exact score.
-        """
-        v = self.candidate_query(self.null_synthetic)
-        return self.joint(u, v.expand(len(u), -1))
-
     def save(self, directory: str) -> None:
         """Write `config.json` and `model.safetensors`."""
         os.makedirs(directory, exist_ok=True)
@@ -265,8 +168,11 @@ class JointFeatureLearningNet(nn.Module):
         Raises:
             ValueError: no model there, or one of another format or preprocessing version.
         """
-        model = cls(cls.config_of(directory))
-        model.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)))
+        config = cls.config_of(directory)
+        with torch.device("meta"):  # random values of three VGG16 would take 5.5 s
+            towers = _towers(config)
+        model = cls(config, towers)
+        model.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)), assign=True)
         return model.to(device).eval()
 
     @staticmethod
@@ -285,6 +191,29 @@ class JointFeatureLearningNet(nn.Module):
         if self.config.view == "square":
             return tile
         return geometry.polar(tile, *self.config.polar, mode)
+
+
+def load_fusion(directory: str, device: torch.device | str = "cpu") -> Fusion:
+    """The model that `JointFeatureLearningNet.save` wrote, without its towers: of
+    three VGG16, 22 MB of 1.6 GB.
+
+    Raises:
+        ValueError: see `JointFeatureLearningNet.load`.
+    """
+    config = JointFeatureLearningNet.config_of(directory)
+    with safe_open(os.path.join(directory, _WEIGHTS), "pt") as file:
+        names = [name for name in file.keys() if "_tower." not in name]  # noqa: SIM118 (no dict)
+        state = {name: file.get_tensor(name) for name in names}
+    ground, aerial, classes = (
+        len(state[name]) for name in ("null_ground", "null_synthetic", "null_classes")
+    )
+    model = Fusion(ground, aerial, classes, config.hidden)
+    model.load_state_dict(state)
+    return model.to(device).eval()
+
+
+def _towers(config: MatcherConfig) -> tuple[Tower, Tower, Tower]:
+    return Tower(config.ground), Tower(config.aerial), Tower(config.classes)
 
 
 def _standard(feature: Tensor) -> Tensor:

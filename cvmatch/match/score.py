@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cvmatch.match.model import JointFeatureLearningNet, Query, Rest
+from cvmatch.match.fusion import Fusion, Query, Rest
 
 CHUNK = {"cpu": 4096, "cuda": 65_536}
 """Tiles scored at a time. On a CPU, 100k at once are 3.5 times slower (allocator and cache)."""
@@ -30,7 +30,7 @@ def fastest(device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def joint_scores(
-    model: JointFeatureLearningNet,
+    model: Fusion,
     query: Query,
     u: Float[Tensor, "tile hidden"],
     dtype: torch.dtype = torch.float32,

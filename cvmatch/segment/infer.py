@@ -9,7 +9,7 @@ import torch
 from jaxtyping import UInt8
 from ray.data import Dataset
 
-from cvmatch import engine, hub, images, schema
+from cvmatch import engine, hardware, hub, images, schema
 from cvmatch.rowwise import Rowwise, reason
 from cvmatch.segment.model import Segmenter
 
@@ -60,7 +60,7 @@ class SegmentAerial:
 
         `batch`: rows a call of the network, whatever the number of rows at hand (`Rowwise`).
         """
-        self.segmenter = Segmenter.load(model, engine.device())
+        self.segmenter = Segmenter.load(model, hardware.device())
         self.source, self.flip, self.overlap = source, flip, overlap
         self.label = Rowwise(self._label, batch)
         self.label_large = Rowwise(self._label_large, 1)
@@ -107,12 +107,12 @@ class SegmentAerial:
         return preprocess.tile(data)
 
     def _label(self, tiles: list[np.ndarray]) -> list[np.ndarray]:
-        pixels = torch.from_numpy(np.stack(tiles)).to(engine.device())
+        pixels = torch.from_numpy(np.stack(tiles)).to(hardware.device())
         return list(self.segmenter.predict(pixels, flip=self.flip).cpu().numpy())
 
     def _label_large(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
         assert self.overlap is not None, "pictures are resized"
-        pixels = torch.tensor(pictures[0], device=engine.device())
+        pixels = torch.tensor(pictures[0], device=hardware.device())
         ids = self.segmenter.predict_large(pixels, overlap=self.overlap, flip=self.flip)
         return [ids.cpu().numpy()]
 

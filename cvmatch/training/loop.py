@@ -21,7 +21,7 @@ from ray.train import Checkpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from cvmatch import draws, engine, images, storage
+from cvmatch import draws, hardware, images, storage
 from cvmatch.training import runs
 from cvmatch.training.meters import Means, Meter, tensors
 from cvmatch.training.task import Fit, Task
@@ -75,7 +75,7 @@ class Worker:
         self.job, self.rank, self.world = job, context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
-            engine.keep_memory()
+            hardware.keep_memory()
         torch.set_num_threads(max(1, int(job.fit.cpus_per_worker)))
 
     def shard(self, name: str) -> Any:

@@ -28,7 +28,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from cvmatch import config as configs
-from cvmatch import engine, progress, storage, tracking
+from cvmatch import engine, hardware, progress, storage, tracking
 from cvmatch.training import loop, meters, runs
 from cvmatch.training.task import Fit, Order, Task
 
@@ -166,7 +166,7 @@ class Here:
     ) -> None:
         self.job, self.datasets = job, datasets
         self.directory, self.callbacks = directory, callbacks
-        self.device: torch.device = engine.device()
+        self.device: torch.device = hardware.device()
 
     def shard(self, name: str) -> Dataset:
         """All rows."""
