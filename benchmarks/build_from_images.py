@@ -16,9 +16,10 @@ from cvmatch.engine import Pool
 from cvmatch.evaluate import true_rows
 from cvmatch.generate.infer import Generate
 from cvmatch.index.build import BuildIndex, build
+from cvmatch.index.gallery import Gallery, dataset
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
-from cvmatch.ingest import Ingest, ingest
+from cvmatch.ingest import Ingest
 from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.retrieval import KS
 from cvmatch.search import query_of
@@ -34,7 +35,7 @@ class FromImages(Bench):
     """Build an index of all tiles of a world, and search it for its held-out panoramas."""
 
     tiles: int = 0
-    """Tiles that are made for the run, 1 in 40 of them with a query; 0: 20,000, quick 600."""
+    """Tiles that are made for the run, 1 in 40 of them with a query; 0: 20,000, quick 1,000."""
     data: str = ""
     """World to take instead: all its tiles, and the panoramas of its split `val`."""
     matcher: str = ""
@@ -44,7 +45,7 @@ class FromImages(Bench):
     batch: int = 32
     """Tiles a call of the tower."""
     speed: int = 0
-    """Tiles on which tower and pool are timed; 0: 3,000, quick 500."""
+    """Tiles on which tower and pool are timed; 0: 3,000, quick 900."""
     rounds: int = 0
     """How often both are timed, in turns; medians are reported. 0: 3, quick 1."""
 
@@ -65,14 +66,20 @@ def queries_of(asked: FromImages, data: str, at: str) -> str:
     return config.output
 
 
+def _pool(asked: FromImages) -> Pool:
+    return replace(Gallery().pool, batch=asked.batch)
+
+
 def speeds(asked: FromImages, model: str, data: Ingest) -> tuple[float, float]:
     """Tiles a second of the tower in a loop, and of a pool of one in a stream."""
-    some = replace(data, limit=asked.speed, block=asked.batch)
-    held: list = list(ingest(some).iter_batches(batch_size=asked.batch, batch_format="numpy"))
+    some = Gallery(tiles=replace(data, limit=asked.speed))
+    pool = _pool(asked)
+    batches = dataset(some).iter_batches(batch_size=asked.batch, batch_format="numpy")
+    held: list[Any] = list(batches)
     stage = Stage(
         "embed tiles",
         lambda: EmbedTile(model, asked.batch),
-        lambda: embed_tiles(ingest(some), Embed(model=model, pool=Pool(batch=asked.batch))),
+        lambda: embed_tiles(dataset(some), Embed(model=model, pool=pool)),
     )
     return compared(stage, held, asked.rounds)
 
@@ -102,7 +109,7 @@ def recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]:
 def main(asked: FromImages) -> None:
     """Make, build, search."""
     usual = (
-        {"tiles": 600, "speed": 500, "rounds": 1}
+        {"tiles": 1_000, "speed": 900, "rounds": 1}
         if asked.quick
         else {"tiles": 20_000, "speed": 3_000, "rounds": 3}
     )
@@ -118,14 +125,15 @@ def main(asked: FromImages) -> None:
             make_world(MakeWorld(output=data, preset="standard", train=rest, val=held_out))
         model = asked.matcher or trained(f"{at}/trained")[0]
         location = queries_of(asked, data, f"{at}/rows")
-        bare, pooled = speeds(asked, model, Ingest(root=data, cache=f"{at}/cache"))
+        block = 4 * asked.batch
+        bare, pooled = speeds(asked, model, Ingest(root=data, cache=f"{at}/cache", block=block))
         config = BuildIndex(
-            tiles=Ingest(root=data, cache=f"{at}/whole"),
+            tiles=Ingest(root=data, cache=f"{at}/whole", block=block),
             splits=("train", "val"),
             model=model,
             output=f"{at}/index",
             queries=location,
-            pool=Pool(batch=asked.batch),
+            pool=_pool(asked),
         )
         info = build(config)
         report(asked, info, recalls(Index.open(config.output), location), bare, pooled)
@@ -152,8 +160,9 @@ def report(
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in info["seconds"].items())
     notes = (
         f"{info['rows']} tiles of a world. The tower alone, one thread, batches of {asked.batch} "
-        f"in memory: {bare:.1f} tiles/s; a pool of one actor in a stream that reads and decodes "
-        f"beside it: {pooled:.1f} ({pooled / bare:.2f}), {asked.rounds} rounds in turns, medians.",
+        f"in memory: {bare:.1f} tiles/s; a pool of one actor in a stream, which reads and decodes "
+        f"beside it, in blocks of four batches: {pooled:.1f} ({pooled / bare:.2f}), "
+        f"{asked.rounds} rounds in turns, medians.",
         f"Seconds of the build: {seconds}. Embedding with the start of Ray's processes, the check "
         f"of all pictures and the writing: {info['tiles_per_s']['embed']:.1f} tiles/s.",
         f"Shortlist {info['ann']['key']} ({info['head']} head) of {info['shortlist']} tiles; it "

@@ -9,7 +9,7 @@ checkpoints can resume them, and fetch the pictures block by block.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -82,8 +82,8 @@ class Ingest:
             )
 
 
-def ingest(config: Ingest) -> Dataset:
-    """Rows of a split, with the columns of `schema.PAIRS`.
+def ingest(config: Ingest, pictures: Collection[str] = tuple(FILES)) -> Dataset:
+    """Rows of a split, with the columns of `schema.PAIRS`; of those in FILES only `pictures`.
 
     A row whose file has gone since the check has null there, and says so in `error`.
 
@@ -99,7 +99,7 @@ def ingest(config: Ingest) -> Dataset:
     # for next, hence more parts and other batches, on which the last bits of a picture depend.
     rows = ray.data.read_parquet(path, filesystem=filesystem, override_num_blocks=1)
     rows = rows.repartition(target_num_rows_per_block=config.block)
-    read = partial(read_pictures, root=found.root)
+    read = partial(read_pictures, root=found.root, pictures=pictures)
     return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
 
 
@@ -135,18 +135,20 @@ def rejected(config: Ingest) -> list[layout.Reject]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def read_pictures(rows: pa.Table, root: str) -> pa.Table:
+def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(FILES)) -> pa.Table:
     """Rows of PLAN -> rows of `schema.PAIRS`, with the bytes of the files below `root`."""
     columns: dict[str, Any] = {name: rows[name] for name in (PAIR_ID, LATITUDE, LONGITUDE)}
     errors: list[str | None] = [None] * len(rows)
-    for column, named in FILES.items():
-        files = rows[named].to_pylist()
+    for column in pictures:
+        files = rows[FILES[column]].to_pylist()
         columns[column] = []
         for at, (data, why) in enumerate(_fetch(root, files)):
             columns[column].append(data)
             if why and errors[at] is None:
                 errors[at] = f"{column} {files[at]}: {why}"
-    return pa.table({**columns, ERROR: errors}, schema=schema.PAIRS)
+    columns[ERROR] = errors
+    fields = [field for field in schema.PAIRS if field.name in columns]
+    return pa.table(columns, schema=pa.schema(fields))
 
 
 def check_pictures(rows: pa.Table, root: str) -> pa.Table:

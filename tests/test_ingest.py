@@ -87,6 +87,10 @@ def test_read_pictures_vanished_file_is_an_error_in_its_row(tmp_path):
     assert row["aerial"] == picture()
     assert row["ground"] is None
     assert row["error"] == "ground gone.jpg: no such file"
+    (row,) = read_pictures(rows, str(tmp_path), ["aerial"]).to_pylist()
+    assert row["aerial"] == picture()
+    assert row["error"] is None
+    assert "ground" not in row
 
 
 @pytest.mark.parametrize("wrong", [{"block": 0}, {"limit": -1}, {"max_rejected": 1.5}])

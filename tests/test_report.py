@@ -268,6 +268,15 @@ def test_scores_tiles_nearby_are_guessed_among_themselves():
     assert row.chance == 1 / 8
 
 
+def test_scores_of_a_shortlist_are_not_those_of_one_of_ten():
+    tree = {"one_of_ten_top1": 0.9, "index": {"recall": {"top1": 1.0, "shortlist": 50}}}
+    ten, held, size = scores({"gallery": 320, **tree})
+    assert (ten.chance, held.chance, held.share) == (0.1, None, True)
+    assert "shortlist holds" in held.meaning
+    assert "10" in ten.meaning
+    assert size.meaning == "tiles that the first stage hands to the second"
+
+
 def test_scores_levels_of_an_ablation_are_recalls_of_the_first_place():
     rows = scores({"gallery": 50, "ablation": {"G": 0.5, "G+A": 0.6}})
     assert [(row.name, row.chance, row.share) for row in rows] == [

@@ -21,14 +21,14 @@ from cvmatch.written import Judge, Written
 class Gallery:
     """Tiles, and the actors that embed them."""
 
-    tiles: Ingest = field(default_factory=lambda: Ingest(split="val"))
+    tiles: Ingest = field(default_factory=lambda: Ingest(split="val", block=128))
     """Data set whose tiles are taken."""
     splits: tuple[Literal["train", "val"], ...] = ()
     """Splits of it that are taken; empty: only `tiles.split`."""
     rows: str = ""
     """URI of a directory of rows (as jobs/synthesize.py writes) to take instead of `tiles`: any
     Parquet files with pair_id and aerial, and where known latitude and longitude."""
-    pool: Pool = field(default_factory=lambda: Pool(batch=32))
+    pool: Pool = field(default_factory=lambda: Pool(batch=32, calls=2))
     """Actors that embed tiles."""
     max_rejected: float = 0.05
     """Largest share of rows without an embedding, in [0, 1]."""
@@ -57,8 +57,8 @@ def dataset(gallery: Gallery) -> ray.data.Dataset:
     """The rows of the tiles, with their pictures."""
     wanted = [schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR]
     if not gallery.rows:
-        first, *rest = [ingest.ingest(one) for one in _ingests(gallery)]
-        return (first.union(*rest) if rest else first).select_columns(wanted)
+        first, *rest = [ingest.ingest(one, [schema.AERIAL]) for one in _ingests(gallery)]
+        return first.union(*rest) if rest else first
     filesystem, path = storage.resolve(gallery.rows)
     have = next(tables.batches(gallery.rows, wanted, 1)).schema
     rows: Any = ray.data.read_parquet(path, filesystem=filesystem, file_extensions=["parquet"])

@@ -66,10 +66,17 @@ _KINDS = (
 
 _SHUFFLED = "the same with another place's picture: worse, if the model looks at its panorama"
 _GROUPS = {
-    "iou": _Kind(r".+", "overlap of predicted and true pixels of this class", True),
-    "ablation": _Kind(r"(?P<first>.+)", "recall@1 of queries made of these pictures alone", True),
+    "iou": (_Kind(r".+", "overlap of predicted and true pixels of this class", True),),
+    "ablation": (
+        _Kind(r"(?P<first>.+)", "recall@1 of queries made of these pictures alone", True),
+    ),
+    "recall": (
+        _Kind(r"top1", "first answers of exhaustive search that the shortlist holds", True),
+        _Kind(r"top10", "of its first ten answers", True),
+        _Kind(r"queries", "panoramas for which the build measured that"),
+    ),
 }
-"""Meaning of all keys below such a key: classes, and levels of queries."""
+"""Meaning of keys below such a key, before _KINDS: classes, levels of queries, a shortlist."""
 _PARTS = re.compile(r".*(_low|_high|_k|_chance)|(near_)?gallery|near_queries")
 
 
@@ -98,12 +105,13 @@ def _walk(tree: Mapping[str, Any], above: tuple[str, ...], gallery: Number) -> I
 
 def _score(group: str, name: str, tree: Mapping[str, Any], gallery: Number) -> Score:
     base = name.removesuffix("_shuffled")
-    of_group = _GROUPS.get(group.rpartition(" / ")[2])
+    own = _GROUPS.get(group.rpartition(" / ")[2], ())
     kind, chance, shown = None, None, {"first": "", "gallery": ""}
-    for candidate in (of_group,) if of_group else _KINDS:
+    for candidate in (*own, *_KINDS):
         if match := re.fullmatch(candidate.pattern, base):
             shown, guess = _chance(match.groupdict(), tree, gallery)
             kind, chance = candidate, candidate.chance if guess is None else guess
+            break
     low, high = tree.get(f"{name}_95") or (tree.get(f"{name}_low"), tree.get(f"{name}_high"))
     given = tree.get(f"{name}_chance")
     words = kind.meaning.format(**shown) if kind else ""
