@@ -144,7 +144,8 @@ def speed(asked: Stream, at: str) -> None:
         figures |= {f"{name}.bare": loop, f"{name}.pool": pool, f"{name}.ratio": pool / loop}
     notes = (
         f"{pairs} pairs (tiles 128 x 128, panoramas 64 x 256), batches of {asked.batch} in "
-        f"blocks of {BATCHES * asked.batch}, {rounds} rounds in turns, medians. Toy models; 3 sampling steps with guidance.",
+        f"blocks of {BATCHES * asked.batch}, {rounds} rounds in turns, medians. "
+        "Toy models; 3 sampling steps with guidance.",
         "One actor, one thread, in both. The loop has its batches in memory; the pool reads, "
         "schedules and hands on its blocks in other processes meanwhile. Its start is not counted.",
     )
