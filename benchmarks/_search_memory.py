@@ -13,11 +13,11 @@ from cvmatch.match.fusion import Query
 
 
 def private() -> float:
-    """MiB of pages that are this process's alone and not a clean copy of a file."""
+    """MiB of pages that are no copy of a file: what one more such process takes."""
     found = 0
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         for line in file:
-            if line.startswith("Private_Dirty:"):
+            if line.startswith("Anonymous:"):
                 found += int(line.split()[1])
     return found / 1024
 
