@@ -1,5 +1,6 @@
 """The generator: conditioning, losses with gradient, sampling by key, and the real sizes."""
 
+import dataclasses
 import os
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torchmetrics.functional.image.lpips as reference
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip import CLIPConfig, CLIPTextConfig
@@ -34,8 +36,9 @@ from cvmatch.training import Fit
 from cvmatch.training.meters import Means
 
 PANORAMA = (64, 256)
-# gain 1: these tests give the map's weights themselves, or their own learning rate.
-TOY = Conditioning(panorama_width=256, crops=4, gain=1.0)
+# gain 1: these tests give the map's weights themselves, or their own learning rate. coarse 0: they
+# look at what the UNet draws.
+TOY = Conditioning(panorama_width=256, crops=4, gain=1.0, coarse=0)
 
 
 def _unet() -> UNet2DConditionModel:
@@ -174,6 +177,8 @@ def test_gain_is_a_louder_map(toy: str, generator: Generator):
 def test_gain_that_would_silence_the_map_is_refused():
     with pytest.raises(ValueError, match="gain above 0, got 0"):
         Conditioning(gain=0.0)
+    with pytest.raises(ValueError, match="coarse of at least 0, got -1"):
+        Conditioning(coarse=-1)
 
 
 def test_unet_with_more_inputs_than_the_mode_needs_is_refused(generator: Generator):
@@ -686,6 +691,36 @@ def test_sample_guidance_moves_away_from_the_null(generator: Generator):
     with torch.no_grad():  # at guidance 0 the condition has no say
         generator.conditioner.project.weight.neg_()
     torch.testing.assert_close(_draw(generator, guidance=0.0), zero)
+
+
+def test_sample_takes_what_is_coarse_from_the_rays_and_the_rest_from_the_unet(toy: str):
+    torch.manual_seed(0)
+    plain = _base(toy).eval()
+    mixed = _base(toy, dataclasses.replace(TOY, coarse=8)).eval()
+    mixed.load_state_dict(plain.state_dict())
+
+    def blurred(picture: torch.Tensor) -> torch.Tensor:
+        cells = F.adaptive_avg_pool2d(picture, 8)
+        return F.interpolate(cells, picture.shape[-2:], mode="bicubic")
+
+    with torch.no_grad():
+        seen = plain.frozen.look(_ground(3))
+        drawing = plain.conditioner.rays.picture(plain.condition(seen).map) / 2 + 0.5
+    before, after = _draw(plain, 3), _draw(mixed, 3)
+    assert after.min() > 0  # nothing is cut off, so that parts can be compared
+    assert after.max() < 1
+    wanted = F.adaptive_avg_pool2d(drawing, 8)
+    apart = [(F.adaptive_avg_pool2d(x, 8) - wanted).abs().mean() for x in (before, after)]
+    assert apart[1] < 0.2 * apart[0]
+    detail = [x - blurred(x) for x in (before, after)]
+    torch.testing.assert_close(detail[1], detail[0], atol=0.03, rtol=0)
+
+
+def test_rays_that_do_not_learn_to_draw_give_no_coarse_part():
+    with pytest.raises(ValueError, match=r"w_map above 0.*--conditioning.coarse 0"):
+        TrainGenerator(w_map=0.0)
+    TrainGenerator(w_map=0.0, conditioning=Conditioning(coarse=0))
+    TrainGenerator(w_map=0.0, conditioning=Conditioning(mode="tokens"))
 
 
 # Files

@@ -34,11 +34,20 @@ class Conditioning:
     steps at 5e-4, A found its tile among 320 (R@1, guidance 3 or 4) in 12 % with a factor of 1,
     16 % with 10, 18 % with 30; the loss was 0.634, 0.629 and 0.630 (toy models)."""
 
+    coarse: int = 8
+    """Cells a side of the tile: what is larger in a picture is taken from what the rays draw, and
+    the UNet draws the rest; 0: it draws all. A sample of what may be there lies further from the
+    truth than its mean. Of 500 held-out tiles the own one came first in 57 % by A (before 42 %),
+    among the first tenth in 92 % (85 %), by chroma in 86 % (75 %), by gradient as often as before;
+    S(A) agrees with the true map as before (2 steps, guidance 6; 6 to 16 cells are alike)."""
+
     def __post_init__(self) -> None:
         if min(self.panorama_width, self.crops, self.harmonics, self.channels) < 1:
             raise ValueError(f"conditioning: expected sizes of at least 1, got {self}")
         if not self.gain > 0:
             raise ValueError(f"conditioning: expected a gain above 0, got {self.gain}.")
+        if self.coarse < 0:
+            raise ValueError(f"conditioning: expected coarse of at least 0, got {self.coarse}.")
 
     @property
     def geometry(self) -> bool:

@@ -68,6 +68,11 @@ class TrainGenerator(Recipe):
                 "train_generator: expected pretrain_rays of at least 1 with freeze_rays, got 0: "
                 "the rays would stay random. Set --pretrain-rays 5, or do not freeze them."
             )
+        if not self.w_map and self.conditioning.geometry and self.conditioning.coarse:
+            raise ValueError(
+                "train_generator: expected w_map above 0, since A takes its coarse part from what "
+                "the rays draw, got 0: that would stay random. Or set --conditioning.coarse 0."
+            )
         if self.train_clip and self.encode == "once":
             raise ValueError(
                 f"train_generator: expected encode live with train_clip {self.train_clip}, got "
