@@ -35,7 +35,7 @@ every step adds texture that the panorama does not tell (benchmarks/sampler.py).
 GUIDANCE = 6.0
 """Guidance scale: of 1 to 6, the higher the better the tile is found."""
 
-_FORMAT = 2  # 1 knew no gain: its UNets were trained with 1
+_FORMAT = 3  # 2 knew no coarse part: its UNet drew all
 _CONFIG, _WEIGHTS = "conditioner.json", "conditioner.safetensors"
 
 

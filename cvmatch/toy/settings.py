@@ -149,7 +149,6 @@ def _synthesize(at: str, data: Ingest) -> Synthesize:
         data=data,
         generate=Generate(
             model=f"{at}/models/generator",
-            steps=3,
             pool=Pool(size=2, batch=16, calls=2),
         ),
         segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16, calls=2)),
