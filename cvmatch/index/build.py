@@ -175,8 +175,10 @@ def _shortlisted(
         made["ann"] = info["ann"] | {"parts": [work.merged(shards, name)]}
         made["recall"] = recalled(work, info | made, queries)
         tried.append((made, work.files, work.seconds))
-        if made["recall"] and all(made["recall"][top] >= ENOUGH[top] for top in ENOUGH):
-            break
+        if recall := made["recall"]:
+            _log.info("shortlist of the %s head: %s of the exact answers", kind, recall)
+            if all(recall[top] >= ENOUGH[top] for top in ENOUGH):
+                break
     best = max(tried, key=lambda one: _held(one[0]["recall"]))
     found, work.files, work.seconds = best
     if others := [sum(one[2].values()) - sum(seconds.values()) for one in tried if one is not best]:
