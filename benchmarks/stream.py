@@ -42,7 +42,7 @@ class Stream(Bench):
     """Rows a second of one actor in a Ray Data stream, and of the same actor called in a loop."""
 
     pairs: int = 0
-    """Pairs; 0: 1,280, quick 448."""
+    """Pairs; 0: 640, quick 448."""
     batch: int = 16
     """Rows a call, in both."""
     rounds: int = 0
@@ -123,7 +123,7 @@ def stages(at: str, data: Ingest, batch: int) -> list[Stage]:
 
 def speed(asked: Stream, at: str) -> None:
     """Both ways, in turns."""
-    pairs = asked.pairs or (448 if asked.quick else 1_280)
+    pairs = asked.pairs or (448 if asked.quick else 640)
     rounds = asked.rounds or (1 if asked.quick else 3)
     make_world(MakeWorld(output=f"{at}/world", train=pairs, val=16))
     data = Ingest(root=f"{at}/world", block=BATCHES * asked.batch)

@@ -43,10 +43,10 @@ class SearchFiles:
     """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
     segmenter: str = ""
     """Local directory of a segmenter, to search with its class map too; empty: none."""
-    steps: int = STEPS
-    """Solver steps of the generator."""
-    guidance: float = GUIDANCE
-    """Guidance scale of the generator; 1: none."""
+    steps: int = 0
+    """Solver steps of the generator; 0: as for the queries of the index."""
+    guidance: float = 0.0
+    """Guidance scale of the generator; 1: none; 0: as for the queries of the index."""
     mode: Mode = "auto"
     """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
     shortlist: int = 0
@@ -158,7 +158,10 @@ def _actors(config: SearchFiles, index: Index, rows: int) -> list[Any]:
     batch = min(rows, _BATCH)  # a network pads what it is given to its batch
     if config.generator:
         model = os.path.abspath(os.path.expanduser(config.generator))
-        actors.append(GenerateAerial(model, config.steps, config.guidance, config.seed, batch))
+        known = index.manifest["queries"]
+        steps = config.steps or known.get("steps", STEPS)
+        guidance = config.guidance or known.get("guidance", GUIDANCE)
+        actors.append(GenerateAerial(model, steps, guidance, config.seed, batch))
     if config.segmenter:
         actors.append(SegmentAerial(config.segmenter, batch=batch))
     return [*actors, EmbedQuery(index.heads, config.level)]

@@ -11,7 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from cvmatch import config as configs
-from cvmatch import images, schema, search, tables
+from cvmatch import images, schema, search, tables, toy
+from cvmatch.generate.condition import Conditioning
+from cvmatch.generate.infer import GenerateAerial
+from cvmatch.generate.model import Generator
 from cvmatch.index import ranking, shard
 from cvmatch.index.build import BuildIndex, publish
 from cvmatch.index.ranking import rank
@@ -226,6 +229,27 @@ def test_search_with_another_generator_than_the_queries_of_the_index_is_refused(
     )
     with pytest.raises(ValueError, match=r"the generator that made .* \(abc\), got [0-9a-f]{64}"):
         search.search(config)
+
+
+def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
+    index, tmp_path, monkeypatch
+):
+    model = str(tmp_path / "generator")
+    torch.manual_seed(0)
+    Generator.base(toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4)).save(model)
+    (tmp_path / "0000002.png").write_bytes(tiny.rows(3)[schema.GROUND][2].as_py())
+    known = {**index.manifest, "queries": {"steps": 1, "guidance": 1.0}}
+    monkeypatch.setattr(Index, "open", lambda uri: Index(**{**vars(index), "manifest": known}))
+    rows = tiny.columns(tiny.rows(3).slice(2))
+
+    def drawn(**flags):
+        asked = SearchFiles(panorama=(str(tmp_path / "0000002.png"),), generator=model, **flags)
+        (answer,) = search.search(asked)
+        return answer.pictures[schema.SYNTHETIC]
+
+    for flags, sampling in (({}, (1, 1.0)), ({"steps": 2, "guidance": 3.0}, (2, 3.0))):
+        actor = GenerateAerial(model, *sampling, seed=0, batch=1)
+        assert drawn(**flags) == actor(rows)[schema.SYNTHETIC][0]
 
 
 def test_page_of_a_search_shows_each_panorama_its_tiles_and_where_they_are(index, tmp_path):

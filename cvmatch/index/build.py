@@ -128,7 +128,7 @@ def finished(
     work: Draft, info: dict[str, Any], queries: Queries | None, rejected: list[dict[str, str]]
 ) -> dict[str, Any]:
     """Publish a version, with its times and sizes; gives its manifest."""
-    info = info | {"queries": queries.models if queries else info["queries"]}
+    info = info | {"queries": queries.made_by if queries else info["queries"]}
     info["seconds"] = {stage: round(value, 3) for stage, value in work.seconds.items()}
     info["tiles_per_s"] = {
         stage: round(info["rows"] / value, 1) for stage, value in work.seconds.items() if value

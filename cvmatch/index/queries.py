@@ -1,6 +1,7 @@
 """Synthesized rows -> embedded queries: some to measure a shortlist, others to distil it from."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -26,8 +27,9 @@ class Queries:
     """Of the fullest level that the model knows."""
     distil: Query
     """Others, of all levels in turns; where there are no others, the same."""
-    models: dict[str, str]
-    """Fingerprints of the generator and segmenter that made the rows; empty where unknown."""
+    made_by: dict[str, Any]
+    """Fingerprints of the `generator` and `segmenter` that made the rows, and its `steps` and
+    `guidance`; what is not known is not there."""
 
 
 def split_queries(location: str, model: str, sample: int, seed: int) -> Queries | None:
@@ -55,8 +57,17 @@ def split_queries(location: str, model: str, sample: int, seed: int) -> Queries 
         if len(others) >= len(levels)
     ]
     distil = Query(*map(torch.cat, zip(*parts, strict=True))) if parts else measure
-    known = storage.exists(storage.join(location, manifest.NAME))
-    return Queries(measure, distil, manifest.read(location)["models"] if known else {})
+    return Queries(measure, distil, _made_by(location))
+
+
+def _made_by(location: str) -> dict[str, Any]:
+    if not storage.exists(storage.join(location, manifest.NAME)):
+        return {}
+    about = manifest.read(location)
+    sampling = about["config"].get("generate", {})
+    return about["models"] | {
+        name: sampling[name] for name in ("steps", "guidance") if name in sampling
+    }
 
 
 def _embedded(location: str, model: str, level: Level, ids: list[str]) -> Query:

@@ -136,8 +136,6 @@ def look_up(config: Demo, settings: Settings) -> list[Example]:
         index=settings.index.output,
         generator=flags.generate.model,
         segmenter=flags.segment.model,
-        steps=flags.generate.steps,
-        guidance=flags.generate.guidance,
         seed=flags.generate.seed,
         top_k=5,
     )
