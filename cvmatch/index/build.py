@@ -176,7 +176,8 @@ def _shortlisted(
         made["recall"] = recalled(work, info | made, queries)
         tried.append((made, work.files, work.seconds))
         if recall := made["recall"]:
-            _log.info("shortlist of the %s head: %s of the exact answers", kind, recall)
+            held = [100 * recall[top] for top in ENOUGH]
+            _log.info("%s head: holds %.1f %% of the exact first, %.1f %% of the ten", kind, *held)
             if all(recall[top] >= ENOUGH[top] for top in ENOUGH):
                 break
     best = max(tried, key=lambda one: _held(one[0]["recall"]))
