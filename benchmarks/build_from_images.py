@@ -9,7 +9,7 @@ import numpy as np
 from _harness import Bench, finish, flags, sized
 from index_1m import trained
 from matching import MatchingBench, Rows
-from stream import Stage, compared
+from stream import BATCHES, Stage, compared
 
 from cvmatch import engine, schema, toy
 from cvmatch.engine import Pool
@@ -125,7 +125,7 @@ def main(asked: FromImages) -> None:
             make_world(MakeWorld(output=data, preset="standard", train=rest, val=held_out))
         model = asked.matcher or trained(f"{at}/trained")[0]
         location = queries_of(asked, data, f"{at}/rows")
-        block = 4 * asked.batch
+        block = BATCHES * asked.batch
         bare, pooled = speeds(asked, model, Ingest(root=data, cache=f"{at}/cache", block=block))
         config = BuildIndex(
             tiles=Ingest(root=data, cache=f"{at}/whole", block=block),
@@ -161,7 +161,7 @@ def report(
     notes = (
         f"{info['rows']} tiles of a world. The tower alone, one thread, batches of {asked.batch} "
         f"in memory: {bare:.1f} tiles/s; a pool of one actor in a stream, which reads and decodes "
-        f"beside it, in blocks of four batches: {pooled:.1f} ({pooled / bare:.2f}), "
+        f"beside it, in blocks of {BATCHES} batches: {pooled:.1f} ({pooled / bare:.2f}), "
         f"{asked.rounds} rounds in turns, medians.",
         f"Seconds of the build: {seconds}. Embedding with the start of Ray's processes, the check "
         f"of all pictures and the writing: {info['tiles_per_s']['embed']:.1f} tiles/s.",

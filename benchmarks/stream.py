@@ -34,7 +34,7 @@ WARM = 2
 
 
 BATCHES = 4
-"""Batches of a block. A block costs Ray some 15 ms, whatever it holds."""
+"""Batches of a block. A block costs Ray some 20 ms, whatever it holds."""
 
 
 @dataclass(frozen=True, kw_only=True)

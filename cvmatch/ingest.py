@@ -136,7 +136,10 @@ def rejected(config: Ingest) -> list[layout.Reject]:
 
 
 def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(FILES)) -> pa.Table:
-    """Rows of PLAN -> rows of `schema.PAIRS`, with the bytes of the files below `root`."""
+    """Rows of PLAN -> rows of `schema.PAIRS`, with the bytes of the files below `root`.
+
+    Of the columns in FILES only `pictures`; what is wrong with the others is not seen.
+    """
     columns: dict[str, Any] = {name: rows[name] for name in (PAIR_ID, LATITUDE, LONGITUDE)}
     errors: list[str | None] = [None] * len(rows)
     for column in pictures:

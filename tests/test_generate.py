@@ -1,6 +1,5 @@
 """The generator: conditioning, losses with gradient, sampling by key, and the real sizes."""
 
-import dataclasses
 import os
 import shutil
 from dataclasses import replace
@@ -699,7 +698,7 @@ def test_sample_takes_what_is_coarse_from_the_rays_and_the_rest_from_the_unet(to
     with torch.no_grad():  # pale pictures, of which nothing is cut off at 0 and 1
         plain.frozen.vae.decoder.conv_out.weight.mul_(0.2)
         plain.conditioner.rays.picture.weight.mul_(0.2)
-    mixed = _base(toy, dataclasses.replace(TOY, coarse=8)).eval()
+    mixed = _base(toy, replace(TOY, coarse=8)).eval()
     mixed.load_state_dict(plain.state_dict())
 
     def blurred(picture: torch.Tensor) -> torch.Tensor:

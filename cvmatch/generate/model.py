@@ -29,8 +29,8 @@ from cvmatch.generate.parts import (
 )
 
 STEPS = 2
-"""Solver steps. On the embedded data set 2 to 6 find the tile equally well, and 12 less well, since
-every step adds texture that the panorama does not tell (benchmarks/sampler.py)."""
+"""Solver steps. On the embedded data set more of them do not find the tile more often: R@1 of 200
+is 60 % with 2 steps and guidance 4, 56 % with 12 (benchmarks/sampler.py)."""
 
 GUIDANCE = 6.0
 """Guidance scale: of 1 to 6, the higher the better the tile is found."""

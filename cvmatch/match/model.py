@@ -194,8 +194,9 @@ class JointFeatureLearningNet(Fusion):
 
 
 def load_fusion(directory: str, device: torch.device | str = "cpu") -> Fusion:
-    """The model that `JointFeatureLearningNet.save` wrote, without its towers: of
-    three VGG16, 22 MB of 1.6 GB.
+    """What scores need of the model that `JointFeatureLearningNet.save` wrote, in evaluation mode.
+
+    Its towers are not read: with three VGG16, that leaves 22 MB of 1.6 GB.
 
     Raises:
         ValueError: see `JointFeatureLearningNet.load`.
