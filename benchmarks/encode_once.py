@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+import _full_size
+import _repeat
 import torch
 from _harness import Bench, finish, flags, sized
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from cvmatch import engine, hardware, progress, toy
 from cvmatch.engine import Pool
@@ -25,21 +25,26 @@ from cvmatch.ingest import Ingest
 from cvmatch.training.meters import tensors
 from cvmatch.world import MakeWorld, make_world
 
+DRAWN = 128
+"""Pairs that are drawn for the full size; more are these over and over."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeBench(Bench):
     """Samples a second of the generator's training, with and without the stored encodings."""
 
     pairs: int = 0
-    """Training pairs; 0: 960, quick 160, full size 16."""
+    """Training pairs; 0: 960, quick 160, full size 16 (on a GPU 2,048: 128 over and over)."""
     batch: int = 0
-    """Pairs a step; 0: 32, full size 4."""
+    """Pairs a step; 0: 32, full size 4 (on a GPU 32)."""
     rounds: int = 0
     """How often both run, in turns; medians are reported. 0: 5, quick 2, full size 3."""
     steps: int = 0
-    """Steps of a round; 0: 12, quick 4, full size 2."""
+    """Steps of a round; 0: 12, quick 4, full size 2 (on a GPU 20)."""
     full_size: bool = False
     """The published architectures with random weights in place of the toy models; takes 15 GB."""
+    base: str = ""
+    """Directory of these, written where it is not there; empty: they are deleted."""
 
 
 def filled(asked: EncodeBench) -> EncodeBench:
@@ -49,6 +54,9 @@ def filled(asked: EncodeBench) -> EncodeBench:
         usual |= {"pairs": 160, "rounds": 2, "steps": 4}
     if asked.full_size:
         usual = {"pairs": 16, "batch": 4, "rounds": 3, "steps": 2}
+        if hardware.device().type == "cuda":
+            # With 256 pairs a round was an epoch, and the start of its stream most of the time.
+            usual |= {"pairs": 2048, "batch": 32, "steps": 20}
     return sized(asked, usual)
 
 
@@ -63,15 +71,31 @@ def batches(config: TrainGenerator, batch: int) -> Iterator[dict[str, Tensor]]:
 
 def speed(task: GeneratorTask, rows: Iterator[dict[str, Tensor]], steps: int) -> float:
     """Samples a second of `steps` steps, the reading of their batches included."""
+    at, count = hardware.device(), 0
     optimizer = torch.optim.AdamW(task.groups())
-    count = 0
+    _full_size.finish(at)
     begin = time.perf_counter()
     for batch in itertools.islice(rows, steps):
-        optimizer.zero_grad(set_to_none=True)
-        task(batch)["loss"].backward()
+        step(task, {name: value.to(at, non_blocking=True) for name, value in batch.items()})
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         count += len(batch["key"])
+    _full_size.finish(at)
     return count / (time.perf_counter() - begin)
+
+
+def step(task: GeneratorTask, batch: dict[str, Tensor]) -> None:
+    """Gradients of a batch, in the precision of the training loop."""
+    at = hardware.device().type
+    with torch.autocast(at, torch.bfloat16, enabled=at == "cuda"):
+        loss = task(batch)["loss"]
+    loss.backward()
+
+
+def work(task: GeneratorTask, batch: dict[str, Tensor]) -> float:
+    """FLOP a sample of a step's networks, both ways."""
+    batch = {name: value.to(hardware.device()) for name, value in batch.items()}
+    return _full_size.flops(lambda: step(task, batch)) / len(batch["key"])
 
 
 def toy_settings(at: str) -> dict[str, TrainGenerator]:
@@ -94,19 +118,20 @@ def toy_settings(at: str) -> dict[str, TrainGenerator]:
     }
 
 
-def full_settings(at: str) -> dict[str, TrainGenerator]:
+def full_settings(at: str, full: str) -> dict[str, TrainGenerator]:
     """Stable Diffusion v1-4 and CLIP ViT-B/32 with random weights, which serve for speed."""
-    write_full(f"{at}/full")
+    _full_size.write_diffusion(full)
+    gpus = torch.cuda.device_count()
     base = TrainGenerator(
         data=Ingest(root=f"{at}/world"),
-        diffusion=f"{at}/full",
-        clip=f"{at}/full/clip",
+        diffusion=full,
+        clip=f"{full}/clip",
         w_clip=0.0,
         w_vae=0.0,
         pretrain_rays=1,
         freeze_rays=True,
         encoded=f"{at}/encoded",
-        encode_pool=Pool(batch=4),
+        encode_pool=Pool(batch=32, calls=2, gpus=0.5) if gpus else Pool(batch=4),
     )
     return {
         "SD v1-4 at 256 pixels, noise term, all weights": base,
@@ -114,36 +139,16 @@ def full_settings(at: str) -> dict[str, TrainGenerator]:
     }
 
 
-def write_full(directory: str) -> None:
-    """Base models of the published sizes, for tiles of 256 pixels, in the on-disk layout."""
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        block_out_channels=(320, 640, 1280, 1280),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),  # pyright: ignore
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore
-        up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore
-    )
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    for name, part in {"unet": unet, "vae": vae, "scheduler": scheduler}.items():
-        part.save_pretrained(f"{directory}/{name}")
-    CLIPVisionModel(CLIPVisionConfig(patch_size=32)).save_pretrained(f"{directory}/clip")
-    CLIPImageProcessor().save_pretrained(f"{directory}/clip")
-
-
-def compared(asked: EncodeBench, name: str, config: TrainGenerator) -> dict[str, Any]:
-    """Both ways in turns; a row of the table."""
+def compared(asked: EncodeBench, name: str, config: TrainGenerator, top: float) -> dict[str, Any]:
+    """Both ways in turns; a row of the table. `top`: FLOP/s of the device."""
     rows = {way: batches(replace(config, encode=way), asked.batch) for way in get_args(Way)}
-    task = build_task(config).train()
+    task = build_task(config).to(hardware.device()).train()
+    needed = {way: work(task, next(found)) for way, found in rows.items()}
     found: dict[str, list[float]] = {way: [] for way in rows}
     done = [0]
     with progress.watch(name, 2 * asked.rounds, lambda: done[0]):
         for way in found:
-            speed(task, rows[way], 1)  # warm; the first batch of "once" waits for the pass
+            speed(task, rows[way], 1)  # warm
         for _ in range(asked.rounds):
             for way, speeds in found.items():
                 speeds.append(speed(task, rows[way], asked.steps))
@@ -155,29 +160,41 @@ def compared(asked: EncodeBench, name: str, config: TrainGenerator) -> dict[str,
         "encoded once, samples/s": once,
         "live, samples/s": live,
         "once / live": once / live,
+        "GFLOP a sample, once / live": f"{needed['once'] / 1e9:.3g} / {needed['live'] / 1e9:.3g}",
+        "share of the peak, once": once * needed["once"] / top,
+        "share of the peak, live": live * needed["live"] / top,
     }
+
+
+def _precision() -> str:
+    return "bf16" if hardware.device().type == "cuda" else "fp32"
 
 
 def main(asked: EncodeBench) -> None:
     """Both ways in turns, in each setting."""
-    engine.start(logical_cpus=4)
-    hardware.keep_memory()
+    engine.start(logical_cpus=max(4, os.cpu_count() or 4))
     asked = filled(asked)
-    table, figures = [], {}
+    top = _full_size.peak(hardware.device())
+    table, figures = [], {"peak.tflops": top / 1e12}
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
-        make_world(MakeWorld(output=f"{at}/world", preset="standard", train=asked.pairs, val=16))
-        settings = full_settings(at) if asked.full_size else toy_settings(at)
+        few = min(asked.pairs, DRAWN) if asked.full_size else asked.pairs
+        make_world(MakeWorld(output=f"{at}/places", preset="standard", train=few, val=16))
+        _repeat.links(f"{at}/places", f"{at}/world", asked.pairs)
+        full = asked.base or f"{at}/full"
+        settings = full_settings(at, full) if asked.full_size else toy_settings(at)
         for name, config in settings.items():
-            row = compared(asked, name, config)
+            row = compared(asked, name, config, top)
             table.append(row)
             key = name.split(", ")[-1].split()[0]
             figures |= {f"{key}.once": row["encoded once, samples/s"]}
             figures |= {f"{key}.live": row["live, samples/s"], f"{key}.ratio": row["once / live"]}
     notes = (
         f"{asked.rounds} rounds of {asked.steps} steps in turns, medians. One process, "
-        f"{torch.get_num_threads()} threads, fp32; the rays are frozen, as after their own "
-        "training. The reading of the batches is in the time, the pass that encodes is not.",
+        f"{torch.get_num_threads()} threads, {_precision()}; the rays are frozen, as after their "
+        "own training. The reading of the batches is in the time, the pass that encodes is not.",
+        f"The device's peak by a large matrix product: {top / 1e12:.3g} TFLOP/s. FLOP of "
+        "convolutions, matrix products and attention, both ways.",
     )
     finish(asked, "Encode once against live", table, figures, notes)
 

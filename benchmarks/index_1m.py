@@ -304,7 +304,8 @@ def report(
         f"in two stages, {speeds['exact']:.2f} exact. A process that opened the index (in "
         f"{memory['open_ms']:.0f} ms, of it {memory['check_ms']:.0f} ms for checks) and answered: "
         f"{memory['private_mib']:.0f} MiB private, of which {memory['imports_mib']:.0f} MiB are "
-        "the imported libraries.",
+        "what importing the libraries writes. One forked from a process that has imported them, "
+        f"as those of a service are: {memory['forked_mib']:.0f} MiB.",
     )
     finish(asked, "A million tiles", table, figures, notes)
 

@@ -1,11 +1,13 @@
 """Sampling: what steps, guidance and batches cost and bring, against one picture at a time."""
 
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import _full_size
 import torch
 from _harness import Bench, finish, flags, interval
 from diffusers import DDIMScheduler
@@ -48,6 +50,10 @@ class SamplerBench(Bench):
     """Pairs that the loop draws, one by one; 0: 500, quick 24."""
     batch: int = 32
     """Pictures a call of the batched sampler."""
+    full_size: bool = False
+    """Only speed: the published architectures with random weights, on noise as panoramas."""
+    base: str = ""
+    """Directory of these, written where it is not there; empty: they are deleted."""
 
 
 def ddim(model: Generator, guidance: float) -> Draw:
@@ -56,13 +62,13 @@ def ddim(model: Generator, guidance: float) -> Draw:
     @torch.no_grad()
     def draw(panorama: Tensor, keys: Tensor) -> Tensor:
         condition = model.condition(model.frozen.look(panorama))
-        keep = torch.zeros(len(keys), dtype=torch.bool)
+        keep = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
         null = model.conditioner.dropped(condition, keep)
         scheduler: Any = DDIMScheduler.from_config(model.noise.scheduler.config)
         scheduler.set_timesteps(PROTOTYPE)
         latent = draws.normal(keys, draws.stream(0, purpose="sample"), *model.latent)
         for step in scheduler.timesteps:
-            at = torch.full((len(keys),), int(step), dtype=torch.int64)
+            at = torch.full_like(keys, int(step))
             right, wrong = (model.predict(latent, at, given) for given in (condition, null))
             answer = wrong + guidance * (right - wrong)
             latent = scheduler.step(answer, step, latent).prev_sample
@@ -107,7 +113,64 @@ def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
 
 
 def main(asked: SamplerBench) -> None:
-    """The loop, then the grid."""
+    """What is asked."""
+    (full_size if asked.full_size else grid)(asked)
+
+
+def full_size(asked: SamplerBench) -> None:
+    """The loop and the batched sampler in several forms; no picture means anything."""
+    device, default = hardware.device(), Generate()
+    top = _full_size.peak(device)
+    with tempfile.TemporaryDirectory() as at:
+        base = asked.base or f"{at}/full"
+        _full_size.write_diffusion(base)
+        model = Generator.base(base, f"{base}/clip").to(device).eval()
+    rows = []
+    for name, draw, batch in forms(model, asked.batch):
+        panorama = torch.rand(batch, 3, *model.panorama_size, device=device)
+        keys = torch.arange(batch, device=device)
+        needed = _full_size.flops(lambda d=draw, p=panorama, k=keys: d(p, k)) / batch
+        times = [_full_size.seconds(lambda: draw(panorama, keys), device) for _ in range(4)]  # noqa: B023
+        speed = batch / statistics.median(times[1:])
+        rows.append(
+            {
+                "sampler": name,
+                "batch": batch,
+                "pictures/s": speed,
+                "TFLOP a picture": needed / 1e12,
+                "share of the peak": speed * needed / top,
+            }
+        )
+    loop, chosen = rows[0]["pictures/s"], rows[1]["pictures/s"]
+    figures = {"peak.tflops": top / 1e12, "loop.pictures_per_s": loop}
+    figures |= {"default.pictures_per_s": chosen, "default.ratio": chosen / loop}
+    notes = (
+        f"Stable Diffusion v1-4 and CLIP ViT-B/32 at full size, random weights, tiles of "
+        f"{model.tile} pixels, panoramas of {model.panorama_size}; guidance {default.guidance:g}. "
+        "The loop is in fp32, the batched sampler in bf16 on a GPU. Medians of three calls.",
+        f"The device's peak by a large matrix product: {top / 1e12:.3g} TFLOP/s.",
+    )
+    finish(asked, "Sampler at full size", rows, figures, notes)
+
+
+def forms(model: Generator, batch: int) -> Iterator[tuple[str, Draw, int]]:
+    """Name, sampler and pictures a call; the last form changes the model."""
+    default = Generate()
+
+    def batched(steps: int) -> Draw:
+        return lambda ground, key: model.sample(ground, key, steps=steps)
+
+    yield f"one picture at a time, {PROTOTYPE} DDIM steps, fp32", ddim(model, default.guidance), 1
+    for size in (batch, 1, 4 * batch):
+        yield f"batched, {default.steps} steps (default)", batched(default.steps), size
+    yield f"batched, {PROTOTYPE} steps", batched(PROTOTYPE), batch
+    model.unet.to(memory_format=torch.channels_last)
+    model.frozen.vae.to(memory_format=torch.channels_last)
+    yield f"batched, {default.steps} steps, channels last", batched(default.steps), batch
+
+
+def grid(asked: SamplerBench) -> None:
+    """The loop, then steps and guidance of the batched sampler."""
     count = asked.held_out or (96 if asked.quick else 500)
     few = asked.one_by_one or (24 if asked.quick else 500)
     engine.start(logical_cpus=4)

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import _full_size
 import _memory
+import _repeat
 import numpy as np
 import torch
 from _harness import Bench, finish, flags
@@ -42,11 +44,15 @@ class Stream(Bench):
     """Rows a second of one actor in a Ray Data stream, and of the same actor called in a loop."""
 
     pairs: int = 0
-    """Pairs; 0: 640, quick 448."""
+    """Pairs; 0: 640, quick 448, full size 128 over and over (on a GPU)."""
     batch: int = 16
     """Rows a call, in both."""
     rounds: int = 0
     """How often both run, in turns; medians are reported. 0: 3, quick 1."""
+    full_size: bool = False
+    """The published architectures with random weights, on pictures of CVUSA's sizes."""
+    base: str = ""
+    """Directory of these, written where it is not there; empty: they are deleted."""
     memory: bool = False
     """Compare the memory of long and short runs, and no speeds. 1,000 rows, quick 100, and ten
     times as many; or `pairs`."""
@@ -95,16 +101,24 @@ def compared(stage: Stage, batches: Sequence[Batch], rounds: int) -> tuple[float
     return statistics.median(loops), statistics.median(pools)
 
 
-def models(at: str) -> None:
-    """Toy models of random new weights: speed and memory need no more."""
-    conditioning = Conditioning(panorama_width=256, crops=4)
-    Generator.base(toy.DIFFUSION, toy.CLIP, conditioning).save(f"{at}/generator")
-    Segmenter.from_base(toy.SEGFORMER, Preprocess(size=128)).save(f"{at}/segmenter")
+def models(asked: Stream, at: str) -> None:
+    """Models of random new weights: speed and memory need no more."""
+    if asked.full_size:
+        base = asked.base or f"{at}/full"
+        _full_size.write_diffusion(base)
+        _full_size.write_segformer(f"{at}/segformer")
+        Generator.base(base, f"{base}/clip").save(f"{at}/generator")
+        Segmenter.from_base(f"{at}/segformer", Preprocess()).save(f"{at}/segmenter")
+    else:
+        conditioning = Conditioning(panorama_width=256, crops=4)
+        Generator.base(toy.DIFFUSION, toy.CLIP, conditioning).save(f"{at}/generator")
+        Segmenter.from_base(toy.SEGFORMER, Preprocess(size=128)).save(f"{at}/segmenter")
 
 
 def stages(at: str, data: Ingest, batch: int) -> list[Stage]:
-    """Generation and segmentation."""
-    pool = Pool(batch=batch)
+    """Generation and segmentation, each on a GPU where there is one."""
+    gpus = min(1, torch.cuda.device_count())
+    pool = Pool(batch=batch, calls=1 + gpus, gpus=gpus)
     draw = Generate(model=f"{at}/generator", steps=3, guidance=3.0, pool=pool)
     label = Segment(model=f"{at}/segmenter", source="aerial", pool=pool)
     return [
@@ -125,8 +139,8 @@ def speed(asked: Stream, at: str) -> None:
     """Both ways, in turns."""
     pairs = asked.pairs or (448 if asked.quick else 640)
     rounds = asked.rounds or (1 if asked.quick else 3)
-    make_world(MakeWorld(output=f"{at}/world", train=pairs, val=16))
-    data = Ingest(root=f"{at}/world", block=BATCHES * asked.batch)
+    root = world(asked, at, pairs)
+    data = Ingest(root=root, block=BATCHES * asked.batch)
     batches: list = list(ingest(data).iter_batches(batch_size=asked.batch, batch_format="numpy"))
     plan = stages(at, data, asked.batch)
     speeds = [(stage.name, *compared(stage, batches, rounds)) for stage in plan]
@@ -143,35 +157,36 @@ def speed(asked: Stream, at: str) -> None:
     for name, loop, pool in speeds:
         figures |= {f"{name}.bare": loop, f"{name}.pool": pool, f"{name}.ratio": pool / loop}
     notes = (
-        f"{pairs} pairs (tiles 128 x 128, panoramas 64 x 256), batches of {asked.batch} in "
-        f"blocks of {BATCHES * asked.batch}, {rounds} rounds in turns, medians. "
-        "Toy models; 3 sampling steps with guidance.",
-        "One actor, one thread, in both. The loop has its batches in memory; the pool reads, "
-        "schedules and hands on its blocks in other processes meanwhile. Its start is not counted.",
+        f"{pairs} pairs, batches of {asked.batch} in blocks of {BATCHES * asked.batch}, {rounds} "
+        "rounds in turns, medians. 3 sampling steps with guidance. "
+        + (
+            "Stable Diffusion v1-4, CLIP ViT-B/32 and SegFormer B3; tiles 370 x 370, drawn and "
+            "segmented at 256 and 512, panoramas 224 x 1232."
+            if asked.full_size
+            else "Toy models; tiles 128 x 128, panoramas 64 x 256."
+        ),
+        "One actor, one thread, in both; on a GPU the pool's actor decodes and encodes in a second "
+        "one. The loop has its batches in memory; the pool reads, schedules and hands on its "
+        "blocks in other processes meanwhile. Its start is not counted.",
     )
     finish(asked, "Actor pool against bare loop", rows, figures, notes)
 
 
-def repeat(root: str, to: str, rows: int) -> None:
-    """A training split of `rows` pairs below `to`, whose pictures are links to those at `root`."""
-    folders = {"bingmap": "input{}.png", "streetview": "{}.jpg", "segmap": "output{}.png"}
-    count = len(os.listdir(f"{root}/bingmap"))
-    for folder, name in folders.items():
-        os.makedirs(f"{to}/{folder}")
-        for row in range(rows):
-            source = os.path.join(root, folder, name.format(f"{row % count + 1:07d}"))
-            os.link(source, os.path.join(to, folder, name.format(f"{row + 1:07d}")))
-    ids = [f"{row + 1:07d}" for row in range(rows)]
-    lines = [f"bingmap/input{i}.png,streetview/{i}.jpg,segmap/output{i}.png\n" for i in ids]
-    with open(f"{to}/train-19zl.csv", "w", encoding="utf-8") as file:
-        file.writelines(lines)
+def world(asked: Stream, at: str, pairs: int) -> str:
+    """A data set of so many pairs; at full size few places over and over."""
+    if not asked.full_size:
+        make_world(MakeWorld(output=f"{at}/world", train=pairs, val=16))
+        return f"{at}/world"
+    make_world(MakeWorld(output=f"{at}/world", preset="large", train=min(pairs, 128), val=16))
+    _repeat.links(f"{at}/world", f"{at}/many", pairs)
+    return f"{at}/many"
 
 
 def memory(asked: Stream, at: str) -> None:
     """Peaks of `synthesize` over few and many rows, after a run that warms Ray up."""
     few = asked.pairs or (100 if asked.quick else 1000)
     make_world(MakeWorld(output=f"{at}/world", preset="tiny"))
-    repeat(f"{at}/world", f"{at}/many", 10 * few)
+    _repeat.links(f"{at}/world", f"{at}/many", 10 * few)
     rows = []
     for name, count in (("warm", few), ("few", few), ("many", 10 * few)):
         config = Synthesize(
@@ -198,10 +213,10 @@ def main(asked: Stream) -> None:
     """What is asked."""
     # Ray's workers yield to other processes, which on a busy machine the loop would not.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    engine.start(logical_cpus=4)
+    engine.start(logical_cpus=max(4, os.cpu_count() or 4))
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
-        models(at)
+        models(asked, at)
         (memory if asked.memory else speed)(asked, at)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cvmatch.images import classes_of, colours_of
 from cvmatch.schema import IGNORE, PALETTE
-from cvmatch.world import Difficulty, MakeWorld, Sizes, make_world, pairs, place, world_seed
+from cvmatch.world import Difficulty, MakeWorld, Sizes, make_world, pairs, place, tiles, world_seed
 from cvmatch.world.paints import PLANTS, ROAD, SKY
 
 SMALL = Sizes(aerial=128, panorama=(64, 256))
@@ -44,6 +44,14 @@ def test_pairs_same_seed_gives_the_same_pictures_whatever_the_number_of_cameras(
 
 def test_pairs_other_seed_gives_other_pictures(worlds):
     assert not np.array_equal(worlds[0][0].classes, worlds[1][0].classes)
+
+
+def test_tiles_alone_are_those_of_the_pairs():
+    seed, sizes = world_seed(31, 0), Sizes(aerial=64, panorama=(16, 64))
+    alone = list(tiles(seed, 3, sizes.aerial))
+    assert len(alone) == 3
+    for tile, pair in zip(alone, pairs(seed, 3, sizes), strict=True):
+        np.testing.assert_array_equal(tile, pair.aerial)
 
 
 def test_pairs_more_cameras_than_fit_apart_still_gives_as_many_as_asked():

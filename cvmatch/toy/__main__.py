@@ -1,25 +1,34 @@
-"""Make the toy base models: `python -m cvmatch.toy` (about two hours on two cores)."""
+"""Make the toy base models: `python -m cvmatch.toy`."""
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor
 
-from cvmatch import towers
+from cvmatch import hardware, towers
 from cvmatch.config import parse
 from cvmatch.toy import CLIP, DIFFUSION, MODELS, SEGFORMER, TOWER, pretrain
-from cvmatch.toy.places import Places, places
+from cvmatch.toy.places import SIZES, Places, places, tiles
+
+log = logging.getLogger(__name__)
 
 Name = Literal["tower", "vae", "unet", "clip", "segformer"]
 
-STEPS: dict[Name, int] = {"tower": 400, "vae": 2500, "unet": 8000, "clip": 500, "segformer": 500}
-"""Optimizer steps of the models in the package. (Its VAE had 1,000 of them with four channels.)"""
+STEPS: dict[Name, int] = {"tower": 400, "vae": 1012, "unet": 2311, "clip": 500, "segformer": 500}
+"""Optimizer steps of the models in the package. VAE and UNet took three minutes of an H200 (and
+days of two cores: there, lower `effort`); the others take 20 minutes of two cores."""
+
+HELD_OUT = 512
+"""Last tiles, which the VAE and the UNet do not see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +38,9 @@ class Pretrain:
     models: tuple[Name, ...] = get_args(Name)
     """Which; in this order, since the VAE needs the tower and the UNet needs the VAE."""
     worlds: int = 160
-    """Worlds to train on, of 24 pairs each."""
+    """Worlds whose pairs the tower, CLIP and the SegFormer see, of 24 pairs each."""
+    tile_worlds: int = 1600
+    """Worlds whose tiles the VAE and the UNet see, of 24 tiles each."""
     effort: float = 1.0
     """Factor on the number of optimizer steps."""
     output: str = MODELS
@@ -38,68 +49,85 @@ class Pretrain:
     """Seed of the worlds, the weights and the batches."""
 
 
+@dataclass(frozen=True)
+class Maker:
+    """Each method makes one model and saves it as soon as it is done."""
+
+    config: Pretrain
+    device: torch.device
+
+    def tower(self, steps: int) -> None:
+        """From pairs."""
+        tiles, panoramas = _planes(self.pairs.aerial), _planes(self.pairs.panorama)
+        tower = pretrain.pretrain_tower(tiles, panoramas, self.shares, steps)
+        towers.save_tower(tower.half(), self.at(TOWER))
+
+    def vae(self, steps: int) -> None:
+        """From tiles and the tower."""
+        stack = towers.features(self.at(TOWER)).float()
+        vae = pretrain.pretrain_vae(self.tiles[:-HELD_OUT], stack, steps)
+        log.info("vae: %.1f dB on held-out tiles", pretrain.kept(vae, self.tiles[-HELD_OUT:]))
+        _save(vae, os.path.join(self.at(DIFFUSION), "vae"))
+
+    def unet(self, steps: int) -> None:
+        """From tiles and the VAE."""
+        vae = AutoencoderKL.from_pretrained(self.at(DIFFUSION), subfolder="vae")
+        vae.to(self.device)  # pyright: ignore
+        both = [self.tiles[:-HELD_OUT], self.tiles[:-HELD_OUT].flip(-1)]
+        turned = [torch.rot90(tiles, turns, (-2, -1)) for tiles in both for turns in range(4)]
+        latents = torch.cat([pretrain.encode(vae, part) for part in turned])
+        unet, scheduler = pretrain.pretrain_unet(latents, vae.config["scaling_factor"], steps)
+        _save(unet, os.path.join(self.at(DIFFUSION), "unet"))
+        scheduler.save_pretrained(os.path.join(self.at(DIFFUSION), "scheduler"))
+
+    def clip(self, steps: int) -> None:
+        """From pairs, none of which it sees together."""
+        side = pretrain.TILE
+        tiles = F.avg_pool2d(_planes(self.pairs.aerial).float(), SIZES.aerial // side)
+        panoramas = _planes(self.pairs.panorama)
+        clip = pretrain.pretrain_clip(tiles.round().byte(), panoramas, self.shares, steps)
+        _save(clip, self.at(CLIP))
+        processor = CLIPImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_mean=towers.MEAN,
+            image_std=towers.STD,
+        )
+        processor.save_pretrained(self.at(CLIP))
+
+    def segformer(self, steps: int) -> None:
+        """From tiles and their class maps."""
+        tiles, classes = _planes(self.pairs.aerial), torch.from_numpy(self.pairs.classes)
+        _save(pretrain.pretrain_segformer(tiles, classes, steps), self.at(SEGFORMER))
+
+    @functools.cached_property
+    def pairs(self) -> Places:
+        """Pairs of `worlds` worlds."""
+        return places(self.config.worlds, self.config.seed)
+
+    @functools.cached_property
+    def shares(self) -> Tensor:
+        """Shares of classes around the cameras of the pairs."""
+        return pretrain.class_shares(torch.from_numpy(self.pairs.classes))
+
+    @functools.cached_property
+    def tiles(self) -> Tensor:
+        """Tiles of `tile_worlds` worlds, as planes of bytes."""
+        config = self.config
+        return _planes(tiles(config.tile_worlds, config.seed, pretrain.TILE)).to(self.device)
+
+    def at(self, model: str) -> str:
+        """Where a model of the package is written."""
+        return os.path.join(self.config.output, os.path.relpath(model, MODELS))
+
+
 def main(config: Pretrain) -> None:
-    """Train the models one after the other and save each as soon as it is done."""
-    found = places(config.worlds, config.seed)
+    """Train the models one after the other."""
+    maker = Maker(config, hardware.device())
     for name in config.models:
         torch.manual_seed(config.seed)
-        logging.info("%s: pre-training", name)
-        _MAKE[name](found, config.output, round(STEPS[name] * config.effort))
-
-
-def _tower(found: Places, output: str, steps: int) -> None:
-    tiles, panoramas = _channels_first(found.aerial), _channels_first(found.panorama)
-    tower = pretrain.pretrain_tower(tiles, panoramas, _shares(found), steps)
-    towers.save_tower(tower.half(), _at(output, TOWER))
-
-
-def _vae(found: Places, output: str, steps: int) -> None:
-    stack = towers.features(_at(output, TOWER)).float()
-    vae = pretrain.pretrain_vae(_small(found), stack, steps)
-    _save(vae, os.path.join(_at(output, DIFFUSION), "vae"))
-
-
-def _unet(found: Places, output: str, steps: int) -> None:
-    vae = AutoencoderKL.from_pretrained(_at(output, DIFFUSION), subfolder="vae")
-    tiles = _small(found)
-    turned = [torch.rot90(tiles, turns, (-2, -1)) for turns in range(4)]
-    latents = torch.cat([pretrain.encode(vae, part) for part in turned])
-    scaling_factor = vae.config["scaling_factor"]
-    unet, scheduler = pretrain.pretrain_unet(latents, scaling_factor, steps)
-    _save(unet, os.path.join(_at(output, DIFFUSION), "unet"))
-    scheduler.save_pretrained(os.path.join(_at(output, DIFFUSION), "scheduler"))
-
-
-def _clip(found: Places, output: str, steps: int) -> None:
-    panoramas = _channels_first(found.panorama)
-    clip = pretrain.pretrain_clip(_small(found), panoramas, _shares(found), steps)
-    _save(clip, _at(output, CLIP))
-    side = pretrain.TILE
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=towers.MEAN,
-        image_std=towers.STD,
-    )
-    processor.save_pretrained(_at(output, CLIP))
-
-
-def _segformer(found: Places, output: str, steps: int) -> None:
-    tiles, classes = _channels_first(found.aerial), torch.from_numpy(found.classes)
-    _save(pretrain.pretrain_segformer(tiles, classes, steps), _at(output, SEGFORMER))
-
-
-_MAKE = {
-    "tower": _tower,
-    "vae": _vae,
-    "unet": _unet,
-    "clip": _clip,
-    "segformer": _segformer,
-}
-
-
-def _at(output: str, model: str) -> str:
-    return os.path.join(output, os.path.relpath(model, MODELS))
+        log.info("%s: pre-training", name)
+        getattr(maker, name)(round(STEPS[name] * config.effort))
 
 
 def _save(model: nn.Module, directory: str) -> None:
@@ -107,17 +135,10 @@ def _save(model: nn.Module, directory: str) -> None:
     model.half().save_pretrained(directory, safe_serialization=True)  # pyright: ignore
 
 
-def _channels_first(pictures) -> Tensor:  # noqa: ANN001
+def _planes(
+    pictures: UInt8[np.ndarray, "row height width 3"],
+) -> UInt8[Tensor, "row 3 height width"]:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
-
-
-def _small(found: Places) -> Tensor:
-    tiles = _channels_first(found.aerial).float()
-    return F.avg_pool2d(tiles, tiles.shape[-1] // pretrain.TILE).round().byte()
-
-
-def _shares(found: Places) -> Tensor:
-    return pretrain.class_shares(torch.from_numpy(found.classes))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,16 @@ are drawn independently for the two views, so colour is not a shortcut. Splits a
 world is one Ray Data read task and a pure function of (seed, camera).
 """
 
-from cvmatch.world.pairs import Difficulty, Pair, Sizes, pairs, world_seed
+from cvmatch.world.pairs import Difficulty, Pair, Sizes, pairs, tiles, world_seed
 from cvmatch.world.write import MakeWorld, make_world
 
-__all__ = ["Difficulty", "MakeWorld", "Pair", "Sizes", "make_world", "pairs", "world_seed"]
+__all__ = [
+    "Difficulty",
+    "MakeWorld",
+    "Pair",
+    "Sizes",
+    "make_world",
+    "pairs",
+    "tiles",
+    "world_seed",
+]

@@ -71,13 +71,24 @@ def pairs(
     difficulty = difficulty or Difficulty()
     world = place.build(seed)
     for index, at in enumerate(itertools.islice(place.cameras(world), cameras)):
-        # Three streams, so that neither view's draws depend on the other's size or settings.
-        above, street, error = (
-            np.random.default_rng([seed, 2, index, stream]) for stream in range(3)
-        )
+        above, street, error = _streams(seed, index)
         tile, classes = aerial(above, world, at, sizes.aerial)
         turn = error.normal(0, 1) * difficulty.heading_noise
         shift = np.clip(error.normal(0, 1, 2), -3, 3) * difficulty.camera_offset
         stand = np.clip(at + shift, 1, SPAN - 1)
         view, annotation = panorama(street, world, stand, sizes.panorama, turn)
         yield Pair(tile, classes, view, annotation, float(at[0]), SPAN - float(at[1]))
+
+
+def tiles(seed: int, cameras: int, size: int) -> Iterator[UInt8[np.ndarray, "{size} {size} 3"]]:
+    """The tiles of `pairs`, in an eighth of the time."""
+    world = place.build(seed)
+    for index, at in enumerate(itertools.islice(place.cameras(world), cameras)):
+        above, _, _ = _streams(seed, index)
+        yield aerial(above, world, at, size)[0]
+
+
+def _streams(seed: int, index: int) -> tuple[np.random.Generator, ...]:
+    """Three streams, so that neither view's draws depend on the other's size or settings."""
+    first, second, third = (np.random.default_rng([seed, 2, index, part]) for part in range(3))
+    return first, second, third
