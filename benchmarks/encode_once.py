@@ -143,7 +143,11 @@ def compared(asked: EncodeBench, name: str, config: TrainGenerator, top: float) 
     """Both ways in turns; a row of the table. `top`: FLOP/s of the device."""
     rows = {way: batches(replace(config, encode=way), asked.batch) for way in get_args(Way)}
     task = build_task(config).to(hardware.device()).train()
-    needed = {way: work(task, next(found)) for way, found in rows.items()}
+    every = config.image_every  # of so many steps one has the image terms
+    needed = {
+        way: sum(work(task, batch) for batch in itertools.islice(found, every)) / every
+        for way, found in rows.items()
+    }
     found: dict[str, list[float]] = {way: [] for way in rows}
     done = [0]
     with progress.watch(name, 2 * asked.rounds, lambda: done[0]):
