@@ -67,14 +67,14 @@ def flops(call: Callable[[], Any]) -> float:
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, with all that it left to the device."""
-    finish(device)
+    wait(device)
     begin = time.perf_counter()
     call()
-    finish(device)
+    wait(device)
     return time.perf_counter() - begin
 
 
-def finish(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()

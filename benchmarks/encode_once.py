@@ -73,14 +73,14 @@ def speed(task: GeneratorTask, rows: Iterator[dict[str, Tensor]], steps: int) ->
     """Samples a second of `steps` steps, the reading of their batches included."""
     at, count = hardware.device(), 0
     optimizer = torch.optim.AdamW(task.groups())
-    _full_size.finish(at)
+    _full_size.wait(at)
     begin = time.perf_counter()
     for batch in itertools.islice(rows, steps):
         step(task, {name: value.to(at, non_blocking=True) for name, value in batch.items()})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         count += len(batch["key"])
-    _full_size.finish(at)
+    _full_size.wait(at)
     return count / (time.perf_counter() - begin)
 
 

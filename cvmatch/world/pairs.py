@@ -90,5 +90,4 @@ def tiles(seed: int, cameras: int, size: int) -> Iterator[UInt8[np.ndarray, "{si
 
 def _streams(seed: int, index: int) -> tuple[np.random.Generator, ...]:
     """Three streams, so that neither view's draws depend on the other's size or settings."""
-    first, second, third = (np.random.default_rng([seed, 2, index, part]) for part in range(3))
-    return first, second, third
+    return tuple(np.random.default_rng([seed, 2, index, stream]) for stream in range(3))
