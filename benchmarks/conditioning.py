@@ -15,6 +15,7 @@ from cvmatch import engine, fidelity, images, schema, toy
 from cvmatch.engine import Pool
 from cvmatch.generate.condition import Conditioning, Mode
 from cvmatch.generate.infer import Generate, generate
+from cvmatch.generate.sampling import DEFAULT
 from cvmatch.generate.train import TrainGenerator, train
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.segment.infer import Segment, segment
@@ -208,12 +209,11 @@ def _world(asked: ConditioningBench, root: str) -> str:
 
 def _notes(found: dict[str, dict[str, float]], bound: dict[str, float]) -> tuple[str, ...]:
     gallery = next(iter(found.values()))["gallery"]
-    default = Generate()
     return (
         f"R@k: the true tile among {gallery:g} held-out ones by luminance correlation (NCC) of A "
         "with it at 16 x 16, 95 % bootstrap intervals; chroma and gradient the same by what no "
         "term was trained on. Class maps: S(A) against the true map, by the toy SegFormer as it "
-        f"was pre-trained. Sampler: {default.steps} steps, guidance {default.guidance:g}.",
+        f"was pre-trained. Sampler: {DEFAULT.named()}.",
         "What a perfect knowledge of the classes would give: the true class map, each class in its "
         f"mean colour, finds its tile with R@1 {interval(bound, 'recall@1')} and R@10 % "
         f"{interval(bound, 'recall@10%')} (in %).",

@@ -1,5 +1,6 @@
 """Sampling: what steps, guidance and batches cost and bring, against one picture at a time."""
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from cvmatch import draws, engine, fidelity, hardware, metrics, progress, toy
 from cvmatch.generate.condition import Conditioning
-from cvmatch.generate.infer import Generate
 from cvmatch.generate.model import Generator
 from cvmatch.generate.pairs import Sizes, decode
+from cvmatch.generate.sampling import DEFAULT, Sampling
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.world import MakeWorld, make_world
 
@@ -26,10 +27,11 @@ PROTOTYPE = 50
 """DDIM steps of the published prototype, which draws one picture at a time in single precision."""
 
 GRID = (
-    *((2, 4.0), (2, 6.0), (3, 1.0), (3, 2.0), (3, 4.0), (4, 3.0), (4, 4.0), (4, 6.0), (6, 4.0)),
-    *((12, 2.0), (12, 4.0)),
+    *((2, 6.0, 0.0), (4, 6.0, 0.0), (6, 1.0, 0.0), (6, 3.0, 0.0), (6, 6.0, 0.0), (12, 3.0, 0.0)),
+    *((3, 6.0, 0.5), (4, 6.0, 0.5), (6, 3.0, 0.5), (6, 10.0, 0.5), (6, 6.0, 0.7), (8, 6.0, 0.5)),
+    (12, 6.0, 0.5),
 )
-"""Steps and guidance of the batched sampler."""
+"""Steps, guidance, and from which noise on it acts, of the batched sampler."""
 
 RECALLS = ("recall@1", "recall@1%", "recall@10%")
 
@@ -119,7 +121,7 @@ def main(asked: SamplerBench) -> None:
 
 def full_size(asked: SamplerBench) -> None:
     """The loop and the batched sampler in several forms; no picture means anything."""
-    device, default = hardware.device(), Generate()
+    device, default = hardware.device(), DEFAULT
     top = _full_size.peak(device)
     with tempfile.TemporaryDirectory() as at:
         base = asked.base or f"{at}/full"
@@ -155,10 +157,11 @@ def full_size(asked: SamplerBench) -> None:
 
 def forms(model: Generator, batch: int) -> Iterator[tuple[str, Draw, int]]:
     """Name, sampler and pictures a call; the last form changes the model."""
-    default = Generate()
+    default = DEFAULT
 
     def batched(steps: int) -> Draw:
-        return lambda ground, key: model.sample(ground, key, steps=steps)
+        sampling = dataclasses.replace(default, steps=steps)
+        return lambda ground, key: model.sample(ground, key, sampling)
 
     yield f"one picture at a time, {PROTOTYPE} DDIM steps, fp32", ddim(model, default.guidance), 1
     for size in (batch, 1, 4 * batch):
@@ -185,20 +188,20 @@ def grid(asked: SamplerBench) -> None:
                 toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4)
             )
         pairs = held_out(root, count, model.eval())
-    default = Generate()
+    default = DEFAULT
     some = {name: values[:few] for name, values in pairs.items()}
     name = f"one picture at a time, {PROTOTYPE} DDIM steps, guidance {default.guidance:g}"
     row, slow = measured(name, ddim(model, default.guidance), some, 1)
     rows, figures = [row], {"loop.pictures_per_s": slow}
-    chosen = (default.steps, default.guidance)
-    for steps, guidance in sorted({*GRID, chosen}):
+    samplers = [Sampling(steps=s, guidance=g, guided=n) for s, g, n in GRID]
+    for sampling in (default, *(other for other in samplers if other != default)):
 
-        def draw(ground: Tensor, key: Tensor, how: tuple[int, float] = (steps, guidance)) -> Tensor:
-            return model.sample(ground, key, steps=how[0], guidance=how[1])
+        def draw(ground: Tensor, key: Tensor, how: Sampling = sampling) -> Tensor:
+            return model.sample(ground, key, how)
 
-        row, speed = measured(f"{steps} steps, guidance {guidance:g}", draw, pairs, asked.batch)
+        row, speed = measured(sampling.named(), draw, pairs, asked.batch)
         rows.append(row)
-        if (steps, guidance) == chosen:
+        if sampling == default:
             row["sampler"] += " (default)"
             figures |= {"default.pictures_per_s": speed, "default.ratio": speed / slow}
     notes = (

@@ -124,7 +124,7 @@ def stages(at: str, data: Ingest, batch: int) -> list[Stage]:
     return [
         Stage(
             "generate",
-            lambda: GenerateAerial(draw.model, draw.steps, draw.guidance, draw.seed, batch),
+            lambda: GenerateAerial(draw.model, draw, batch),
             lambda: generate(ingest(data), draw),
         ),
         Stage(

@@ -77,6 +77,21 @@ def decode_ids(data: bytes, size: tuple[int, int] | None = None) -> UInt8[np.nda
     return np.asarray(image)
 
 
+def decode_palette(
+    data: bytes, size: tuple[int, int], num_classes: int = 5
+) -> UInt8[np.ndarray, "h w"]:
+    """Class ids (`classes_of`) of an encoded palette picture, resized by nearest neighbour.
+
+    Raises:
+        BadImage: not a picture, or grey: then it is no palette picture.
+    """
+    image = open_image(data)
+    if image.mode != "RGB":
+        raise BadImage(f"mode {image.mode}, expected RGB (a map in the palette's colours)")
+    near = image.resize((size[1], size[0]), Image.Resampling.NEAREST)
+    return classes_of(np.asarray(near), num_classes)
+
+
 def encode(pixels: UInt8[np.ndarray, "h w ..."], kind: str = "PNG") -> bytes:
     """Encode an RGB picture, or a map of ids (two axes, mode L), as PNG (lossless) or JPEG."""
     buffer = io.BytesIO()

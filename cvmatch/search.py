@@ -16,8 +16,9 @@ from jaxtyping import Int64
 
 from cvmatch import images, manifest, schema, storage
 from cvmatch.generate.infer import GenerateAerial
-from cvmatch.generate.model import GUIDANCE, STEPS
+from cvmatch.generate.sampling import Sampling
 from cvmatch.geography import Area, Box, Circle
+from cvmatch.index.queries import SAMPLING
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Level, Query
@@ -43,10 +44,12 @@ class SearchFiles:
     """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
     segmenter: str = ""
     """Local directory of a segmenter, to search with its class map too; empty: none."""
-    steps: int = 0
-    """Solver steps of the generator; 0: as for the queries of the index."""
-    guidance: float = 0.0
-    """Guidance scale of the generator; 1: none; 0: as for the queries of the index."""
+    steps: int | None = None
+    """Solver steps of the generator; None: as for the queries of the index."""
+    guidance: float | None = None
+    """Guidance scale of the generator; None: as for the queries of the index."""
+    guided: float | None = None
+    """Least noise with guidance, of the schedule; None: as for the queries of the index."""
     mode: Mode = "auto"
     """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
     shortlist: int = 0
@@ -158,13 +161,19 @@ def _actors(config: SearchFiles, index: Index, rows: int) -> list[Any]:
     batch = min(rows, _BATCH)  # a network pads what it is given to its batch
     if config.generator:
         model = os.path.abspath(os.path.expanduser(config.generator))
-        known = index.manifest["queries"]
-        steps = config.steps or known.get("steps", STEPS)
-        guidance = config.guidance or known.get("guidance", GUIDANCE)
-        actors.append(GenerateAerial(model, steps, guidance, config.seed, batch))
+        actors.append(GenerateAerial(model, _sampling(config, index), batch))
     if config.segmenter:
         actors.append(SegmentAerial(config.segmenter, batch=batch))
     return [*actors, EmbedQuery(index.heads, config.level)]
+
+
+def _sampling(config: SearchFiles, index: Index) -> Sampling:
+    """As for the queries of the index, but for what is asked."""
+    known = index.manifest["queries"]
+    asked = {name: getattr(config, name) for name in SAMPLING}
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    chosen = {name: known[name] for name in SAMPLING if name in known} | chosen
+    return Sampling(**chosen, seed=config.seed)
 
 
 def _check_models(config: SearchFiles, index: Index) -> None:

@@ -102,6 +102,6 @@ def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
         "root": storage.absolute(config.data.root),
         "split": config.data.split,
         "limit": config.data.limit,
-        "sampling": [asked.steps, asked.guidance, asked.seed],
+        "sampling": [asked.steps, asked.guidance, asked.guided, asked.seed],
         "maps": [config.segment.flip, config.segment.tile, config.segment.overlap],
     }

@@ -20,7 +20,7 @@ from cvmatch.generate import adapt, infer, loss, parts
 from cvmatch.generate.condition import Condition, Conditioning, Seen
 from cvmatch.generate.encode import Encode, encode, encoded
 from cvmatch.generate.frozen import Frozen
-from cvmatch.generate.model import GUIDANCE, Generator, widen
+from cvmatch.generate.model import Generator, widen
 from cvmatch.generate.noise import Noise
 from cvmatch.generate.pairs import decode, decode_batch
 from cvmatch.generate.perceptual import Lpips, published_weights
@@ -28,8 +28,10 @@ from cvmatch.generate.rays import Rays, token_places
 from cvmatch.generate.rays_task import RaysTask
 from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.rivals import Rivals, told_apart
+from cvmatch.generate.sampling import Sampling
 from cvmatch.generate.task import VALIDATION, GeneratorTask
 from cvmatch.generate.train import TrainGenerator, train
+from cvmatch.generate.variants import varied
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.training import Fit
 from cvmatch.training.meters import Means
@@ -123,6 +125,7 @@ def _batch(rows: int, first: int = 0, epoch: int = 0) -> dict[str, torch.Tensor]
     return {
         "ground": (ground * 255).byte(),
         "aerial": (tile * 255).byte(),
+        "classes": (tile[:, 0] * len(schema.PALETTE)).byte(),
         "key": key,
         "epoch": torch.tensor(epoch),
     }
@@ -325,7 +328,9 @@ def test_loss_each_term_alone_has_gradient_into_what_it_trains(
 
 
 def test_loss_gradient_reaches_projection_and_rays_once_the_map_has_weight(generator: Generator):
-    task = _train(generator, w_clip=0.0, w_vae=0.0, w_map=0.0, w_contrast=0.0, drop=0.0)
+    task = _train(
+        generator, w_clip=0.0, w_vae=0.0, w_map=0.0, w_contrast=0.0, w_classes=0.0, drop=0.0
+    )
     task(_batch(4))["loss"].backward()
     conditioner = generator.conditioner
     assert conditioner.project.weight.grad.abs().sum() > 0
@@ -464,6 +469,15 @@ def test_variant_of_a_row_turns_its_latent_panorama_and_tile_alike(toy: str):
     assert (plain(batch)["loss"] - live).abs() > 1e-3
 
 
+def test_variant_of_a_row_turns_its_class_map_with_its_tile():
+    batch = _batch(8)
+    batch["classes"] = batch["aerial"][:, 0]
+    pairs = varied(batch, Recipe(turns=True, mirror=True), seed=0)
+    assert len(pairs.variant.unique()) > 3
+    assert torch.equal(pairs.classes, (pairs.tile[:, 0] * 255).round().byte())
+    assert not torch.equal(pairs.classes, batch["classes"])
+
+
 def test_average_is_what_is_validated_and_saved_and_survives_a_resume(
     generator: Generator, tmp_path
 ):
@@ -550,16 +564,43 @@ def test_loss_validation_is_the_same_every_time(generator: Generator):
     assert torch.equal(first["loss_correct"], second["loss_correct"])
     averaged = {name for name in first if not name.startswith("rows/")}
     levels = {f"loss_{kind}/{at}" for kind in ("correct", "shuffled") for at in VALIDATION}
-    assert averaged == {"loss", "loss_correct", "loss_shuffled", "map", "contrast"} | levels
+    assert (
+        averaged == {"loss", "loss_correct", "loss_shuffled", "map", "contrast", "classes"} | levels
+    )
 
 
 def test_map_terms_of_the_true_tile_are_best():
-    tile = _batch(6)["aerial"].float() / 255
-    drawn = torch.nn.functional.adaptive_avg_pool2d(tile * 2 - 1, 16)
-    right, wrong = loss.map_terms(drawn, tile), loss.map_terms(drawn.roll(1, 0), tile)
+    batch, kinds = _batch(6), len(schema.PALETTE)
+    tile, classes = batch["aerial"].float() / 255, batch["classes"]
+    named = F.one_hot(classes.long(), kinds).movedim(-1, 1).float()
+    drawn = torch.cat([F.adaptive_avg_pool2d(tile * 2 - 1, 64), named], dim=1)
+    rays = Rays(3 + kinds)  # whose map is the tile's colours, and its classes
+    with torch.no_grad():
+        for part, first in ((rays.picture, 0), (rays.classes, 3)):
+            part.bias.zero_()
+            part.weight.zero_()[:, first : first + len(part.weight), 0, 0] = torch.eye(
+                len(part.weight)
+            )
+        rays.classes.weight.mul_(20)
+    right = loss.map_terms(rays, drawn, tile, classes)
+    wrong = loss.map_terms(rays, drawn.roll(1, 0), tile, classes)
     assert right["map"] < 1e-6 < wrong["map"]
     assert right["contrast"] < 0.1
     assert wrong["contrast"] > 2
+    assert right["classes"] < 1e-6
+    assert wrong["classes"] > 2
+
+
+def test_class_term_is_the_cross_entropy_of_the_pixels_that_have_a_class():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 4, 4)
+    classes = torch.randint(0, 6, (2, 8, 8)).byte()
+    classes[0, :3] = schema.IGNORE
+    pixels = logits.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    expected = F.cross_entropy(pixels, classes.long(), ignore_index=schema.IGNORE)
+    torch.testing.assert_close(loss.class_term(logits, classes), expected)
+    classes[:] = schema.IGNORE
+    assert loss.class_term(logits, classes) == 0
 
 
 def test_rays_task_learns_and_its_weights_fit_the_generator(generator: Generator, tmp_path):
@@ -615,8 +656,8 @@ def test_lpips_of_equal_pictures_is_zero_and_of_others_is_not(perceptual: Lpips)
 
 def _draw(generator: Generator, rows: int = 2, first: int = 0, **options: object) -> torch.Tensor:
     batch = _batch(rows, first)
-    options = {"steps": 3} | options
-    return generator.eval().sample(batch["ground"].float() / 255, batch["key"], **options)
+    sampling = Sampling(**{"steps": 3, **options})
+    return generator.eval().sample(batch["ground"].float() / 255, batch["key"], sampling)
 
 
 def _informative(generator: Generator) -> None:
@@ -644,8 +685,11 @@ def test_sample_does_not_depend_on_the_batch(generator: Generator):
 def test_sample_asks_the_unet_once_a_step_for_all_rows_and_both_conditions(generator: Generator):
     asked = []
     generator.unet.register_forward_pre_hook(lambda unet, given: asked.append(len(given[0])))
-    _draw(generator, 3, steps=4, guidance=2.0)
+    _draw(generator, 3, steps=4, guidance=2.0, guided=0.0)
     assert asked == [6] * 4
+    asked.clear()
+    _draw(generator, 3, steps=4, guidance=2.0, guided=0.7)
+    assert asked == [6, 6, 3, 3]  # at 100, 75, 50 and 25 % of the noise
     asked.clear()
     _draw(generator, 3, steps=2, guidance=1.0)
     assert asked == [3] * 2
@@ -656,10 +700,12 @@ def test_sample_asks_the_unet_once_a_step_for_all_rows_and_both_conditions(gener
 
 def test_sample_with_another_seed_or_key_differs(generator: Generator):
     ground, keys = _ground(1), _batch(1)["key"]
-    first = generator.eval().sample(ground, keys, steps=3)
-    assert torch.equal(first, generator.sample(ground, keys, steps=3))
-    assert (first - generator.sample(ground, keys, steps=3, seed=1)).abs().max() > 0.01
-    assert (first - generator.sample(ground, keys + 1, steps=3)).abs().max() > 0.01
+    three = Sampling(steps=3)
+    first = generator.eval().sample(ground, keys, three)
+    assert torch.equal(first, generator.sample(ground, keys, three))
+    other = generator.sample(ground, keys, Sampling(steps=3, seed=1))
+    assert (first - other).abs().max() > 0.01
+    assert (first - generator.sample(ground, keys + 1, three)).abs().max() > 0.01
 
 
 def test_sample_goes_through_the_trained_projection(generator: Generator):
@@ -677,19 +723,29 @@ def test_sample_of_another_panorama_differs(toy: str, mode: str):
     with torch.no_grad():
         generator.conditioner.project.weight.mul_(20)
     ground, keys = _ground(2), _batch(2)["key"]
-    right = generator.sample(ground, keys, steps=3)
-    shuffled = generator.sample(ground.roll(1, 0), keys, steps=3)
+    right = generator.sample(ground, keys, Sampling(steps=3))
+    shuffled = generator.sample(ground.roll(1, 0), keys, Sampling(steps=3))
     assert (right - shuffled).abs().max() > 1e-3
 
 
 def test_sample_guidance_moves_away_from_the_null(generator: Generator):
     _informative(generator)
     one, two = _draw(generator, guidance=1.0), _draw(generator, guidance=2.0)
-    zero = _draw(generator, guidance=0.0)
+    zero = _draw(generator, guidance=0.0, guided=0.0)
     assert (one - two).abs().max() > 0.01
     with torch.no_grad():  # at guidance 0 the condition has no say
         generator.conditioner.project.weight.neg_()
-    torch.testing.assert_close(_draw(generator, guidance=0.0), zero)
+    torch.testing.assert_close(_draw(generator, guidance=0.0, guided=0.0), zero)
+
+
+def test_sample_below_its_least_noise_has_no_guidance(generator: Generator):
+    _informative(generator)
+    plain, strong = _draw(generator, guidance=1.0), {"guidance": 3.0, "guided": 1.0}
+    assert torch.equal(_draw(generator, **strong), plain)  # pure noise is just under 100 %
+    assert (_draw(generator, guidance=3.0, guided=0.9) - plain).abs().max() > 0.01
+    for guided in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"guided in \[0, 1\]"):
+            Sampling(guided=guided)
 
 
 def test_sample_takes_what_is_coarse_from_the_rays_and_the_rest_from_the_unet(toy: str):
@@ -774,6 +830,7 @@ def _rows() -> dict[str, np.ndarray]:
         schema.PAIR_ID: np.array(["0000000", "0000001", "0000002"], dtype=object),
         schema.GROUND: np.array(ground, dtype=object),
         schema.AERIAL: np.array(aerial, dtype=object),
+        schema.CLASSES: np.full(3, None, dtype=object),
         schema.ERROR: np.array([None, None, "ingest: no tile"], dtype=object),
     }
 
@@ -782,7 +839,7 @@ def test_generate_aerial_bad_rows_keep_their_reason_and_the_rest_go_on(
     generator: Generator, tmp_path
 ):
     generator.save(str(tmp_path))
-    actor = infer.GenerateAerial(str(tmp_path), steps=2, guidance=GUIDANCE, seed=0)
+    actor = infer.GenerateAerial(str(tmp_path), Sampling(steps=2))
     out = actor(_rows())
     assert list(out[schema.PAIR_ID]) == ["0000000", "0000001", "0000002"]
     assert [value is None for value in out[schema.SYNTHETIC]] == [False, True, True]
@@ -803,6 +860,8 @@ def test_decode_batch_leaves_failed_rows_out_and_keys_the_rest():
     assert out["key"].tolist() == [draws.key("0000000")]
     assert out["ground"].shape == (1, 3, *PANORAMA)
     assert out["aerial"].shape == (1, 3, 32, 32)
+    assert (out["classes"] == schema.IGNORE).all()  # it has no map
+    assert out["classes"].shape == (1, 32, 32)
     np.testing.assert_array_equal(out["ground"], _batch(1)["ground"].numpy())
     nothing = decode_batch({k: v[1:] for k, v in rows.items()}, parts.Sizes(PANORAMA, 32, 8))
     assert nothing["ground"].shape == (0, 3, *PANORAMA)
@@ -876,7 +935,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     alone = model.sample(
         torch.from_numpy(ground.copy()).permute(2, 0, 1)[None].float() / 255,
         torch.tensor([draws.key(row[schema.PAIR_ID])]),
-        steps=2,
+        Sampling(steps=2),
     )
     difference = images.decode(row[schema.SYNTHETIC]) - alone[0].permute(1, 2, 0).numpy() * 255
     assert np.abs(difference).max() < 1.5
@@ -906,6 +965,8 @@ def test_encode_keeps_what_live_training_would_compute(toy: str, world_root: str
         found = stored[key]
         np.testing.assert_array_equal(found["ground"], row["ground"])
         np.testing.assert_array_equal(found["aerial"], row["aerial"])
+        np.testing.assert_array_equal(found["classes"], row["classes"])
+        assert len(np.unique(found["classes"])) > 2
         ground, tile = (torch.from_numpy(row[n].copy())[None] / 255 for n in ("ground", "aerial"))
         mirrored = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
         tiles = torch.cat([tile, geometry.turned_tile(tile, *mirrored)])

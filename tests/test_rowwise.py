@@ -8,6 +8,7 @@ from cvmatch import images, schema, toy
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import Generator
+from cvmatch.generate.sampling import Sampling
 from cvmatch.rowwise import Rowwise, reason
 
 
@@ -95,7 +96,7 @@ def pairs(count: int) -> dict[str, np.ndarray]:
 
 
 def test_generated_picture_has_the_same_bytes_in_every_batch(generator):
-    actor = GenerateAerial(generator, steps=2, guidance=2.0, seed=0, batch=3)
+    actor = GenerateAerial(generator, Sampling(steps=2, guidance=2.0, guided=0.0), batch=3)
     rows = pairs(5)
     whole = list(actor(rows)[schema.SYNTHETIC])
     assert len(set(whole)) == 5
@@ -107,7 +108,7 @@ def test_generated_picture_has_the_same_bytes_in_every_batch(generator):
 
 
 def test_generator_whose_weights_are_not_finite_stops_the_job(generator):
-    actor = GenerateAerial(generator, steps=1, guidance=1.0, seed=0, batch=2)
+    actor = GenerateAerial(generator, Sampling(steps=1, guidance=1.0), batch=2)
     with torch.no_grad():
         actor.generator.unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(ArithmeticError, match="not finite"):

@@ -22,7 +22,7 @@ from cvmatch.generate.pairs import Sizes, decode_batch, planes
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.written import Judge, Written
 
-VERSION = 1
+VERSION = 2  # 1 had no class maps
 """Version of the rows on disk."""
 
 Batch = dict[str, np.ndarray]
@@ -53,7 +53,7 @@ class Encode:
 
 
 class EncodePairs:
-    """Rows of PAIRS -> `pair_id`, `key`, `ground`, `aerial`, `latent`, `states`; no failed rows."""
+    """Rows of PAIRS -> `pair_id`, `key`, pictures, `latent`, `states`; no failed rows."""
 
     def __init__(self, config: Encode, sizes: Sizes) -> None:
         encoders = parts.load_encoders(config.diffusion, config.clip, config.revision)
@@ -64,20 +64,21 @@ class EncodePairs:
         """Encode the pairs of one batch; pictures that ingest passed are there."""
         pairs = decode_batch(batch, self.sizes)
         good = [i for i, error in enumerate(batch[schema.ERROR]) if not error]
-        latents, states, view = self._encoded(
+        latents, states, view = self._look(
             torch.from_numpy(pairs["ground"]), torch.from_numpy(pairs["aerial"])
         )
         return {
             schema.PAIR_ID: np.array([str(batch[schema.PAIR_ID][i]) for i in good], dtype=object),
             "key": pairs["key"],
-            schema.GROUND: _pictures(view),
+            schema.GROUND: _encoded(_pixels(view)),
             schema.AERIAL: np.array([batch[schema.AERIAL][i] for i in good], dtype=object),
+            schema.CLASSES: _encoded(pairs["classes"]),
             "latent": latents,
             "states": states,
         }
 
     @torch.inference_mode()
-    def _encoded(self, ground: Tensor, tile: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def _look(self, ground: Tensor, tile: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor]:
         at = self.frozen.mean.device
         ground, tile = ground.to(at) / 255, tile.to(at) / 255
         latents, states = [], []
@@ -123,6 +124,8 @@ def encoded(directory: str, sizes: Sizes) -> Dataset:
 def _tensors(batch: Batch, tile: int) -> Batch:
     sizes = {schema.GROUND: (rays.HEIGHT, rays.WIDTH), schema.AERIAL: (tile, tile)}
     kept = {name: batch[name] for name in ("key", "latent", "states")}
+    classes = [images.decode_ids(data, (tile, tile)) for data in batch[schema.CLASSES]]
+    kept["classes"] = np.array(classes, dtype=np.uint8).reshape(-1, tile, tile)
     return kept | {
         name: planes([images.decode(data, size) for data in batch[name]], size)
         for name, size in sizes.items()
@@ -161,9 +164,13 @@ def _made_from(config: Encode) -> dict[str, Any]:
     }
 
 
-def _pictures(planes: Tensor) -> np.ndarray:
-    """Encoded pictures of planes in [0, 1]."""
-    pixels = (planes * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    encoded = np.empty(len(pixels), dtype=object)
-    encoded[:] = [images.encode(picture) for picture in pixels]
+def _pixels(planes: Tensor) -> np.ndarray:
+    """Planes in [0, 1] as pictures."""
+    return (planes * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _encoded(pictures: np.ndarray) -> np.ndarray:
+    """Pictures, or maps of ids, as PNG."""
+    encoded = np.empty(len(pictures), dtype=object)
+    encoded[:] = [images.encode(picture) for picture in pictures]
     return encoded

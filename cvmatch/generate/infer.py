@@ -7,7 +7,8 @@ import torch
 from ray.data import Dataset
 
 from cvmatch import draws, engine, hardware, images, schema, storage
-from cvmatch.generate.model import GUIDANCE, STEPS, Generator, require
+from cvmatch.generate.model import Generator, require
+from cvmatch.generate.sampling import Sampling
 from cvmatch.rowwise import Rowwise, reason
 
 Keyed = tuple[np.ndarray, int]
@@ -15,23 +16,13 @@ Keyed = tuple[np.ndarray, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate:
+class Generate(Sampling):
     """Draw synthetic aerials with a trained generator."""
 
     model: str = "models/generator"
     """Local directory that train_generator published."""
-    steps: int = STEPS
-    """Solver steps."""
-    guidance: float = GUIDANCE
-    """Guidance scale; 1: none, half the time."""
-    seed: int = 0
-    """Other seeds draw other pictures of the same panorama."""
     pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32, calls=2))
     """Actors."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"generate: expected steps of at least 1, got {self.steps}")
 
 
 class GenerateAerial:
@@ -40,9 +31,9 @@ class GenerateAerial:
     `batch`: rows a call of the network, whatever the number of rows at hand (`Rowwise`).
     """
 
-    def __init__(self, model: str, steps: int, guidance: float, seed: int, batch: int = 32) -> None:
+    def __init__(self, model: str, sampling: Sampling, batch: int = 32) -> None:
         self.generator = Generator.load(model, hardware.device())
-        self.steps, self.guidance, self.seed = steps, guidance, seed
+        self.sampling = sampling
         self.draw = Rowwise(self._draw, batch)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,11 +62,7 @@ class GenerateAerial:
         pictures, keys = zip(*rows, strict=True)
         panorama = torch.from_numpy(np.stack(pictures)).to(at).permute(0, 3, 1, 2).float() / 255
         drawn = self.generator.sample(
-            panorama,
-            torch.tensor(keys, dtype=torch.int64, device=at),
-            steps=self.steps,
-            guidance=self.guidance,
-            seed=self.seed,
+            panorama, torch.tensor(keys, dtype=torch.int64, device=at), self.sampling
         )
         finite = drawn.isfinite().flatten(1).all(dim=1).tolist()
         pixels = (drawn * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -98,8 +85,6 @@ def generate(rows: Dataset, config: Generate) -> Dataset:
         GenerateAerial,
         config.pool,
         model=model,
-        steps=config.steps,
-        guidance=config.guidance,
-        seed=config.seed,
+        sampling=config,
         batch=config.pool.batch,
     )

@@ -1,12 +1,13 @@
 """What the generator is trained on: noise, the picture that its answer implies, and the map."""
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.perceptual import Lpips
+from cvmatch.generate.rays import Rays
 from cvmatch.generate.rivals import Known, told_apart
 
 
@@ -44,15 +45,38 @@ def image_terms(
 
 
 def map_terms(
-    drawn: Float[Tensor, "batch 3 size size"],
+    rays: Rays,
+    drawn: Float[Tensor, "batch channel size size"],
     tile: Float[Tensor, "batch 3 height width"],
+    classes: UInt8[Tensor, "batch height width"],
     known: Known | None = None,
 ) -> dict[str, Tensor]:
-    """`map`: squared error of the drawn tile in [-1, 1]; `contrast`: `told_apart` of all rows."""
-    true = F.adaptive_avg_pool2d(tile * 2 - 1, drawn.shape[-1])
+    """What can be read off a map that `rays` drew: colours and classes of the tile.
+
+    `map`: squared error of the colours in [-1, 1]; `contrast`: `told_apart` of all rows by them;
+    `classes`: `class_term`.
+    """
+    picture = rays.picture(drawn).float()
+    true = F.adaptive_avg_pool2d(tile * 2 - 1, picture.shape[-1])
     everyone = torch.ones(len(true), dtype=torch.bool, device=true.device)
-    contrast = told_apart(drawn.float(), true, everyone, known)
-    return {"map": F.mse_loss(drawn.float(), true), "contrast": contrast}
+    return {
+        "map": F.mse_loss(picture, true),
+        "contrast": told_apart(picture, true, everyone, known),
+        "classes": class_term(rays.classes(drawn).float(), classes),
+    }
+
+
+def class_term(
+    logits: Float[Tensor, "batch kind size size"], classes: UInt8[Tensor, "batch height width"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy of each cell's shares of the classes, mean over the pixels that have one.
+
+    Pixels of no class, such as those of a row without a class map, are ignored; 0 if all are.
+    """
+    named = torch.stack([classes == kind for kind in range(logits.shape[1])], dim=1)
+    shares = F.adaptive_avg_pool2d(named.float(), logits.shape[-1])
+    error = -(shares * F.log_softmax(logits, dim=1)).sum()
+    return error / shares.sum().clamp(min=1)
 
 
 def identify_terms(

@@ -27,15 +27,9 @@ from cvmatch.generate.parts import (
     load_unet,
     tile_size,
 )
+from cvmatch.generate.sampling import DEFAULT, Sampling
 
-STEPS = 2
-"""Solver steps. On the embedded data set more of them do not find the tile more often: R@1 of 200
-is 60 % with 2 steps and guidance 4, 56 % with 12 (benchmarks/sampler.py)."""
-
-GUIDANCE = 6.0
-"""Guidance scale: of 1 to 6, the higher the better the tile is found."""
-
-_FORMAT = 3  # 2 knew no coarse part: its UNet drew all
+_FORMAT = 4  # the rays of 3 knew no classes
 _CONFIG, _WEIGHTS = "conditioner.json", "conditioner.safetensors"
 
 
@@ -144,41 +138,41 @@ class Generator(nn.Module):
         self,
         panorama: Float[Tensor, "batch 3 height width"],
         keys: Int64[Tensor, " batch"],
-        **options: Any,
+        sampling: Sampling = DEFAULT,
     ) -> Float[Tensor, "batch 3 size size"]:
         """`draw` of what CLIP and the rays see of the panoramas."""
         with self._halved():
-            return self.draw(self.frozen.look(panorama), keys, **options)
+            return self.draw(self.frozen.look(panorama), keys, sampling)
 
     @torch.no_grad()
     def draw(
-        self,
-        seen: Seen,
-        keys: Int64[Tensor, " batch"],
-        *,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
-        seed: int = 0,
+        self, seen: Seen, keys: Int64[Tensor, " batch"], sampling: Sampling = DEFAULT
     ) -> Float[Tensor, "batch 3 size size"]:
         """Synthetic aerials in [0, 1], by DPM-Solver++ with classifier-free guidance.
 
-        The noise of a row depends on its key (`draws.key(pair_id)`) and `seed` alone, so a picture
-        does not depend on its batch. `guidance` 1 is the plain conditional model, in half the time.
+        The noise of a row depends on its key (`draws.key(pair_id)`) and the seed alone, so a
+        picture does not depend on its batch.
         """
         with self._halved():
             condition = self.condition(seen)
-            both = _doubled(self.conditioner, condition) if guidance != 1 else condition
-            latent = draws.normal(keys, draws.stream(seed, purpose="sample"), *self.latent)
-            solver: Any = self.noise.solver(steps)
+            both = _doubled(self.conditioner, condition) if sampling.guidance != 1 else condition
+            stream = draws.stream(sampling.seed, purpose="sample")
+            latent = draws.normal(keys, stream, *self.latent)
+            solver: Any = self.noise.solver(sampling.steps)
             for step in solver.timesteps:
-                given = torch.cat([latent, latent]) if guidance != 1 else latent
-                at = torch.full((len(given),), int(step), dtype=torch.int64, device=self.device)
-                answer = self.predict(given, at, both).float()
-                if guidance != 1:
-                    right, null = answer.chunk(2)
-                    answer = null + guidance * (right - null)
+                at = torch.full_like(keys, int(step))
+                scale = sampling.scale(int(step) / len(self.noise.signal))
+                if scale == 1:
+                    answer = self.predict(latent, at, condition).float()
+                else:
+                    answer = self._guided(latent, at, both, scale)
                 latent = solver.step(answer, step, latent).prev_sample
             return self.picture(latent, condition)
+
+    def _guided(self, latent: Tensor, step: Tensor, both: Condition, scale: float) -> Tensor:
+        answer = self.predict(latent.repeat(2, 1, 1, 1), step.repeat(2), both).float()
+        right, null = answer.chunk(2)
+        return null + scale * (right - null)
 
     def picture(
         self, latent: Float[Tensor, "batch c h w"], condition: Condition

@@ -26,9 +26,11 @@ class Sizes:
 
 
 def decode(rows: Dataset, sizes: Sizes) -> Dataset:
-    """Rows of PAIRS -> `ground`, `aerial` (uint8, CHW, of `sizes`) and `key`, without failed rows.
+    """Rows of PAIRS -> the tensors `ground`, `aerial`, `classes` and `key`, without failed rows.
 
-    A row without `error` whose pictures cannot be decoded stops the training: ingest has passed it.
+    Pictures are uint8 planes of `sizes`; `classes` are ids (rows, columns) of the aerial's size,
+    schema.IGNORE where the row has no class map. A row without `error` whose pictures cannot be
+    decoded stops the training: ingest has passed it.
     """
     decoder: Any = functools.partial(decode_batch, sizes=sizes)
     return rows.map_batches(decoder, batch_format="numpy", batch_size=None)
@@ -40,10 +42,12 @@ def decode_batch(batch: dict[str, np.ndarray], sizes: Sizes) -> dict[str, np.nda
     tile = (sizes.tile, sizes.tile)
     ground = [images.decode(batch[schema.GROUND][i], sizes.panorama) for i in good]
     aerial = [images.decode(batch[schema.AERIAL][i], tile) for i in good]
+    classes = [_classes(batch[schema.CLASSES][i], tile) for i in good]
     keys = [draws.key(str(batch[schema.PAIR_ID][i])) for i in good]
     return {
         "ground": planes(ground, sizes.panorama),
         "aerial": planes(aerial, tile),
+        "classes": np.array(classes, dtype=np.uint8).reshape(-1, *tile),
         "key": np.array(keys, dtype=np.int64),
     }
 
@@ -53,3 +57,9 @@ def planes(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     if not pictures:
         return np.zeros((0, 3, *size), dtype=np.uint8)
     return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
+
+
+def _classes(data: bytes | None, size: tuple[int, int]) -> np.ndarray:
+    if not data:
+        return np.full(size, schema.IGNORE, dtype=np.uint8)
+    return images.decode_palette(data, size, len(schema.PALETTE))

@@ -7,10 +7,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvmatch import geometry
+from cvmatch import geometry, schema
 
 HEIGHT, WIDTH = 64, 256
 """Pixels of the panorama that the network looks at; `view` averages larger ones down to it."""
+
+CLASSES = len(schema.PALETTE)
+"""Classes of the map that `Rays.classes` reads."""
 
 BINS = 16
 """Values along a ray, from the tile's inscribed circle (first) to the camera (last)."""
@@ -49,7 +52,8 @@ class Rays(nn.Module):
     Every step commutes with turning the panorama, so the map of a turned panorama is the turned map
     (exactly, for quarter turns). `picture` reads the tile's colours off the map with one 1 x 1
     convolution: what makes the map informative before the diffusion model can use it (R@1 26 to 50
-    of 500 after 150 CPU seconds, reference/world.md section 8).
+    of 500 after 150 CPU seconds, reference/world.md section 8). `classes` reads its class map
+    (logits), since colours say nothing of what has any: roofs.
     """
 
     def __init__(self, channels: int) -> None:
@@ -64,6 +68,7 @@ class Rays(nn.Module):
         self.along = nn.ModuleList(Round(_WIDTH, _WIDTH, (1, 5)) for _ in range(2))
         self.leave = nn.Conv2d(_WIDTH, channels * BINS, 1)
         self.picture = nn.Conv2d(channels, 3, 1)
+        self.classes = nn.Conv2d(channels, CLASSES, 1)
 
     def forward(
         self, view: Float[Tensor, "batch 3 64 256"], size: int

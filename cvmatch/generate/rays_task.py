@@ -12,14 +12,14 @@ from cvmatch.generate import loss, rays
 from cvmatch.generate.rays import Rays
 from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.rivals import Rivals
-from cvmatch.generate.variants import varied
+from cvmatch.generate.variants import pairs_of, varied
 
 FILE = "rays.safetensors"
 """File of the weights that `RaysTask` saves."""
 
 
 class RaysTask(nn.Module):
-    """The rays alone, on the terms `map` and `contrast`."""
+    """The rays alone, on the terms `map`, `contrast` and `classes`."""
 
     def __init__(self, recipe: Recipe, size: int, channels: int, seed: int = 0) -> None:
         """`size` is the side of the map, in cells."""
@@ -29,20 +29,23 @@ class RaysTask(nn.Module):
         self.rivals = Rivals(recipe.rivals, size)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of a batch of `ground` and `aerial`."""
-        ground, tile = batch["ground"].float() / 255, batch["aerial"].float() / 255
-        known = self.rivals.known(batch["key"]) if self.training else None
+        """Losses of a batch of `ground`, `aerial` and `classes`."""
+        pairs, known = pairs_of(batch), None
+        ground = pairs.ground
         if self.training:
-            ground, tile, _ = varied(ground, tile, batch, self.recipe, self.seed)
+            known = self.rivals.known(batch["key"])
+            pairs = varied(batch, self.recipe, self.seed)
             # The two views are of other hours: R@10 % of 500 by the map 88.8 to 90.4 (toy, 110 s).
             stream = draws.stream(self.seed, int(batch["epoch"]), "colour of ground")
-            ground = jittered(ground, batch["key"], stream)
-        drawn = self.rays.picture(self.rays(rays.view(ground), self.size))
-        named = loss.map_terms(drawn, tile, known)
+            ground = jittered(pairs.ground, batch["key"], stream)
+        drawn = self.rays(rays.view(ground), self.size)
+        named = loss.map_terms(self.rays, drawn, pairs.tile, pairs.classes, known)
         if self.training:
-            self.rivals.remember(batch["key"], tile)
-        total = self.recipe.w_map * named["map"] + self.recipe.w_contrast * named["contrast"]
-        return {"loss": total, **{name: value.detach() for name, value in named.items()}}
+            self.rivals.remember(batch["key"], pairs.tile)
+        return {
+            "loss": self.recipe.total(named),
+            **{name: value.detach() for name, value in named.items()},
+        }
 
     def groups(self) -> list[dict[str, Any]]:
         """All parameters, at `lr_rays`."""

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -16,6 +19,9 @@ class Recipe:
     """Weight of LPIPS between the decoded prediction and the true tile; 0: not computed."""
     w_map: float = 1.0
     """Weight of the squared error of the tile that the geometry map draws."""
+    w_classes: float = 0.2
+    """Weight of the cross-entropy of the tile's class map that the geometry map tells; pairs
+    without a class map do not count."""
     w_contrast: float = 0.05
     """Weight of telling the true tile from the batch's others by that drawing."""
     w_identify: float = 0.0
@@ -72,3 +78,7 @@ class Recipe:
             raise ValueError(
                 f"train_generator: drop and ema are in [0, 1), got {self.drop} and {self.ema}."
             )
+
+    def total(self, named: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms; one without a weight of its own counts once."""
+        return torch.stack([getattr(self, f"w_{n}", 1.0) * v for n, v in named.items()]).sum()

@@ -16,7 +16,7 @@ from cvmatch.generate.perceptual import Lpips
 from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.rivals import Known, Rivals
 from cvmatch.generate.samples import sheet
-from cvmatch.generate.variants import varied
+from cvmatch.generate.variants import Pairs, pairs_of, varied
 from cvmatch.training.meters import ROWS
 
 VALIDATION = (0.2, 0.5, 0.8)
@@ -27,7 +27,7 @@ SHOWN = 6
 
 
 class GeneratorTask(nn.Module):
-    """`ground`, `aerial` (uint8, CHW) and `key` -> the losses of the generator.
+    """`ground`, `aerial` (uint8, CHW), `classes` (ids, HW), `key` -> the generator's losses.
 
     Where the batch has `latent` and `states` (of each variant: `encode`), these are used in place
     of the frozen encoders, and `ground` is the view of the rays.
@@ -65,19 +65,19 @@ class GeneratorTask(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch; in evaluation mode with the right and with a shuffled panorama."""
-        latent, seen, tile = self._seen(batch)
+        pairs = varied(batch, self.recipe, self.seed) if self.training else pairs_of(batch)
+        latent, seen = self._seen(batch, pairs)
         if not self.training:
-            return self._validate(latent, seen, tile, batch["key"])
+            return self._validate(latent, seen, pairs, batch["key"])
         if self.average:
             self.average.update(adapt.trained_weights(self.generator))
         condition = self.generator.condition(seen)
         known = self.rivals.known(batch["key"])
-        named = self._diffuse(latent, condition, tile, batch, known)
+        named = self._diffuse(latent, condition, pairs.tile, batch, known)
         if condition.map is not None and not self.recipe.freeze_rays:
-            named |= self._map_terms(self.generator, condition.map, tile, known)
-        self.rivals.remember(batch["key"], tile)
-        weights = {name: getattr(self.recipe, f"w_{name}", 1.0) for name in named}
-        total = torch.stack([weights[name] * value for name, value in named.items()]).sum()
+            named |= self._map_terms(self.generator, condition.map, pairs, known)
+        self.rivals.remember(batch["key"], pairs.tile)
+        total = self.recipe.total(named)
         return {"loss": total, **{name: value.detach() for name, value in named.items()}}
 
     def train(self, mode: bool = True) -> "GeneratorTask":
@@ -135,17 +135,13 @@ class GeneratorTask(nn.Module):
 
     # --- the parts of a step ---
 
-    def _seen(self, batch: dict[str, Tensor]) -> tuple[Tensor, Seen, Tensor]:
-        """Latent, what is seen of the panorama, and tile in [0, 1], of one variant of each row."""
-        ground, tile = batch["ground"].float() / 255, batch["aerial"].float() / 255
-        chosen = torch.zeros_like(batch["key"])
-        if self.training:
-            ground, tile, chosen = varied(ground, tile, batch, self.recipe, self.seed)
+    def _seen(self, batch: dict[str, Tensor], pairs: Pairs) -> tuple[Tensor, Seen]:
+        """Latent, and what is seen of the panorama, of one variant of each row."""
         if "latent" not in batch:
-            return self.generator.frozen.encode(tile).float(), self._look(ground), tile
-        row = torch.arange(len(chosen), device=chosen.device)
-        latent, states = (batch[name][row, chosen].float() for name in ("latent", "states"))
-        return latent, Seen(states, ground), tile
+            return self.generator.frozen.encode(pairs.tile).float(), self._look(pairs.ground)
+        row = torch.arange(len(pairs.variant), device=pairs.variant.device)
+        latent, states = (batch[name][row, pairs.variant].float() for name in ("latent", "states"))
+        return latent, Seen(states, pairs.ground)
 
     def _look(self, ground: Tensor) -> Seen:
         with torch.set_grad_enabled(self.training and self.recipe.train_clip > 0):
@@ -189,7 +185,7 @@ class GeneratorTask(nn.Module):
         return named
 
     def _validate(
-        self, latent: Tensor, seen: Seen, tile: Tensor, keys: Tensor
+        self, latent: Tensor, seen: Seen, pairs: Pairs, keys: Tensor
     ) -> dict[str, Tensor]:
         """Noise error over VALIDATION, with the row's own panorama and with its neighbour's."""
         model = self.published()
@@ -212,12 +208,12 @@ class GeneratorTask(nn.Module):
                 totals[f"{name}/{share}"] = error
         found = {"loss": totals["loss_correct"], **totals}
         if condition.map is not None:
-            found |= self._map_terms(model, condition.map, tile)
+            found |= self._map_terms(model, condition.map, pairs)
         rows = min(len(keys), self.recipe.judge - self.judged)
         if rows > 0:
             self.judged += rows
             part = Seen(*(value[:rows] for value in seen))
-            found |= self._judged(model, part, tile[:rows], keys[:rows])
+            found |= self._judged(model, part, pairs.tile[:rows], keys[:rows])
         return found
 
     def _judged(
@@ -233,9 +229,9 @@ class GeneratorTask(nn.Module):
 
     @staticmethod
     def _map_terms(
-        model: Generator, drawn: Tensor, tile: Tensor, known: Known | None = None
+        model: Generator, drawn: Tensor, pairs: Pairs, known: Known | None = None
     ) -> dict[str, Tensor]:
-        return loss.map_terms(model.conditioner.rays.picture(drawn), tile, known)
+        return loss.map_terms(model.conditioner.rays, drawn, pairs.tile, pairs.classes, known)
 
 
 def _metric_names(values: dict[str, float]) -> dict[str, float]:

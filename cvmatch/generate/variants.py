@@ -1,6 +1,9 @@
 """Pairs turned and mirrored as a whole: the augmentation that stored encodings can keep."""
 
-from jaxtyping import Bool, Int64
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from cvmatch import draws, geometry
@@ -20,12 +23,34 @@ def change(
     return variant % quarters, variant >= quarters
 
 
-def varied(
-    ground: Tensor, tile: Tensor, batch: dict[str, Tensor], recipe: Recipe, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs turned and mirrored by a draw of each row and epoch; and the variants drawn."""
-    number = count(recipe.turns, recipe.mirror)
+class Pairs(NamedTuple):
+    """A batch of pairs in one variant of each."""
+
+    ground: Float[Tensor, "row 3 height width"]
+    """Panoramas, in [0, 1]."""
+    tile: Float[Tensor, "row 3 size size"]
+    """Tiles, in [0, 1]."""
+    classes: UInt8[Tensor, "row size size"]
+    """Class ids of the tiles, schema.IGNORE where unknown."""
+    variant: Int64[Tensor, " row"]
+    """Which variant."""
+
+
+def pairs_of(batch: dict[str, Tensor]) -> Pairs:
+    """The pairs of a batch as they are."""
+    ground, tile = batch["ground"].float() / 255, batch["aerial"].float() / 255
+    return Pairs(ground, tile, batch["classes"], torch.zeros_like(batch["key"]))
+
+
+def varied(batch: dict[str, Tensor], recipe: Recipe, seed: int) -> Pairs:
+    """Its pairs turned and mirrored by a draw of each row and epoch."""
+    plain, number = pairs_of(batch), count(recipe.turns, recipe.mirror)
     stream = draws.stream(seed, int(batch["epoch"]), "variant")
     chosen = (draws.uniform(batch["key"], stream) * number).long()
     how = change(chosen, recipe.turns)
-    return geometry.turned_panorama(ground, *how), geometry.turned_tile(tile, *how), chosen
+    return Pairs(
+        geometry.turned_panorama(plain.ground, *how),
+        geometry.turned_tile(plain.tile, *how),
+        geometry.turned_tile(plain.classes, *how),
+        chosen,
+    )

@@ -18,6 +18,9 @@ DISTIL = 1_000
 
 _LEVELS = ("G", "G+A", "G+A+S")
 
+SAMPLING = ("steps", "guidance", "guided")
+"""Settings of the generator that queries of one index should share."""
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -28,8 +31,8 @@ class Queries:
     distil: Query
     """Others, of all levels in turns; where there are no others, the same."""
     made_by: dict[str, Any]
-    """Fingerprints of the `generator` and `segmenter` that made the rows, and its `steps` and
-    `guidance`; what is not known is not there."""
+    """Fingerprints of the `generator` and `segmenter` that made the rows, and its `steps`,
+    `guidance` and `guided`; what is not known is not there."""
 
 
 def split_queries(location: str, model: str, sample: int, seed: int) -> Queries | None:
@@ -65,9 +68,7 @@ def _made_by(location: str) -> dict[str, Any]:
         return {}
     about = manifest.read(location)
     sampling = about["config"].get("generate", {})
-    return about["models"] | {
-        name: sampling[name] for name in ("steps", "guidance") if name in sampling
-    }
+    return about["models"] | {name: sampling[name] for name in SAMPLING if name in sampling}
 
 
 def _embedded(location: str, model: str, level: Level, ids: list[str]) -> Query:

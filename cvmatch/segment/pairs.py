@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Num, UInt8
-from PIL import Image
 from torch import Tensor
 
 from cvmatch import draws, images, schema, storage
@@ -66,13 +65,7 @@ class Preprocess:
         Raises:
             images.BadImage: not a picture, or grey: then it is no palette picture.
         """
-        image = images.open_image(data)
-        if image.mode != "RGB":
-            raise images.BadImage(
-                f"mode {image.mode}, expected RGB (a map in the palette's colours)"
-            )
-        near = image.resize((self.size, self.size), Image.Resampling.NEAREST)
-        return images.classes_of(np.asarray(near), self.num_classes)
+        return images.decode_palette(data, (self.size, self.size), self.num_classes)
 
     def normalise(self, tiles: Num[Tensor, "n 3 size size"]) -> Float[Tensor, "n 3 size size"]:
         """Values in [0, 255] to the network's input.

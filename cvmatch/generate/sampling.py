@@ -1,0 +1,41 @@
+"""How a picture is drawn: the settings of a sampler."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Solver steps, guidance and seed; the defaults are measured by benchmarks/sampler.py."""
+
+    steps: int = 6
+    """Solver steps."""
+    guidance: float = 6.0
+    """Guidance scale; 1: none, half the time."""
+    guided: float = 0.5
+    """Least noise with guidance, as a share of the schedule; with less, the plain model answers, in
+    half the time. 0: guidance in every step (limited interval: Kynkaanniemi et al. 2024)."""
+    seed: int = 0
+    """Other seeds draw other pictures of the same panorama."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"generate: expected steps of at least 1, got {self.steps}.")
+        if not 0 <= self.guided <= 1:
+            raise ValueError(
+                f"generate: expected guided in [0, 1], a share of the noise schedule, got "
+                f"{self.guided}."
+            )
+
+    def scale(self, noise: float) -> float:
+        """Guidance scale at a share of the noise schedule, from 0 (clean) to 1."""
+        return self.guidance if noise >= self.guided else 1.0
+
+    def named(self) -> str:
+        """For a table."""
+        if self.guidance == 1 or not self.guided:
+            return f"{self.steps} steps, guidance {self.guidance:g}"
+        return f"{self.steps} steps, guidance {self.guidance:g} from {100 * self.guided:g} % noise"
+
+
+DEFAULT = Sampling()
+"""The sampler that is taken where none is named."""
