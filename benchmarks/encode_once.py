@@ -99,7 +99,7 @@ def work(task: GeneratorTask, batch: dict[str, Tensor]) -> float:
 
 
 def toy_settings(at: str) -> dict[str, TrainGenerator]:
-    """The toy base models, with the noise term alone and with the two image terms."""
+    """The toy base models: the noise term alone, with adapters, and the two image terms too."""
     base = TrainGenerator(
         data=Ingest(root=f"{at}/world"),
         diffusion=toy.DIFFUSION,
@@ -112,9 +112,11 @@ def toy_settings(at: str) -> dict[str, TrainGenerator]:
         encoded=f"{at}/encoded",
         encode_pool=Pool(size=2, batch=32),
     )
+    noise = replace(base, w_clip=0.0, w_vae=0.0)
     return {
-        "toy, noise term alone": replace(base, w_clip=0.0, w_vae=0.0),
-        "toy, all three terms": base,
+        "toy, noise term, all weights": noise,
+        "toy, noise term, LoRA": replace(noise, train_unet="lora"),
+        "toy, all three terms, all weights": base,
     }
 
 
@@ -190,7 +192,7 @@ def main(asked: EncodeBench) -> None:
         for name, config in settings.items():
             row = compared(asked, name, config, top)
             table.append(row)
-            key = name.split(", ")[-1].split()[0]
+            key = name.split(", ", 1)[1].replace(", ", ".").replace(" ", "_")
             figures |= {f"{key}.once": row["encoded once, samples/s"]}
             figures |= {f"{key}.live": row["live, samples/s"], f"{key}.ratio": row["once / live"]}
     notes = (

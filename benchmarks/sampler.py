@@ -74,7 +74,7 @@ def ddim(model: Generator, guidance: float) -> Draw:
             right, wrong = (model.predict(latent, at, given) for given in (condition, null))
             answer = wrong + guidance * (right - wrong)
             latent = scheduler.step(answer, step, latent).prev_sample
-        return model.picture(latent, condition)
+        return model.frozen.decode(latent).clamp(0, 1)
 
     return draw
 

@@ -16,7 +16,7 @@ from transformers.models.clip import CLIPConfig, CLIPTextConfig
 
 from cvmatch import draws, geometry, images, metrics, schema, towers
 from cvmatch.engine import Pool
-from cvmatch.generate import adapt, infer, loss, parts
+from cvmatch.generate import adapt, coarse, infer, loss, parts
 from cvmatch.generate.condition import Condition, Conditioning, Seen
 from cvmatch.generate.encode import Encode, encode, encoded
 from cvmatch.generate.frozen import Frozen
@@ -748,30 +748,50 @@ def test_sample_below_its_least_noise_has_no_guidance(generator: Generator):
             Sampling(guided=guided)
 
 
-def test_sample_takes_what_is_coarse_from_the_rays_and_the_rest_from_the_unet(toy: str):
+def test_sample_is_pulled_to_what_the_rays_draw_of_the_coarse(toy: str):
     torch.manual_seed(0)
     plain = _base(toy).eval()
-    with torch.no_grad():  # pale pictures, of which nothing is cut off at 0 and 1
-        plain.frozen.vae.decoder.conv_out.weight.mul_(0.2)
-        plain.conditioner.rays.picture.weight.mul_(0.2)
     mixed = _base(toy, replace(TOY, coarse=8)).eval()
     mixed.load_state_dict(plain.state_dict())
-
-    def blurred(picture: torch.Tensor) -> torch.Tensor:
-        cells = F.adaptive_avg_pool2d(picture, 8)
-        return F.interpolate(cells, picture.shape[-2:], mode="bicubic")
-
     with torch.no_grad():
         seen = plain.frozen.look(_ground(3))
         drawing = plain.conditioner.rays.picture(plain.condition(seen).map) / 2 + 0.5
-    before, after = _draw(plain, 3), _draw(mixed, 3)
-    assert after.min() > 0
-    assert after.max() < 1
-    wanted = F.adaptive_avg_pool2d(drawing, 8)
-    apart = [(F.adaptive_avg_pool2d(x, 8) - wanted).abs().mean() for x in (before, after)]
-    assert apart[1] < 0.2 * apart[0]
-    detail = [x - blurred(x) for x in (before, after)]
-    torch.testing.assert_close(detail[1], detail[0], atol=0.03, rtol=0)
+        wanted = coarse.reference(plain.frozen, drawing, plain.tile, 8)
+    latents = []
+    for model in (plain, mixed):
+        decoder = model.frozen.vae.post_quant_conv
+        hook = decoder.register_forward_pre_hook(lambda part, given: latents.append(given[0]))
+        _draw(model, 3)
+        hook.remove()
+    scale = plain.frozen.vae.config["scaling_factor"]
+    apart = [(F.adaptive_avg_pool2d(x * scale, 8) - wanted).abs().mean() for x in latents]
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_pulled_latents_keep_what_is_fine():
+    torch.manual_seed(0)
+    wide, wanted = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    fine = torch.randn(2, 4, 32, 32)
+    fine -= F.interpolate(F.adaptive_avg_pool2d(fine, 2), (32, 32), mode="nearest")
+    clean = F.interpolate(wide, (32, 32), mode="bicubic") + fine
+    found = coarse.pulled(clean, wanted)
+    before, after = ((F.adaptive_avg_pool2d(x, 2) - wanted).abs().mean() for x in (clean, found))
+    assert after < 0.6 * before
+    # What changed is smooth: neighbours of 32 cells changed alike.
+    moved = found - clean
+    assert moved.diff(dim=-1).abs().max() < 0.15 * (moved.max() - moved.min())
+
+
+def test_noise_implied_answer_is_the_one_that_gives_the_clean_latent(toy: str):
+    torch.manual_seed(0)
+    step = torch.tensor([50, 500, 999])
+    noisy, clean = torch.randn(2, 3, 4, 8, 8)
+    for prediction in ("epsilon", "v_prediction"):
+        noise = _base(toy, prediction=prediction).noise
+        answer = noise.implied(noisy, clean, step)
+        torch.testing.assert_close(
+            noise.clean(noisy, answer, step)[:2], clean[:2], atol=1e-4, rtol=1e-4
+        )
 
 
 def test_rays_that_do_not_learn_to_draw_give_no_coarse_part():

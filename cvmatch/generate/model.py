@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cvmatch import draws
+from cvmatch.generate import coarse
 from cvmatch.generate.condition import Condition, Conditioner, Conditioning, Seen
 from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.noise import Noise
@@ -158,36 +159,32 @@ class Generator(nn.Module):
             both = _doubled(self.conditioner, condition) if sampling.guidance != 1 else condition
             stream = draws.stream(sampling.seed, purpose="sample")
             latent = draws.normal(keys, stream, *self.latent)
+            wanted = self._coarse(condition)
             solver: Any = self.noise.solver(sampling.steps)
             for step in solver.timesteps:
-                at = torch.full_like(keys, int(step))
-                scale = sampling.scale(int(step) / len(self.noise.signal))
+                at, share = torch.full_like(keys, int(step)), int(step) / len(self.noise.signal)
+                scale = sampling.scale(share)
                 if scale == 1:
                     answer = self.predict(latent, at, condition).float()
                 else:
                     answer = self._guided(latent, at, both, scale)
+                if wanted is not None and share >= coarse.LEAST_NOISE:
+                    clean = coarse.pulled(self.noise.clean(latent, answer, at), wanted)
+                    answer = self.noise.implied(latent, clean, at)
                 latent = solver.step(answer, step, latent).prev_sample
-            return self.picture(latent, condition)
+            return self.frozen.decode(latent).float().clamp(0, 1)
 
     def _guided(self, latent: Tensor, step: Tensor, both: Condition, scale: float) -> Tensor:
         answer = self.predict(latent.repeat(2, 1, 1, 1), step.repeat(2), both).float()
         right, null = answer.chunk(2)
         return null + scale * (right - null)
 
-    def picture(
-        self, latent: Float[Tensor, "batch c h w"], condition: Condition
-    ) -> Float[Tensor, "batch 3 size size"]:
-        """Pictures in [0, 1] of clean latents, with the rays' coarse part (`Conditioning.coarse`).
-
-        As StableSR (Wang et al. 2024) takes the coarse part of a picture from its input.
-        """
-        drawn = self.frozen.decode(latent).float()
+    def _coarse(self, condition: Condition) -> Tensor | None:
         cells = self.conditioning.coarse
-        if cells and condition.map is not None:
-            drawing = self.conditioner.rays.picture(condition.map).float() / 2 + 0.5
-            apart = _shrunk(drawing, cells) - _shrunk(drawn, cells)
-            drawn = drawn + nn.functional.interpolate(apart, drawn.shape[-2:], mode="bicubic")
-        return drawn.clamp(0, 1)
+        if not cells or condition.map is None:
+            return None
+        drawing = self.conditioner.rays.picture(condition.map).float() / 2 + 0.5
+        return coarse.reference(self.frozen, drawing, self.tile, cells)
 
     def _halved(self) -> torch.autocast:
         """bf16 on a GPU."""
@@ -238,10 +235,6 @@ def widen(unet: UNet2DConditionModel, inputs: int) -> None:
             new.bias.copy_(old.bias)
     unet.conv_in = new
     unet.register_to_config(in_channels=inputs)
-
-
-def _shrunk(picture: Tensor, size: int) -> Tensor:
-    return nn.functional.interpolate(picture, (size, size), mode="bilinear", antialias=True)
 
 
 def _doubled(conditioner: Conditioner, condition: Condition) -> Condition:

@@ -54,6 +54,16 @@ class Noise(nn.Module):
         a, s = self._mix(step)
         return a * noisy - s * answer if self.velocity else (noisy - s * answer) / a
 
+    def implied(
+        self,
+        noisy: Float[Tensor, "batch c h w"],
+        clean: Float[Tensor, "batch c h w"],
+        step: Int64[Tensor, " batch"],
+    ) -> Float[Tensor, "batch c h w"]:
+        """The answer that implies x0_hat = `clean`: the inverse of the method `clean`."""
+        a, s = self._mix(step)
+        return (a * noisy - clean) / s if self.velocity else (noisy - a * clean) / s
+
     def weight(self, step: Int64[Tensor, " batch"], gamma: float) -> Float[Tensor, " batch"]:
         """Min-SNR weight of the squared error of the answer (Hang et al. 2023); 1 for gamma 0.
 

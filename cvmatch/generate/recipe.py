@@ -19,7 +19,7 @@ class Recipe:
     """Weight of LPIPS between the decoded prediction and the true tile; 0: not computed."""
     w_map: float = 1.0
     """Weight of the squared error of the tile that the geometry map draws."""
-    w_classes: float = 0.2
+    w_classes: float = 0.5
     """Weight of the cross-entropy of the tile's class map that the geometry map tells; pairs
     without a class map do not count."""
     w_contrast: float = 0.05
