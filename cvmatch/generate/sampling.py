@@ -9,7 +9,7 @@ class Sampling:
 
     steps: int = 6
     """Solver steps."""
-    guidance: float = 6.0
+    guidance: float = 8.0
     """Guidance scale; 1: none, half the time."""
     guided: float = 0.5
     """Least noise with guidance, as a share of the schedule; with less, the plain model answers, in
