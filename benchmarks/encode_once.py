@@ -99,7 +99,7 @@ def work(task: GeneratorTask, batch: dict[str, Tensor]) -> float:
 
 
 def toy_settings(at: str) -> dict[str, TrainGenerator]:
-    """The toy base models: the noise term alone, with adapters, and the two image terms too."""
+    """The toy base models: fewer and fewer weights, then all with the two image terms."""
     base = TrainGenerator(
         data=Ingest(root=f"{at}/world"),
         diffusion=toy.DIFFUSION,
@@ -115,6 +115,7 @@ def toy_settings(at: str) -> dict[str, TrainGenerator]:
     noise = replace(base, w_clip=0.0, w_vae=0.0)
     return {
         "toy, noise term, all weights": noise,
+        "toy, noise term, attention": replace(noise, train_unet="attention"),
         "toy, noise term, LoRA": replace(noise, train_unet="lora"),
         "toy, all three terms, all weights": base,
     }
