@@ -49,7 +49,7 @@ class SearchFiles:
     guidance: float | None = None
     """Guidance scale of the generator; None: as for the queries of the index."""
     guided: float | None = None
-    """Least noise with guidance, of the schedule; None: as for the queries of the index."""
+    """Down to which share of the noise schedule guidance acts; None: as for these queries."""
     mode: Mode = "auto"
     """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
     shortlist: int = 0
@@ -169,10 +169,9 @@ def _actors(config: SearchFiles, index: Index, rows: int) -> list[Any]:
 
 def _sampling(config: SearchFiles, index: Index) -> Sampling:
     """As for the queries of the index, but for what is asked."""
-    known = index.manifest["queries"]
-    asked = {name: getattr(config, name) for name in SAMPLING}
-    chosen = {name: value for name, value in asked.items() if value is not None}
-    chosen = {name: known[name] for name in SAMPLING if name in known} | chosen
+    known, asked = index.manifest["queries"], vars(config)
+    chosen = {name: known[name] for name in SAMPLING if name in known}
+    chosen |= {name: asked[name] for name in SAMPLING if asked[name] is not None}
     return Sampling(**chosen, seed=config.seed)
 
 

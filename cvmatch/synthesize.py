@@ -5,11 +5,12 @@ until its row is written. A row that failed stays in the output with its reason 
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cvmatch import engine, manifest, progress, schema, storage, tracking
 from cvmatch.flow import Flow, each_step
+from cvmatch.generate import sampling
 from cvmatch.generate.infer import Generate, GenerateAerial, generate
 from cvmatch.ingest import Ingest, accepted, ingest, read_pictures
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
@@ -102,6 +103,7 @@ def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
         "root": storage.absolute(config.data.root),
         "split": config.data.split,
         "limit": config.data.limit,
-        "sampling": [asked.steps, asked.guidance, asked.guided, asked.seed],
+        "sampling": {part.name: getattr(asked, part.name) for part in fields(sampling.Sampling)},
+        "sampler": sampling.VERSION,
         "maps": [config.segment.flip, config.segment.tile, config.segment.overlap],
     }

@@ -308,7 +308,7 @@ def test_scheduler_that_predicts_the_sample_is_refused(tmp_path):
 # Losses
 
 
-TERMS = ("noise", "clip", "vae", "map", "contrast", "identify")
+TERMS = ("noise", "clip", "vae", "map", "contrast", "classes", "identify")
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -318,7 +318,8 @@ def test_loss_each_term_alone_has_gradient_into_what_it_trains(
     weights = {f"w_{name}": 0.0 for name in TERMS} | {f"w_{term}": 1.0}
     task = _train(generator, perceptual, **weights, identify_noise=0.0, drop=0.0)
     task(_batch(4))["loss"].backward()
-    trained = generator.conditioner.rays if term in ("map", "contrast") else generator.unet
+    of_rays = term in ("map", "contrast", "classes")
+    trained = generator.conditioner.rays if of_rays else generator.unet
     gradient = [weight.grad for weight in trained.parameters() if weight.grad is not None]
     total = sum(part.abs().sum() for part in gradient)
     assert torch.isfinite(total)
@@ -689,7 +690,7 @@ def test_sample_asks_the_unet_once_a_step_for_all_rows_and_both_conditions(gener
     assert asked == [6] * 4
     asked.clear()
     _draw(generator, 3, steps=4, guidance=2.0, guided=0.7)
-    assert asked == [6, 6, 3, 3]  # at 100, 75, 50 and 25 % of the noise
+    assert asked == [6, 6, 3, 3]  # at 100, 75, 50 and 25 % of the schedule
     asked.clear()
     _draw(generator, 3, steps=2, guidance=1.0)
     assert asked == [3] * 2
@@ -766,6 +767,23 @@ def test_sample_is_pulled_to_what_the_rays_draw_of_the_coarse(toy: str):
     scale = plain.frozen.vae.config["scaling_factor"]
     apart = [(F.adaptive_avg_pool2d(x * scale, 8) - wanted).abs().mean() for x in latents]
     assert apart[1] < 0.5 * apart[0]
+
+
+def test_sample_is_pulled_while_the_noise_is_high_only(toy: str):
+    torch.manual_seed(0)
+    model = _base(toy, replace(TOY, coarse=8)).eval()
+    seen: dict[str, torch.Tensor] = {}
+    model.unet.register_forward_hook(
+        lambda unet, given, out: seen.update(noisy=given[0], step=given[1], answer=out.sample)
+    )
+    model.frozen.vae.post_quant_conv.register_forward_pre_hook(
+        lambda part, given: seen.update(drawn=given[0])
+    )
+    for steps, pulled in ((3, True), (4, False)):  # the last at 33 and 25 % of the schedule
+        _draw(model, 2, steps=steps, guidance=1.0)
+        answered = model.noise.clean(seen["noisy"][:, :4], seen["answer"], seen["step"])
+        drawn = seen["drawn"] * model.frozen.vae.config["scaling_factor"]
+        assert ((drawn - answered).abs().max() > 0.05) == pulled
 
 
 def test_pulled_latents_keep_what_is_fine():
@@ -885,6 +903,16 @@ def test_decode_batch_leaves_failed_rows_out_and_keys_the_rest():
     np.testing.assert_array_equal(out["ground"], _batch(1)["ground"].numpy())
     nothing = decode_batch({k: v[1:] for k, v in rows.items()}, parts.Sizes(PANORAMA, 32, 8))
     assert nothing["ground"].shape == (0, 3, *PANORAMA)
+
+
+def test_decode_batch_reads_class_maps_by_their_colours_cars_too():
+    ids = np.arange(len(schema.PALETTE)).repeat(8)[:, None].repeat(48, axis=1).astype(np.uint8)
+    ids[:8, :8] = schema.IGNORE
+    rows = {name: values[[0, 0]] for name, values in _rows().items()}
+    rows[schema.CLASSES][0] = images.encode(images.colours_of(ids))
+    out = decode_batch(rows, parts.Sizes(PANORAMA, 48, 12))["classes"]
+    np.testing.assert_array_equal(out[0], ids)
+    assert (out[1] == schema.IGNORE).all()
 
 
 def test_decode_batch_stops_at_a_picture_that_ingest_let_through():

@@ -239,7 +239,8 @@ def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
     torch.manual_seed(0)
     Generator.base(toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4)).save(model)
     (tmp_path / "0000002.png").write_bytes(tiny.rows(3)[schema.GROUND][2].as_py())
-    known = {**index.manifest, "queries": {"steps": 1, "guidance": 1.0}}
+    own = {"steps": 4, "guidance": 3.0, "guided": 0.7}
+    known = {**index.manifest, "queries": own}
     monkeypatch.setattr(Index, "open", lambda uri: Index(**{**vars(index), "manifest": known}))
     rows = tiny.columns(tiny.rows(3).slice(2))
 
@@ -248,8 +249,8 @@ def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
         (answer,) = search.search(asked)
         return answer.pictures[schema.SYNTHETIC]
 
-    own = {"steps": 2, "guidance": 3.0, "guided": 0.7}
-    for flags, sampling in (({}, {"steps": 1, "guidance": 1.0}), (own, own)):
+    other = {"steps": 3, "guidance": 2.0, "guided": 0.0}
+    for flags, sampling in (({}, own), (other, other)):
         actor = GenerateAerial(model, Sampling(**sampling), batch=1)
         assert drawn(**flags) == actor(rows)[schema.SYNTHETIC][0]
 

@@ -10,11 +10,13 @@ from torch.nn import functional as F
 from cvmatch.generate.frozen import Frozen
 
 LEAST_NOISE = 0.3
-"""Share of the schedule down to which pictures are pulled: what comes after makes them whole. Added
-to the finished picture, as before, the same colours looked like stains."""
+"""Share of the schedule down to which pictures are pulled: what comes after makes them whole. Of
+500 held-out tiles A finds its own among the first tenth in 89 to 91 % so, in 86 % without, and with
+the same colours added to the finished picture in 91 %. But these looked like stains: the Frechet
+distance by the toy CLIP was 3.5, without them 2.0, and 1.5 to 2.4 so (one toy generator)."""
 
 _STRENGTH = 0.7
-"""How much of the way; 1 finds tiles more often, and looks duller."""
+"""How much of the way: with 0.5, 0.7 and 1 these were 88.8, 90.2 and 90.2 %, and 1.5, 1.9, 2.4."""
 
 
 def reference(

@@ -36,8 +36,8 @@ class Conditioning:
 
     coarse: int = 8
     """Cells a side of the tile: what is larger in a picture is pulled to what the rays draw, while
-    the UNet draws the rest (`coarse`); 0: it draws all. A sample of what may be there lies further
-    from the truth than its mean."""
+    the UNet draws the rest (generate/coarse.py); 0: it draws all. A sample of what may be there
+    lies further from the truth than its mean."""
 
     def __post_init__(self) -> None:
         if min(self.panorama_width, self.crops, self.harmonics, self.channels) < 1:

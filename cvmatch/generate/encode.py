@@ -1,7 +1,8 @@
 """Encode once: what the frozen networks give of every pair, as Parquet, which training streams.
 
-A row has its pictures and, for each variant (turned or mirrored), the latent of the tile and CLIP's
-states of the panorama, in half precision: rounding of 5e-4, against noise of 1 that training adds.
+A row has the tile, its class map (ids), the view that the rays take of the panorama and, for each
+variant (turned or mirrored), the latent of the tile and CLIP's states of the panorama, in half
+precision: rounding of 5e-4, against noise of 1 that training adds.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class Encode:
 
 
 class EncodePairs:
-    """Rows of PAIRS -> `pair_id`, `key`, pictures, `latent`, `states`; no failed rows."""
+    """Rows of PAIRS -> `pair_id`, `key` and what a stored row has; no failed rows."""
 
     def __init__(self, config: Encode, sizes: Sizes) -> None:
         encoders = parts.load_encoders(config.diffusion, config.clip, config.revision)
@@ -70,9 +71,9 @@ class EncodePairs:
         return {
             schema.PAIR_ID: np.array([str(batch[schema.PAIR_ID][i]) for i in good], dtype=object),
             "key": pairs["key"],
-            schema.GROUND: _encoded(_pixels(view)),
+            schema.GROUND: _png(_pixels(view)),
             schema.AERIAL: np.array([batch[schema.AERIAL][i] for i in good], dtype=object),
-            schema.CLASSES: _encoded(pairs["classes"]),
+            schema.CLASSES: _png(pairs["classes"]),
             "latent": latents,
             "states": states,
         }
@@ -169,7 +170,7 @@ def _pixels(planes: Tensor) -> np.ndarray:
     return (planes * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _encoded(pictures: np.ndarray) -> np.ndarray:
+def _png(pictures: np.ndarray) -> np.ndarray:
     """Pictures, or maps of ids, as PNG."""
     encoded = np.empty(len(pictures), dtype=object)
     encoded[:] = [images.encode(picture) for picture in pictures]

@@ -159,18 +159,19 @@ class Generator(nn.Module):
             both = _doubled(self.conditioner, condition) if sampling.guidance != 1 else condition
             stream = draws.stream(sampling.seed, purpose="sample")
             latent = draws.normal(keys, stream, *self.latent)
-            wanted = self._coarse(condition)
+            wanted, before = self.wanted(condition), sampling.guidance
             solver: Any = self.noise.solver(sampling.steps)
             for step in solver.timesteps:
-                at, share = torch.full_like(keys, int(step)), int(step) / len(self.noise.signal)
-                scale = sampling.scale(share)
+                at = torch.full_like(keys, int(step))
+                scale = sampling.scale(int(step) / len(self.noise.signal))
                 if scale == 1:
                     answer = self.predict(latent, at, condition).float()
                 else:
                     answer = self._guided(latent, at, both, scale)
-                if wanted is not None and share >= coarse.LEAST_NOISE:
-                    clean = coarse.pulled(self.noise.clean(latent, answer, at), wanted)
-                    answer = self.noise.implied(latent, clean, at)
+                answer = self.pulled(latent, answer, at, wanted)
+                if scale != before:
+                    solver.lower_order_nums = 0  # a slope between two models would mean nothing
+                    before = scale
                 latent = solver.step(answer, step, latent).prev_sample
             return self.frozen.decode(latent).float().clamp(0, 1)
 
@@ -179,7 +180,21 @@ class Generator(nn.Module):
         right, null = answer.chunk(2)
         return null + scale * (right - null)
 
-    def _coarse(self, condition: Condition) -> Tensor | None:
+    def pulled(
+        self,
+        noisy: Float[Tensor, "batch c h w"],
+        answer: Float[Tensor, "batch c h w"],
+        step: Int64[Tensor, " batch"],
+        wanted: Float[Tensor, "batch c cell cell"] | None,
+    ) -> Float[Tensor, "batch c h w"]:
+        """The answer whose picture is pulled to `wanted`, while the noise is high."""
+        if wanted is None or int(step[0]) < coarse.LEAST_NOISE * len(self.noise.signal):
+            return answer
+        clean = coarse.pulled(self.noise.clean(noisy, answer, step), wanted)
+        return self.noise.implied(noisy, clean, step)
+
+    def wanted(self, condition: Condition) -> Float[Tensor, "batch c cell cell"] | None:
+        """Coarse latents of what the rays draw; None where the UNet draws all."""
         cells = self.conditioning.coarse
         if not cells or condition.map is None:
             return None

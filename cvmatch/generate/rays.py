@@ -53,7 +53,7 @@ class Rays(nn.Module):
     (exactly, for quarter turns). `picture` reads the tile's colours off the map with one 1 x 1
     convolution: what makes the map informative before the diffusion model can use it (R@1 26 to 50
     of 500 after 150 CPU seconds, reference/world.md section 8). `classes` reads its class map
-    (logits), since colours say nothing of what has any: roofs.
+    (logits), since a roof may have any colour.
     """
 
     def __init__(self, channels: int) -> None:

@@ -70,8 +70,8 @@ class TrainGenerator(Recipe):
             )
         if not self.w_map and self.conditioning.geometry and self.conditioning.coarse:
             raise ValueError(
-                "train_generator: expected w_map above 0, since A takes its coarse part from what "
-                "the rays draw, got 0: that would stay random. Or set --conditioning.coarse 0."
+                "train_generator: expected w_map above 0, since A is pulled to what the rays "
+                "draw, got 0: that would stay random. Or set --conditioning.coarse 0."
             )
         if self.train_clip and self.encode == "once":
             raise ValueError(

@@ -1,6 +1,6 @@
 """Synthesized rows -> embedded queries: some to measure a shortlist, others to distil it from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import torch
 
 from cvmatch import hardware, manifest, schema, storage, tables
+from cvmatch.generate.sampling import Sampling
 from cvmatch.index.shard import CHUNK
 from cvmatch.match.fusion import Level, Query
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
@@ -18,7 +19,7 @@ DISTIL = 1_000
 
 _LEVELS = ("G", "G+A", "G+A+S")
 
-SAMPLING = ("steps", "guidance", "guided")
+SAMPLING = tuple(field.name for field in fields(Sampling) if field.name != "seed")
 """Settings of the generator that queries of one index should share."""
 
 
@@ -31,8 +32,8 @@ class Queries:
     distil: Query
     """Others, of all levels in turns; where there are no others, the same."""
     made_by: dict[str, Any]
-    """Fingerprints of the `generator` and `segmenter` that made the rows, and its `steps`,
-    `guidance` and `guided`; what is not known is not there."""
+    """Fingerprints of the `generator` and `segmenter` that made the rows, and its settings
+    of SAMPLING; what is not known is not there."""
 
 
 def split_queries(location: str, model: str, sample: int, seed: int) -> Queries | None:
