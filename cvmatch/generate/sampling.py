@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Solver steps, guidance and seed. benchmarks/sampler.py measures others beside the defaults."""
+    """Solver steps, guidance and seed. benchmarks/sampler.py shows others beside the defaults."""
 
     steps: int = 6
     """Solver steps."""
