@@ -31,14 +31,14 @@ from cvmatch.toy.settings import Demo, Settings
 from cvmatch.tune import TuneResult
 
 EXPECTED = {
-    "world": 39,
-    "segmenter": 58,
-    "generator": 164,
-    "synthesize": 61,
-    "tune": 44,
-    "matcher": 95,
-    "index": 6,
-    "evaluate": 6,
+    "world": 35,
+    "segmenter": 47,
+    "generator": 140,
+    "synthesize": 85,
+    "tune": 42,
+    "matcher": 107,
+    "index": 9,
+    "evaluate": 10,
     "search": 1,
 }
 """Seconds of each stage of the demo preset on two cores: how long is left is reckoned from them."""
