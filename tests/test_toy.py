@@ -60,7 +60,8 @@ def test_toy_unet_denoises_tiles(generator, place):
     step = torch.full((len(latents),), 300)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     noisy = generator.noise.add(latents, noise, step)
-    nothing = Condition(torch.zeros(len(latents), 4, 64), torch.zeros(len(latents), 16, 16, 16))
+    channels, rows = generator.conditioning.channels, len(latents)
+    nothing = Condition(torch.zeros(rows, 4, 64), torch.zeros(rows, channels, 16, 16))
     with torch.no_grad():
         told = generator.predict(noisy, step, nothing)
     target = generator.noise.target(latents, noise, step)
