@@ -124,7 +124,7 @@ def main(asked: SamplerBench) -> None:
 
 def full_size(asked: SamplerBench) -> None:
     """The loop and the batched sampler in several forms; no picture means anything."""
-    device, default = hardware.device(), DEFAULT
+    device = hardware.device()
     top = _full_size.peak(device)
     with tempfile.TemporaryDirectory() as at:
         base = asked.base or f"{at}/full"
@@ -151,7 +151,7 @@ def full_size(asked: SamplerBench) -> None:
     figures |= {"default.pictures_per_s": chosen, "default.ratio": chosen / loop}
     notes = (
         f"Stable Diffusion v1-4 and CLIP ViT-B/32 at full size, random weights, tiles of "
-        f"{model.tile} pixels, panoramas of {model.panorama_size}; default: {default.named()}. "
+        f"{model.tile} pixels, panoramas of {model.panorama_size}; default: {DEFAULT.named()}. "
         "The loop is in fp32, the batched sampler in bf16 on a GPU. Medians of three calls.",
         f"The device's peak by a large matrix product: {top / 1e12:.3g} TFLOP/s.",
     )
@@ -160,19 +160,18 @@ def full_size(asked: SamplerBench) -> None:
 
 def forms(model: Generator, batch: int) -> Iterator[tuple[str, Draw, int]]:
     """Name, sampler and pictures a call; the last form changes the model."""
-    default = DEFAULT
 
     def batched(steps: int) -> Draw:
-        sampling = dataclasses.replace(default, steps=steps)
+        sampling = dataclasses.replace(DEFAULT, steps=steps)
         return lambda ground, key: model.sample(ground, key, sampling)
 
-    yield f"one picture at a time, {PROTOTYPE} DDIM steps, fp32", ddim(model, default.guidance), 1
+    yield f"one picture at a time, {PROTOTYPE} DDIM steps, fp32", ddim(model, DEFAULT.guidance), 1
     for size in (batch, 1, 4 * batch):
-        yield f"batched, {default.steps} steps (default)", batched(default.steps), size
+        yield f"batched, {DEFAULT.steps} steps (default)", batched(DEFAULT.steps), size
     yield f"batched, {PROTOTYPE} steps", batched(PROTOTYPE), batch
     model.unet.to(memory_format=torch.channels_last)
     model.frozen.vae.to(memory_format=torch.channels_last)
-    yield f"batched, {default.steps} steps, channels last", batched(default.steps), batch
+    yield f"batched, {DEFAULT.steps} steps, channels last", batched(DEFAULT.steps), batch
 
 
 def grid(asked: SamplerBench) -> None:
@@ -191,20 +190,19 @@ def grid(asked: SamplerBench) -> None:
                 toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4)
             )
         pairs = held_out(root, count, model.eval())
-    default = DEFAULT
     some = {name: values[:few] for name, values in pairs.items()}
-    name = f"one picture at a time, {PROTOTYPE} DDIM steps, guidance {default.guidance:g}"
-    row, slow = measured(name, ddim(model, default.guidance), some, 1)
+    name = f"one picture at a time, {PROTOTYPE} DDIM steps, guidance {DEFAULT.guidance:g}"
+    row, slow = measured(name, ddim(model, DEFAULT.guidance), some, 1)
     rows, figures = [row], {"loop.pictures_per_s": slow}
     samplers = [Sampling(steps=s, guidance=g, guided=n) for s, g, n in GRID]
-    for sampling in (default, *(other for other in samplers if other != default)):
+    for sampling in (DEFAULT, *(other for other in samplers if other != DEFAULT)):
 
         def draw(ground: Tensor, key: Tensor, how: Sampling = sampling) -> Tensor:
             return model.sample(ground, key, how)
 
         row, speed = measured(sampling.named(), draw, pairs, asked.batch)
         rows.append(row)
-        if sampling == default:
+        if sampling == DEFAULT:
             row["sampler"] += " (default)"
             figures |= {"default.pictures_per_s": speed, "default.ratio": speed / slow}
     notes = (

@@ -184,7 +184,7 @@ def test_gain_that_would_silence_the_map_is_refused():
 
 
 def test_unet_with_more_inputs_than_the_mode_needs_is_refused(generator: Generator):
-    with pytest.raises(ValueError, match=f"{4 + TOY.channels} input channels, expected at most 4"):
+    with pytest.raises(ValueError, match="28 input channels, expected at most 4"):
         widen(generator.unet, 4)
 
 
@@ -1067,6 +1067,6 @@ def test_generator_of_stable_diffusion_and_clip_has_the_published_sizes():
     frozen = Frozen(parts.Encoders(clip, CLIPImageProcessor(), vae), Conditioning())
     model = Generator(frozen, unet, Noise(scheduler))
     assert (model.tile, model.latent, model.panorama_size) == (512, (4, 64, 64), (224, 1232))
-    assert model.unet.conv_in.weight.shape == (320, 4 + Conditioning().channels, 3, 3)
+    assert model.unet.conv_in.weight.shape == (320, 4 + 24, 3, 3)
     assert model.conditioner.project.weight.shape == (768, 768)
     assert model.conditioner.places.shape[0] == 6 * (7 * 7 + 1)

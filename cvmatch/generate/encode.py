@@ -19,7 +19,7 @@ from cvmatch.flow import Flow, each_step
 from cvmatch.generate import parts, rays, variants
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.frozen import Frozen
-from cvmatch.generate.pairs import Sizes, decode_batch, planes
+from cvmatch.generate.pairs import Sizes, decode_batch, pixels, planes
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.written import Judge, Written
 
@@ -71,7 +71,7 @@ class EncodePairs:
         return {
             schema.PAIR_ID: np.array([str(batch[schema.PAIR_ID][i]) for i in good], dtype=object),
             "key": pairs["key"],
-            schema.GROUND: _png(_pixels(view)),
+            schema.GROUND: _png(pixels(view)),
             schema.AERIAL: np.array([batch[schema.AERIAL][i] for i in good], dtype=object),
             schema.CLASSES: _png(pairs["classes"]),
             "latent": latents,
@@ -163,11 +163,6 @@ def _made_from(config: Encode) -> dict[str, Any]:
         "decoder": images.PREPROCESS,
         "pictures": fingerprint(config.data),
     }
-
-
-def _pixels(planes: Tensor) -> np.ndarray:
-    """Planes in [0, 1] as pictures."""
-    return (planes * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _png(pictures: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from ray.data import Dataset
 
 from cvmatch import draws, engine, hardware, images, schema, storage
 from cvmatch.generate.model import Generator, require
+from cvmatch.generate.pairs import pixels
 from cvmatch.generate.sampling import Sampling
 from cvmatch.rowwise import Rowwise, reason
 
@@ -65,10 +66,9 @@ class GenerateAerial:
             panorama, torch.tensor(keys, dtype=torch.int64, device=at), self.sampling
         )
         finite = drawn.isfinite().flatten(1).all(dim=1).tolist()
-        pixels = (drawn * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [
             picture if fine else ArithmeticError("the picture is not finite")
-            for picture, fine in zip(pixels, finite, strict=True)
+            for picture, fine in zip(pixels(drawn), finite, strict=True)
         ]
 
 

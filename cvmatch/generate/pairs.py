@@ -8,7 +8,9 @@ import functools
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from ray.data import Dataset
+from torch import Tensor
 
 from cvmatch import draws, images, schema
 
@@ -57,6 +59,11 @@ def planes(pictures: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     if not pictures:
         return np.zeros((0, 3, *size), dtype=np.uint8)
     return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
+
+
+def pixels(planes: Float[Tensor, "row 3 height width"]) -> np.ndarray:
+    """Planes in [0, 1] as uint8 pictures (row, height, width, 3)."""
+    return (planes * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _classes(data: bytes | None, size: tuple[int, int]) -> np.ndarray:
