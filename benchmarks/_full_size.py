@@ -37,9 +37,11 @@ def write_diffusion(directory: str) -> None:
     clip = CLIPVisionModel(CLIPVisionConfig(patch_size=32))
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     parts: dict[str, Any] = {"unet": unet, "vae": vae, "scheduler": scheduler, "clip": clip}
+    partial = f"{directory}.partial"
     for name, part in parts.items():
-        part.save_pretrained(f"{directory}/{name}")
-    CLIPImageProcessor().save_pretrained(f"{directory}/clip")
+        part.save_pretrained(f"{partial}/{name}")
+    CLIPImageProcessor().save_pretrained(f"{partial}/clip")
+    os.rename(partial, directory)
 
 
 def write_segformer(directory: str) -> None:
