@@ -187,8 +187,8 @@ class Generator(nn.Module):
         step: Int64[Tensor, " batch"],
         wanted: Float[Tensor, "batch c cell cell"] | None,
     ) -> Float[Tensor, "batch c h w"]:
-        """The answer whose picture is pulled to `wanted`, while the noise is high."""
-        if wanted is None or int(step[0]) < coarse.LEAST_NOISE * len(self.noise.signal):
+        """The answer whose picture is pulled to `wanted`, where there is one."""
+        if wanted is None:
             return answer
         clean = coarse.pulled(self.noise.clean(noisy, answer, step), wanted)
         return self.noise.implied(noisy, clean, step)
