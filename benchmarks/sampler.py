@@ -40,7 +40,7 @@ Draw = Callable[[Float[Tensor, "row 3 h w"], Int64[Tensor, " row"]], Float[Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerBench(Bench):
-    """Pictures a second, and how well they find their tiles."""
+    """Pictures a second, and how well they find their tiles; `generator` needs its `data`."""
 
     data: str = ""
     """Data set whose split `val` is drawn; empty: a world is made for the run."""
@@ -119,6 +119,11 @@ def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
 
 def main(asked: SamplerBench) -> None:
     """What is asked."""
+    if asked.generator and not asked.data:
+        raise SystemExit(
+            "sampler: --generator needs the --data that it was trained on: another world may hold "
+            "the same places in its split val."
+        )
     (full_size if asked.full_size else grid)(asked)
 
 

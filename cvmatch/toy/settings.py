@@ -121,7 +121,7 @@ def settings(config: Demo) -> Settings:
             freeze_rays=True,
             encoded=f"{at}/encoded",
             output=f"{at}/models/generator",
-            fit=fit("generator", 3, 32),
+            fit=fit("generator", 5, 32),
         ),
         synthesize=(_synthesize(at, train), _synthesize(at, val)),
         tune=_tune(at, tiny, config.seed),

@@ -58,7 +58,8 @@ class MakeWorld:
     polar: bool = False
     """Also write the polar views, 128 x 512."""
     seed: int = 0
-    """Data sets of different seeds share no world."""
+    """Data sets of different seeds share no world. Those of one seed share worlds, in other splits
+    where `train` differs: measure a model on the data set that it was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
