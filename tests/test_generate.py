@@ -18,7 +18,8 @@ from cvmatch import draws, geometry, images, metrics, schema, towers
 from cvmatch.engine import Pool
 from cvmatch.generate import adapt, coarse, infer, loss, parts
 from cvmatch.generate.condition import Condition, Conditioning, Seen
-from cvmatch.generate.encode import Encode, encode, encoded
+from cvmatch.generate.encode import Encode, encode
+from cvmatch.generate.encoded import encoded
 from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.model import Generator, widen
 from cvmatch.generate.noise import Noise

@@ -2,26 +2,23 @@
 
 A row has the tile, its class map (ids), the view that the rays take of the panorama and, for each
 variant (turned or mirrored), the latent of the tile and CLIP's states of the panorama, in half
-precision: rounding of 5e-4, against noise of 1 that training adds. These two are .npy files in
-binary columns: rows of 460 kB as Parquet's lists of numbers were read at 174 a second, now at 900.
+precision: rounding of 5e-4, against noise of 1 that training adds. `encoded` reads them.
 """
 
 import dataclasses
-import io
 from typing import Any
 
 import numpy as np
-import ray.data
 import torch
-from ray.data import Dataset
 from torch import Tensor
 
 from cvmatch import engine, geometry, hardware, images, manifest, progress, schema, storage
 from cvmatch.flow import Flow, each_step
 from cvmatch.generate import parts, rays, variants
 from cvmatch.generate.condition import Conditioning
+from cvmatch.generate.encoded import files
 from cvmatch.generate.frozen import Frozen
-from cvmatch.generate.pairs import Sizes, decode_batch, pixels, planes
+from cvmatch.generate.pairs import Sizes, decode_batch, pixels
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.written import Judge, Written
 
@@ -76,8 +73,8 @@ class EncodePairs:
             schema.GROUND: _png(pixels(view)),
             schema.AERIAL: np.array([batch[schema.AERIAL][i] for i in good], dtype=object),
             schema.CLASSES: _png(pairs["classes"]),
-            "latent": _files(latents),
-            "states": _files(states),
+            "latent": files(latents),
+            "states": files(states),
         }
 
     @torch.inference_mode()
@@ -117,25 +114,6 @@ def encode(config: Encode) -> str:
     return written.output
 
 
-def encoded(directory: str, sizes: Sizes) -> Dataset:
-    """The rows that `encode` wrote, as the tensors of `pairs.decode` and `latent`, `states`."""
-    filesystem, path = storage.resolve(directory)
-    rows: Any = ray.data.read_parquet(path, filesystem=filesystem, file_extensions=["parquet"])
-    return rows.map_batches(_tensors, fn_kwargs={"tile": sizes.tile}, batch_size=None)
-
-
-def _tensors(batch: Batch, tile: int) -> Batch:
-    sizes = {schema.GROUND: (rays.HEIGHT, rays.WIDTH), schema.AERIAL: (tile, tile)}
-    kept = {"key": batch["key"]}
-    kept |= {name: _arrays(batch[name]) for name in ("latent", "states")}
-    classes = [images.decode_ids(data, (tile, tile)) for data in batch[schema.CLASSES]]
-    kept["classes"] = np.array(classes, dtype=np.uint8).reshape(-1, tile, tile)
-    return kept | {
-        name: planes([images.decode(data, size) for data in batch[name]], size)
-        for name, size in sizes.items()
-    }
-
-
 def _stream(config: Encode, written: Written) -> None:
     engine.preflight(config.pool)
     looks = config.conditioning
@@ -166,21 +144,6 @@ def _made_from(config: Encode) -> dict[str, Any]:
         "decoder": images.PREPROCESS,
         "pictures": fingerprint(config.data),
     }
-
-
-def _files(arrays: np.ndarray) -> np.ndarray:
-    """Arrays of one shape, each as the bytes of an .npy file."""
-    files = np.empty(len(arrays), dtype=object)
-    for row, array in enumerate(arrays):
-        file = io.BytesIO()
-        np.save(file, array, allow_pickle=False)
-        files[row] = file.getvalue()
-    return files
-
-
-def _arrays(files: np.ndarray) -> np.ndarray:
-    """What `_files` was given."""
-    return np.stack([np.load(io.BytesIO(file), allow_pickle=False) for file in files])
 
 
 def _png(pictures: np.ndarray) -> np.ndarray:

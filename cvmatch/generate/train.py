@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from cvmatch import engine, storage, tracking, training
 from cvmatch.generate import parts
 from cvmatch.generate.condition import Conditioning
-from cvmatch.generate.encode import Encode, encode, encoded
+from cvmatch.generate.encode import Encode, encode
+from cvmatch.generate.encoded import encoded
 from cvmatch.generate.model import Generator
 from cvmatch.generate.pairs import Sizes, decode
 from cvmatch.generate.perceptual import Lpips
