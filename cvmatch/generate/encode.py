@@ -16,7 +16,7 @@ from cvmatch import engine, geometry, hardware, images, manifest, progress, sche
 from cvmatch.flow import Flow, each_step
 from cvmatch.generate import parts, rays, variants
 from cvmatch.generate.condition import Conditioning
-from cvmatch.generate.encoded import files
+from cvmatch.generate.encoded import npy
 from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.pairs import Sizes, decode_batch, pixels
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
@@ -73,8 +73,8 @@ class EncodePairs:
             schema.GROUND: _png(pixels(view)),
             schema.AERIAL: np.array([batch[schema.AERIAL][i] for i in good], dtype=object),
             schema.CLASSES: _png(pairs["classes"]),
-            "latent": files(latents),
-            "states": files(states),
+            "latent": npy(latents),
+            "states": npy(states),
         }
 
     @torch.inference_mode()

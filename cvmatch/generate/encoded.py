@@ -28,7 +28,7 @@ def encoded(directory: str, sizes: Sizes) -> Dataset:
     return rows.map_batches(_tensors, fn_kwargs={"tile": sizes.tile}, batch_size=_ROWS)
 
 
-def files(arrays: np.ndarray) -> np.ndarray:
+def npy(arrays: np.ndarray) -> np.ndarray:
     """Arrays of one shape, each as the bytes of an .npy file."""
     found = np.empty(len(arrays), dtype=object)
     for row, array in enumerate(arrays):
@@ -51,5 +51,5 @@ def _tensors(batch: dict[str, np.ndarray], tile: int) -> dict[str, np.ndarray]:
 
 
 def _arrays(found: np.ndarray) -> np.ndarray:
-    """What `files` was given."""
+    """What `npy` was given."""
     return np.stack([np.load(io.BytesIO(file), allow_pickle=False) for file in found])

@@ -32,13 +32,13 @@ from cvmatch.tune import TuneResult
 
 EXPECTED = {
     "world": 35,
-    "segmenter": 47,
-    "generator": 140,
-    "synthesize": 85,
-    "tune": 42,
-    "matcher": 107,
-    "index": 9,
-    "evaluate": 10,
+    "segmenter": 51,
+    "generator": 191,
+    "synthesize": 84,
+    "tune": 47,
+    "matcher": 109,
+    "index": 8,
+    "evaluate": 7,
     "search": 1,
 }
 """Seconds of each stage of the demo preset on two cores: how long is left is reckoned from them."""
