@@ -50,8 +50,9 @@ def test_tiles_alone_are_those_of_the_pairs():
     seed, sizes = world_seed(31, 0), Sizes(aerial=64, panorama=(16, 64))
     alone = list(tiles(seed, 3, sizes.aerial))
     assert len(alone) == 3
-    for tile, pair in zip(alone, pairs(seed, 3, sizes), strict=True):
+    for (tile, classes), pair in zip(alone, pairs(seed, 3, sizes), strict=True):
         np.testing.assert_array_equal(tile, pair.aerial)
+        np.testing.assert_array_equal(classes, pair.classes)
 
 
 def test_pairs_more_cameras_than_fit_apart_still_gives_as_many_as_asked():

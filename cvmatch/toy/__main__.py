@@ -4,11 +4,11 @@ import functools
 import logging
 import os
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,11 +21,13 @@ from cvmatch.toy.places import SIZES, Places, places, tiles
 
 log = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=ModelMixin)
+
 Name = Literal["tower", "vae", "unet", "clip", "segformer"]
 
 STEPS: dict[Name, int] = {"tower": 400, "vae": 1012, "unet": 2311, "clip": 500, "segformer": 500}
-"""Optimizer steps of the models in the package. VAE and UNet took three minutes of an H200 (and
-days of two cores: there, lower `effort`); the others take 20 minutes of two cores."""
+"""Optimizer steps. VAE and UNet take three minutes of an H200 and hours of two cores, the others
+20 minutes of two cores."""
 
 HELD_OUT = 512
 """Last tiles, which the VAE and the UNet do not see."""
@@ -43,6 +45,8 @@ class Pretrain:
     """Worlds whose tiles the VAE and the UNet see, of 24 tiles each."""
     effort: float = 1.0
     """Factor on the number of optimizer steps."""
+    start: str = ""
+    """Local directory of such models, whose VAE and UNet are trained on; empty: random weights."""
     output: str = MODELS
     """Local directory of the models."""
     seed: int = 0
@@ -63,22 +67,25 @@ class Maker:
         towers.save_tower(tower.half(), self.at(TOWER))
 
     def vae(self, steps: int) -> None:
-        """From tiles and the tower."""
+        """From tiles, their classes and the tower."""
         stack = towers.features(self.at(TOWER)).float()
-        vae = pretrain.pretrain_vae(self.tiles[:-HELD_OUT], stack, steps)
-        log.info("vae: %.1f dB on held-out tiles", pretrain.kept(vae, self.tiles[-HELD_OUT:]))
-        _save(vae, os.path.join(self.at(DIFFUSION), "vae"))
+        vae = self.begun("vae", AutoencoderKL) or pretrain.new_vae()
+        aerial, classes = self.tiles
+        pretrain.pretrain_vae(vae, aerial[:-HELD_OUT], classes[:-HELD_OUT], stack, steps)
+        log.info("vae: %.1f dB on held-out tiles", pretrain.kept(vae, aerial[-HELD_OUT:]))
+        _save(vae, self.part("vae"))
 
     def unet(self, steps: int) -> None:
         """From tiles and the VAE."""
-        vae = AutoencoderKL.from_pretrained(self.at(DIFFUSION), subfolder="vae")
-        vae.to(self.device)  # pyright: ignore
-        both = [self.tiles[:-HELD_OUT], self.tiles[:-HELD_OUT].flip(-1)]
+        vae = AutoencoderKL.from_pretrained(self.part("vae")).to(self.device)  # pyright: ignore
+        aerial = self.tiles[0][:-HELD_OUT]
+        both = [aerial, aerial.flip(-1)]
         turned = [torch.rot90(tiles, turns, (-2, -1)) for tiles in both for turns in range(4)]
         latents = torch.cat([pretrain.encode(vae, part) for part in turned])
-        unet, scheduler = pretrain.pretrain_unet(latents, vae.config["scaling_factor"], steps)
-        _save(unet, os.path.join(self.at(DIFFUSION), "unet"))
-        scheduler.save_pretrained(os.path.join(self.at(DIFFUSION), "scheduler"))
+        unet = self.begun("unet", UNet2DConditionModel) or pretrain.new_unet(latents.shape[1])
+        pretrain.pretrain_unet(unet, latents, vae.config["scaling_factor"], steps)
+        _save(unet, self.part("unet"))
+        pretrain.noise_schedule().save_pretrained(self.part("scheduler"))
 
     def clip(self, steps: int) -> None:
         """From pairs, none of which it sees together."""
@@ -111,10 +118,21 @@ class Maker:
         return pretrain.class_shares(torch.from_numpy(self.pairs.classes))
 
     @functools.cached_property
-    def tiles(self) -> Tensor:
-        """Tiles of `tile_worlds` worlds, as planes of bytes."""
-        config = self.config
-        return _planes(tiles(config.tile_worlds, config.seed, pretrain.TILE)).to(self.device)
+    def tiles(self) -> tuple[Tensor, Tensor]:
+        """Tiles of `tile_worlds` worlds, as planes of bytes, and their class ids."""
+        aerial, classes = tiles(self.config.tile_worlds, self.config.seed, pretrain.TILE)
+        return _planes(aerial).to(self.device), torch.from_numpy(classes).to(self.device)
+
+    def begun(self, part: str, kind: type[M]) -> M | None:
+        """A part of the diffusion model in `start`, if that is given."""
+        if not self.config.start:
+            return None
+        at = os.path.join(self.config.start, os.path.relpath(DIFFUSION, MODELS), part)
+        return kind.from_pretrained(at).float()  # pyright: ignore
+
+    def part(self, name: str) -> str:
+        """Where a part of the diffusion model is written."""
+        return os.path.join(self.at(DIFFUSION), name)
 
     def at(self, model: str) -> str:
         """Where a model of the package is written."""

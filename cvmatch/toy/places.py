@@ -3,10 +3,10 @@
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,8 +15,6 @@ from cvmatch import world
 from cvmatch.world import Sizes, pairs, world_seed
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SIZES = Sizes(aerial=128, panorama=(64, 256))
 """Pixels of the toy data sets' pictures."""
@@ -33,19 +31,27 @@ class Places(NamedTuple):
     panorama: UInt8[np.ndarray, "pair 64 256 3"]
 
 
+class Tiles(NamedTuple):
+    """Tiles alone as arrays, RGB in [0, 255]; classes are ids 0 to 5."""
+
+    aerial: UInt8[np.ndarray, "tile side side 3"]
+    classes: UInt8[np.ndarray, "tile side side"]
+
+
 def places(worlds: int, seed: int) -> Places:
     """All pairs of `worlds` worlds that no data set contains (70 ms of one core a pair)."""
-    parts = _rendered(partial(_places, seed), worlds, "places")
-    return Places(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return Places(*_rendered(partial(_places, seed), worlds, "places"))
 
 
-def tiles(worlds: int, seed: int, side: int) -> UInt8[np.ndarray, "tile {side} {side} 3"]:
+def tiles(worlds: int, seed: int, side: int) -> Tiles:
     """The tiles of those places alone, `side` pixels wide (20 ms of one core a tile)."""
-    return np.concatenate(_rendered(partial(_tiles, seed, side), worlds, "tiles"))
+    return Tiles(*_rendered(partial(_tiles, seed, side), worlds, "tiles"))
 
 
-def _rendered(render: Callable[[int], T], worlds: int, name: str) -> list[T]:
-    """What all cores render of the worlds, in order."""
+def _rendered(
+    render: Callable[[int], tuple[np.ndarray, ...]], worlds: int, name: str
+) -> Iterator[np.ndarray]:
+    """What all cores render of the worlds, in order, each array in one piece."""
     spawn = multiprocessing.get_context("spawn")
     parts = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
@@ -53,7 +59,7 @@ def _rendered(render: Callable[[int], T], worlds: int, name: str) -> list[T]:
             parts.append(part)
             if len(parts) % 10 == 0:
                 log.info("%s: world %d of %d", name, len(parts), worlds)
-    return parts
+    return (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 def _places(seed: int, index: int) -> Places:
@@ -65,5 +71,6 @@ def _places(seed: int, index: int) -> Places:
     )
 
 
-def _tiles(seed: int, side: int, index: int) -> UInt8[np.ndarray, "tile {side} {side} 3"]:
-    return np.stack(list(world.tiles(world_seed(seed, index, "pretrain"), CAMERAS, side)))
+def _tiles(seed: int, side: int, index: int) -> Tiles:
+    found = world.tiles(world_seed(seed, index, "pretrain"), CAMERAS, side)
+    return Tiles(*(np.stack(arrays) for arrays in zip(*found, strict=True)))
