@@ -11,6 +11,7 @@ from transformers import SegformerForSemanticSegmentation
 from cvmatch import metrics, toy
 from cvmatch.generate.condition import Condition, Conditioning
 from cvmatch.generate.model import Generator
+from cvmatch.schema import LABELS
 from cvmatch.segment.model import Segmenter
 from cvmatch.segment.pairs import Preprocess
 from cvmatch.towers import features, normalise
@@ -53,6 +54,9 @@ def test_toy_vae_keeps_a_tile(generator, place):
     flat = image.mean(dim=(2, 3), keepdim=True).expand_as(image)
     assert metrics.psnr(again, image).mean() > metrics.psnr(flat, image).mean() + 4  # dB
     assert latent.std().item() == pytest.approx(1, abs=0.3)
+    roofs = F.avg_pool2d((place[1] == LABELS.index("building")).float()[:, None], 2) == 1
+    lost = ((again - image).square() * roofs).sum() / ((flat - image).square() * roofs).sum()
+    assert lost < 0.11  # trained without their weight: 0.15
 
 
 def test_toy_unet_denoises_tiles(generator, place):
