@@ -571,6 +571,22 @@ def test_loss_validation_is_the_same_every_time(generator: Generator):
     )
 
 
+def test_drawing_of_rays_is_more_vivid_around_the_mean_colour_of_training():
+    torch.manual_seed(0)
+    rays = Rays(4)
+    drawn, mean = torch.randn(6, 4, 8, 8), torch.tensor([0.7, 0.4, 0.2])
+    tile = mean[:, None, None] + 0.1 * torch.randn(6, 3, 32, 32)
+    mean = tile.mean(dim=(0, 2, 3))
+    none = torch.full((6, 32, 32), schema.IGNORE, dtype=torch.uint8)
+    for _ in range(120):  # the demo's training of the rays
+        loss.map_terms(rays, drawn, tile, none)
+    loss.map_terms(rays.eval(), drawn, 0 * tile, none)  # a validation, of which nothing is learnt
+    with torch.no_grad():
+        pale = rays.picture(drawn) / 2 + 0.5 - mean[:, None, None]
+        vivid = rays.drawing(drawn) - mean[:, None, None]
+    torch.testing.assert_close(vivid, 1.4 * pale, atol=2e-3, rtol=0)
+
+
 def test_map_terms_of_the_true_tile_are_best():
     batch, kinds = _batch(6), len(schema.PALETTE)
     tile, classes = batch["aerial"].float() / 255, batch["classes"]
@@ -757,7 +773,7 @@ def test_sample_is_pulled_to_what_the_rays_draw_of_the_coarse(toy: str):
     mixed.load_state_dict(plain.state_dict())
     with torch.no_grad():
         seen = plain.frozen.look(_ground(3))
-        drawing = plain.conditioner.rays.picture(plain.condition(seen).map) / 2 + 0.5
+        drawing = plain.conditioner.rays.drawing(plain.condition(seen).map)
         wanted = coarse.reference(plain.frozen, drawing, plain.tile, 8)
     latents = []
     for model in (plain, mixed):

@@ -58,6 +58,7 @@ def map_terms(
     """
     picture = rays.picture(drawn).float()
     true = F.adaptive_avg_pool2d(tile * 2 - 1, picture.shape[-1])
+    rays.follow(true)
     everyone = torch.ones(len(true), dtype=torch.bool, device=true.device)
     return {
         "map": F.mse_loss(picture, true),

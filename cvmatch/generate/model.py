@@ -30,7 +30,7 @@ from cvmatch.generate.parts import (
 )
 from cvmatch.generate.sampling import DEFAULT, Sampling
 
-_FORMAT = 4  # the rays of 3 knew no classes
+_FORMAT = 5  # the rays of 4 knew no mean colour
 _CONFIG, _WEIGHTS = "conditioner.json", "conditioner.safetensors"
 
 
@@ -198,7 +198,7 @@ class Generator(nn.Module):
         cells = self.conditioning.coarse
         if not cells or condition.map is None:
             return None
-        drawing = self.conditioner.rays.picture(condition.map).float() / 2 + 0.5
+        drawing = self.conditioner.rays.drawing(condition.map)
         return coarse.reference(self.frozen, drawing, self.tile, cells)
 
     def _halved(self) -> torch.autocast:

@@ -25,6 +25,15 @@ _WIDTH = 256
 """Channels of the convolutions along the azimuth."""
 
 
+_VIVID = 1.4
+"""How much farther from the mean colour than `picture` a tile is taken to be: a regression's answers
+are pale. Two toy generators whose A is pulled to it (`coarse.py`), each on its 500 held-out tiles:
+Frechet distance by the toy CLIP 2.7 and 3.2 with 1, 2.2 and 2.5 with 1.25, 2.0 and 2.3 with 1.4;
+the true tile among the first tenth in 92.4 and 90.2, 92.0 and 89.8, 92.0 and 89.8 %."""
+
+_KEPT = 0.95
+"""Of the mean colour, in a step of training."""
+
 _DROPOUT = 0.1
 """Share of the last features that training drops. With the panorama's light changed (`RaysTask`),
 300 CPU seconds on 2,000 pairs no longer overfit: R@10 % of 500 by the drawn tile 87 before, 92."""
@@ -56,6 +65,8 @@ class Rays(nn.Module):
     (logits), since a roof may have any colour.
     """
 
+    mean: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -69,6 +80,7 @@ class Rays(nn.Module):
         self.leave = nn.Conv2d(_WIDTH, channels * BINS, 1)
         self.picture = nn.Conv2d(channels, 3, 1)
         self.classes = nn.Conv2d(channels, CLASSES, 1)
+        self.register_buffer("mean", torch.zeros(3))
 
     def forward(
         self, view: Float[Tensor, "batch 3 64 256"], size: int
@@ -81,6 +93,19 @@ class Rays(nn.Module):
         x = F.dropout(x, _DROPOUT, self.training)
         rays = self.leave(x)[:, :, 0].unflatten(1, (-1, BINS))
         return geometry.lay_rays(rays, size)
+
+    @torch.no_grad()
+    def follow(self, true: Float[Tensor, "batch 3 size size"]) -> None:
+        """Learn the mean colour of tiles in [-1, 1], in training."""
+        if self.training:
+            self.mean.lerp_(true.mean(dim=(0, 2, 3)), 1 - _KEPT)
+
+    def drawing(
+        self, drawn: Float[Tensor, "batch channel size size"]
+    ) -> Float[Tensor, "batch 3 size size"]:
+        """Colours of a map, about as vivid as a tile's, in [0, 1] and somewhat beyond."""
+        mean = self.mean[:, None, None]
+        return (mean + _VIVID * (self.picture(drawn).float() - mean)) / 2 + 0.5
 
 
 def view(panorama: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 64 256"]:
