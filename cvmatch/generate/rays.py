@@ -26,8 +26,8 @@ _WIDTH = 256
 
 
 _VIVID = 1.4
-"""How much farther from the mean colour than `picture` a tile is taken to be: a regression's answers
-are pale. Two toy generators whose A is pulled to it (`coarse.py`), each on its 500 held-out tiles:
+"""How much farther from the mean colour than `picture` a tile is taken to be: a regression answers
+palely. Two toy generators whose A is pulled to it (`coarse.py`), each on its 500 held-out tiles:
 Frechet distance by the toy CLIP 2.7 and 3.2 with 1, 2.2 and 2.5 with 1.25, 2.0 and 2.3 with 1.4;
 the true tile among the first tenth in 92.4 and 90.2, 92.0 and 89.8, 92.0 and 89.8 %."""
 
