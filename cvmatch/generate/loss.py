@@ -54,7 +54,7 @@ def map_terms(
     """What can be read off a map that `rays` drew: colours and classes of the tile.
 
     `map`: squared error of the colours in [-1, 1]; `contrast`: `told_apart` of all rows by them;
-    `classes`: `class_term`.
+    `classes`: `class_term`. Rays in training also learn the mean colour of the tiles.
     """
     picture = rays.picture(drawn).float()
     true = F.adaptive_avg_pool2d(tile * 2 - 1, picture.shape[-1])
