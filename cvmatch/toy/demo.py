@@ -33,7 +33,7 @@ from cvmatch.tune import TuneResult
 EXPECTED = {
     "world": 35,
     "segmenter": 51,
-    "generator": 191,
+    "generator": 211,
     "synthesize": 84,
     "tune": 47,
     "matcher": 109,
