@@ -578,7 +578,7 @@ def test_drawing_of_rays_is_more_vivid_around_the_mean_colour_of_training():
     tile = mean[:, None, None] + 0.1 * torch.randn(6, 3, 32, 32)
     mean = tile.mean(dim=(0, 2, 3))
     none = torch.full((6, 32, 32), schema.IGNORE, dtype=torch.uint8)
-    for _ in range(120):  # the demo's training of the rays
+    for _ in range(120):  # fewer steps than the demo takes
         loss.map_terms(rays, drawn, tile, none)
     loss.map_terms(rays.eval(), drawn, 0 * tile, none)  # a validation, of which nothing is learnt
     with torch.no_grad():

@@ -24,7 +24,6 @@ _STEM = ((5, 2, 32), (3, 2, 48), (3, 1, 72), (3, 1, 112))
 _WIDTH = 256
 """Channels of the convolutions along the azimuth."""
 
-
 _VIVID = 1.4
 """How much farther from the mean colour than `picture` a tile is taken to be: a regression answers
 palely. Two toy generators whose A is pulled to it (`coarse.py`), each on its 500 held-out tiles:

@@ -116,7 +116,9 @@ def pretrain_vae(
         return pixels + 0.2 * perceptual + 3e-5 * latent.kl().mean()
 
     average = _Average(vae, 0.998)
-    _optimise(vae.parameters(), loss, len(aerial), steps, 128, 1.5e-3, average.update, True)
+    _optimise(
+        vae.parameters(), loss, len(aerial), steps, 128, 1.5e-3, average.update, bfloat16=True
+    )
     average.copy_to(vae)
     latents = encode(vae, aerial[:512])
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
@@ -189,7 +191,9 @@ def pretrain_unet(
         tokens = clean.new_zeros(len(rows), 4, unet.config["cross_attention_dim"])
         return F.mse_loss(unet(noisy, step, tokens).sample.float(), target)
 
-    _optimise(unet.parameters(), loss, len(latents), steps, 512, 1.5e-3, average.update, True)
+    _optimise(
+        unet.parameters(), loss, len(latents), steps, 512, 1.5e-3, average.update, bfloat16=True
+    )
     average.copy_to(unet)
 
 
