@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor
 
 from cvmatch import hardware, towers
 from cvmatch.config import parse
-from cvmatch.toy import CLIP, DIFFUSION, MODELS, SEGFORMER, TOWER, pretrain
+from cvmatch.toy import CLIP, DIFFUSION, MODELS, SEGFORMER, TOWER, pretrain, untrained
 from cvmatch.toy.places import SIZES, Places, places, tiles
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Maker:
     def vae(self, steps: int) -> None:
         """From tiles, their classes and the tower."""
         stack = towers.features(self.at(TOWER)).float()
-        vae = self.begun("vae", pretrain.new_vae())
+        vae = self.begun("vae", untrained.new_vae())
         aerial, classes = self.tiles
         pretrain.pretrain_vae(vae, aerial[:-HELD_OUT], classes[:-HELD_OUT], stack, steps)
         log.info("vae: %.1f dB on held-out tiles", pretrain.kept(vae, aerial[-HELD_OUT:]))
@@ -87,14 +87,14 @@ class Maker:
         both = [aerial, aerial.flip(-1)]
         turned = [torch.rot90(tiles, turns, (-2, -1)) for tiles in both for turns in range(4)]
         latents = torch.cat([pretrain.encode(vae, part) for part in turned])
-        unet = self.begun("unet", pretrain.new_unet(latents.shape[1]))
+        unet = self.begun("unet", untrained.new_unet(latents.shape[1]))
         pretrain.pretrain_unet(unet, latents, vae.config["scaling_factor"], steps)
         _save(unet, self.part("unet"))
-        pretrain.noise_schedule().save_pretrained(self.part("scheduler"))
+        untrained.noise_schedule().save_pretrained(self.part("scheduler"))
 
     def clip(self, steps: int) -> None:
         """From pairs, none of which it sees together."""
-        side = pretrain.TILE
+        side = untrained.TILE
         tiles = F.avg_pool2d(_planes(self.pairs.aerial).float(), SIZES.aerial // side)
         panoramas = _planes(self.pairs.panorama)
         clip = pretrain.pretrain_clip(tiles.round().byte(), panoramas, self.shares, steps)
@@ -125,7 +125,7 @@ class Maker:
     @functools.cached_property
     def tiles(self) -> tuple[Tensor, Tensor]:
         """Tiles of `tile_worlds` worlds, as planes of bytes, and their class ids."""
-        aerial, classes = tiles(self.config.tile_worlds, self.config.seed, pretrain.TILE)
+        aerial, classes = tiles(self.config.tile_worlds, self.config.seed, untrained.TILE)
         return _planes(aerial).to(self.device), torch.from_numpy(classes).to(self.device)
 
     def begun(self, part: str, model: M) -> M:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,11 +24,9 @@ from transformers import (
 from cvmatch import geometry, metrics
 from cvmatch.schema import LABELS
 from cvmatch.towers import Tower, TowerSpec, normalise
+from cvmatch.toy.untrained import TILE, noise_schedule
 
 log = logging.getLogger(__name__)
-
-TILE = 64
-"""Side of the tiles that the VAE, the UNet and CLIP see, in pixels."""
 
 SECTORS = 32
 """Directions in which the tower tells shares of classes."""
@@ -66,23 +64,6 @@ def pretrain_tower(
 
     _optimise([*tower.parameters(), *heads.parameters()], loss, len(aerial), steps, 16, 1e-3)
     return tower
-
-
-def new_vae() -> AutoencoderKL:
-    """An AutoencoderKL of factor 4 with random weights.
-
-    Its encoder costs 1.3 of the UNet's passes (Stable Diffusion's: 1.4).
-    """
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore
-        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore
-        block_out_channels=(32, 64, 64),  # pyright: ignore
-        layers_per_block=1,
-        latent_channels=8,  # 4 keep less of a tile (23.1 dB, 8: 23.8), and of its class map in A
-        norm_num_groups=8,
-        sample_size=TILE,
-        mid_block_add_attention=False,
-    )
 
 
 def pretrain_vae(
@@ -142,33 +123,6 @@ def kept(vae: AutoencoderKL, aerial: UInt8[Tensor, "tile 3 64 64"]) -> float:
     image = aerial.float() / 255
     again = vae.decode(encode(vae, aerial).float()).sample / 2 + 0.5  # pyright: ignore
     return metrics.psnr(again.clamp(0, 1), image).mean().item()
-
-
-def new_unet(latent_channels: int) -> UNet2DConditionModel:
-    """A UNet for those latents with random weights."""
-    return UNet2DConditionModel(
-        sample_size=TILE // 4,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=(48, 80, 112),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
-def noise_schedule() -> DDPMScheduler:
-    """Stable Diffusion's betas, and v-prediction."""
-    return DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-    )
 
 
 def pretrain_unet(
