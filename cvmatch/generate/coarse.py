@@ -21,16 +21,17 @@ def reference(
 ) -> Float[Tensor, "row c {cells} {cells}"]:
     """Coarse latents, `cells` a side, of drawings in [0, 1] of tiles of `tile` pixels."""
     enlarged = F.interpolate(drawing, (tile, tile), mode="bicubic").clamp(0, 1)
-    return _shrunk(frozen.encode(enlarged).float(), cells)
+    return shrunk(frozen.encode(enlarged).float(), cells)
 
 
 def pulled(
     clean: Float[Tensor, "row c h w"], wanted: Float[Tensor, "row c cell cell"]
 ) -> Float[Tensor, "row c h w"]:
     """Clean latents, whose coarse part is moved towards `wanted`."""
-    apart = wanted - _shrunk(clean, wanted.shape[-1])
+    apart = wanted - shrunk(clean, wanted.shape[-1])
     return clean + _STRENGTH * F.interpolate(apart, clean.shape[-2:], mode="bicubic")
 
 
-def _shrunk(latent: Tensor, size: int) -> Tensor:
+def shrunk(latent: Float[Tensor, "row c h w"], size: int) -> Float[Tensor, "row c {size} {size}"]:
+    """What is coarse in latents, `size` cells a side."""
     return F.interpolate(latent, (size, size), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""Pre-train the toy base models: each function gives one model, from pictures in memory.
+"""Pre-train the toy tower, CLIP and SegFormer, each from pictures in memory.
 
 The pretext tasks stand in for the public ones: reconstruction (VAE), denoising without condition
 (UNet), attributes of a picture instead of its caption (CLIP), six-class maps instead of ADE20K
@@ -6,11 +6,7 @@ The pretext tasks stand in for the public ones: reconstruction (VAE), denoising 
 matches a panorama with a tile.
 """
 
-import logging
-from collections.abc import Callable, Iterable
-
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,12 +17,11 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from cvmatch import geometry, metrics
+from cvmatch import geometry
 from cvmatch.schema import LABELS
 from cvmatch.towers import Tower, TowerSpec, normalise
-from cvmatch.toy.untrained import TILE, noise_schedule
-
-log = logging.getLogger(__name__)
+from cvmatch.toy.optimise import optimise, turned
+from cvmatch.toy.untrained import TILE
 
 SECTORS = 32
 """Directions in which the tower tells shares of classes."""
@@ -62,93 +57,8 @@ def pretrain_tower(
             total = total + _soft_entropy(head(columns).transpose(1, 2), target[rows])
         return total
 
-    _optimise([*tower.parameters(), *heads.parameters()], loss, len(aerial), steps, 16, 1e-3)
+    optimise(nn.ModuleList([tower, heads]), loss, len(aerial), steps, batch=16, rate=1e-3)
     return tower
-
-
-def pretrain_vae(
-    vae: AutoencoderKL,
-    aerial: UInt8[Tensor, "tile 3 64 64"],
-    classes: UInt8[Tensor, "tile 64 64"],
-    features: nn.Module,
-    steps: int,
-) -> None:
-    """Train for absolute, squared and perceptual (`features`) error, five times on buildings.
-
-    A roof is five pixels wide, and the median of a red roof in a green garden, which an absolute
-    error alone draws, is green.
-    """
-    vae.to(aerial.device)  # pyright: ignore
-    shallow = nn.Sequential(*list(features.children())[:7]).requires_grad_(False).to(aerial.device)
-    both = torch.cat([aerial, classes[:, None]], dim=1)
-    building = LABELS.index("building")
-
-    def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
-        turned = _turned(both[rows])
-        image, weight = turned[:, :3].float() / 127.5 - 1, 1 + 4 * (turned[:, 3:] == building)
-        latent = vae.encode(image).latent_dist  # pyright: ignore
-        again = vae.decode(latent.sample()).sample  # pyright: ignore
-        seen, wanted = (shallow(normalise(x / 2 + 0.5)) for x in (again, image))
-        perceptual = F.l1_loss(seen, wanted) / wanted.abs().mean()
-        apart = (again - image).abs()
-        pixels = (weight * (apart + apart.square())).sum() / (3 * weight.sum())
-        # 1e-5 keeps 2,100 nats of a tile, 3e-5 1,500 and no less of the picture, 1.5e-4 470 and
-        # no roofs.
-        return pixels + 0.2 * perceptual + 3e-5 * latent.kl().mean()
-
-    average = _Average(vae, 0.998)
-    _optimise(
-        vae.parameters(), loss, len(aerial), steps, 128, 1.5e-3, average.update, bfloat16=True
-    )
-    average.copy_to(vae)
-    latents = encode(vae, aerial[:512])
-    vae.register_to_config(scaling_factor=1 / latents.float().std().item())
-
-
-@torch.inference_mode()
-def encode(
-    vae: AutoencoderKL, aerial: UInt8[Tensor, "tile 3 64 64"]
-) -> Float[Tensor, "tile channel 16 16"]:
-    """Latent means, not scaled, in half precision."""
-    parts = [
-        vae.encode(part.float() / 127.5 - 1).latent_dist.mode().half()  # pyright: ignore
-        for part in aerial.split(256)
-    ]
-    return torch.cat(parts)
-
-
-@torch.inference_mode()
-def kept(vae: AutoencoderKL, aerial: UInt8[Tensor, "tile 3 64 64"]) -> float:
-    """Mean PSNR in dB of tiles that went through the VAE and back."""
-    image = aerial.float() / 255
-    again = vae.decode(encode(vae, aerial).float()).sample / 2 + 0.5  # pyright: ignore
-    return metrics.psnr(again.clamp(0, 1), image).mean().item()
-
-
-def pretrain_unet(
-    unet: UNet2DConditionModel,
-    latents: Float[Tensor, "tile channel 16 16"],
-    scaling_factor: float,
-    steps: int,
-) -> None:
-    """Train to denoise latents of tiles without condition (its tokens are zero)."""
-    unet.to(latents.device, memory_format=torch.channels_last)  # pyright: ignore
-    scheduler = noise_schedule()
-    average = _Average(unet, 0.999)
-
-    def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
-        clean = latents[rows].float() * scaling_factor
-        noise = torch.randn_like(clean)
-        step = _noise_steps(len(rows)).to(rows.device)
-        target = scheduler.get_velocity(clean, noise, step)  # pyright: ignore
-        noisy = scheduler.add_noise(clean, noise, step)  # pyright: ignore
-        tokens = clean.new_zeros(len(rows), 4, unet.config["cross_attention_dim"])
-        return F.mse_loss(unet(noisy, step, tokens).sample.float(), target)
-
-    _optimise(
-        unet.parameters(), loss, len(latents), steps, 512, 1.5e-3, average.update, bfloat16=True
-    )
-    average.copy_to(unet)
 
 
 def pretrain_clip(
@@ -174,12 +84,12 @@ def pretrain_clip(
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
         crop = int(torch.randint(CROPS, ()))
-        pictures = torch.cat([_turned(aerial[rows]), crops[rows, crop]]).float() / 255
+        pictures = torch.cat([turned(aerial[rows]), crops[rows, crop]]).float() / 255
         told = head(clip(normalise(_tinted(pictures))).pooler_output)
         target = torch.cat([shares[rows].mean(dim=2), by_crop[rows, :, crop]])
         return _soft_entropy(told.unflatten(1, (RINGS, -1)), target)
 
-    _optimise([*clip.parameters(), *head.parameters()], loss, len(aerial), steps, 32, 1e-3)
+    optimise(nn.ModuleList([clip, head]), loss, len(aerial), steps, batch=32, rate=1e-3)
     return clip
 
 
@@ -199,12 +109,12 @@ def pretrain_segformer(
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
         both = torch.cat([aerial[rows], classes[rows][:, None]], dim=1)
-        turned = _turned(both)
-        logits = model(normalise(_tinted(turned[:, :3].float() / 255))).logits
-        whole = F.interpolate(logits, turned.shape[-2:], mode="bilinear")
-        return F.cross_entropy(whole, turned[:, 3].long())
+        shown = turned(both)
+        logits = model(normalise(_tinted(shown[:, :3].float() / 255))).logits
+        whole = F.interpolate(logits, shown.shape[-2:], mode="bilinear")
+        return F.cross_entropy(whole, shown[:, 3].long())
 
-    _optimise(model.parameters(), loss, len(aerial), steps, 16, 1e-3)
+    optimise(model, loss, len(aerial), steps, batch=16, rate=1e-3)
     return model
 
 
@@ -218,69 +128,6 @@ def class_shares(
         one_hot = F.one_hot(view.long(), len(LABELS)).permute(0, 3, 1, 2).float()
         parts.append(F.adaptive_avg_pool2d(one_hot, (RINGS, SECTORS)).permute(0, 2, 3, 1))
     return torch.cat(parts)
-
-
-class _Average:
-    """Running mean of a model's weights, which samples better than the last ones."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = model, decay
-        self.mean = {name: value.clone() for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        now = list(self.model.state_dict().values())
-        torch._foreach_lerp_(list(self.mean.values()), now, 1 - decay)
-
-    def copy_to(self, model: nn.Module) -> None:
-        model.load_state_dict(self.mean)
-
-
-def _optimise(
-    parameters: Iterable[nn.Parameter],
-    loss: Callable[[Tensor], Tensor],
-    rows: int,
-    steps: int,
-    batch: int,
-    rate: float,
-    after: Callable[[int], None] = lambda step: None,
-    bfloat16: bool = False,
-) -> None:
-    """AdamW with a warm-up of 5 % of the steps and a cosine down to zero."""
-    weights = list(parameters)
-    at = weights[0].device
-    optimizer = torch.optim.AdamW(weights, rate, weight_decay=1e-4)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
-    recent = torch.zeros((), device=at)
-    for step in range(steps):
-        with torch.autocast(at.type, torch.bfloat16, enabled=bfloat16):
-            value = loss(torch.randint(rows, (batch,), device=at))
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        plan.step()
-        after(step)
-        recent += (value.detach() - recent) / min(step + 1, 50)
-        if (step + 1) % 50 == 0:
-            log.info("step %d of %d, loss %.4f", step + 1, steps, recent.item())
-
-
-def _noise_steps(rows: int) -> Int64[Tensor, " row"]:
-    """Steps of the schedule, from 0 to 999: half from all, half (logit-normal) from the middle.
-
-    There shapes are decided; nearly nothing can be learned above 750 (loss 0.91 of 1).
-    """
-    middle = 1000 * torch.sigmoid(0.8 * torch.randn(rows) - 0.4)
-    return torch.where(torch.rand(rows) < 0.5, 1000 * torch.rand(rows), middle).long()
-
-
-def _turned(
-    tile: UInt8[Tensor, "batch channel size size"],
-) -> UInt8[Tensor, "batch channel size size"]:
-    turned = torch.rot90(tile, int(torch.randint(4, ())), (-2, -1))
-    return turned.flip(-1) if torch.rand(()) < 0.5 else turned
 
 
 def _tinted(image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
