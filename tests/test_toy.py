@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.nn import functional as F
 from transformers import SegformerForSemanticSegmentation
 
@@ -17,6 +18,7 @@ from cvmatch.segment.pairs import Preprocess
 from cvmatch.towers import features, normalise
 from cvmatch.toy import pretrain
 from cvmatch.toy.places import SIZES
+from cvmatch.toy.sharpen import redrawn, sharpen
 from cvmatch.world import pairs, world_seed
 
 MEGABYTE = 1e6
@@ -34,6 +36,11 @@ def place():
 @pytest.fixture(scope="module")
 def generator():
     return Generator.base(toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4))
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return UNet2DConditionModel.from_pretrained(toy.DIFFUSION, subfolder="unet").float()
 
 
 def test_toy_models_fit_in_twelve_megabytes():
@@ -57,6 +64,22 @@ def test_toy_vae_keeps_a_tile(generator, place):
     roofs = F.avg_pool2d((place[1] == LABELS.index("building")).float()[:, None], 2) == 1
     lost = ((again - image).square() * roofs).sum() / ((flat - image).square() * roofs).sum()
     assert lost < 0.11  # trained without their weight: 0.15
+
+
+def test_toy_vae_draws_as_finely_as_a_tile_what_the_unet_left_open(generator, unet, place):
+    image = place[2].float() / 255
+    scaling = generator.frozen.vae.config["scaling_factor"]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        own = generator.frozen.encode(image) / scaling
+        again = generator.frozen.decode(redrawn(unet, own, scaling).float() * scaling)
+    assert 0.85 < _fine(again) / _fine(image) < 1.15  # trained for errors alone: 0.71
+
+
+def _fine(image):
+    """Standard deviation of pixels about their blocks of 4 x 4."""
+    blocks = F.interpolate(F.avg_pool2d(image, 4), scale_factor=4)
+    return (image - blocks).std()
 
 
 def test_toy_unet_denoises_tiles(generator, place):
@@ -85,6 +108,15 @@ def test_toy_segformer_knows_the_classes(place):
 def test_toy_segformer_gets_a_new_head_for_five_classes():
     segmenter = Segmenter.from_base(toy.SEGFORMER, Preprocess(size=64, num_classes=5))
     assert segmenter.logits(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1] == 5
+
+
+def test_sharpening_changes_the_decoder_alone(unet, place):
+    _, classes, tiles = place
+    vae = AutoencoderKL.from_pretrained(toy.DIFFUSION, subfolder="vae").float()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    sharpen(vae, unet, tiles, classes[:, ::2, ::2], features(toy.TOWER), steps=2)
+    changed = {n for n, value in vae.state_dict().items() if not torch.equal(value, before[n])}
+    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
 
 
 def test_pretraining_worlds_are_no_data_worlds():

@@ -7,11 +7,12 @@ stays as it is, and with it all latents. After Rombach et al. 2022, appendix G, 
 
 import copy
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
@@ -58,32 +59,18 @@ def sharpen(
         model.to(aerial.device)  # pyright: ignore
     own = encode(vae, aerial)
     drawn = redrawn(unet, own, vae.config["scaling_factor"])
-    shallow, before = shallow_of(features).to(aerial.device), copy.deepcopy(vae)
+    shallow, judge = shallow_of(features).to(aerial.device), Discriminator().to(aerial.device)
+    game = _Game(vae, copy.deepcopy(vae), judge, shallow, aerial, classes, own, drawn)
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])  # pyright: ignore
-    judge = Discriminator().to(aerial.device)
-    optimizers = [
-        torch.optim.Adam(model.parameters(), rate, betas=(0.5, 0.9))
-        for model, rate in ((decoder, _RATE), (judge, _FASTER * _RATE))
-    ]
-    plans = [torch.optim.lr_scheduler.LambdaLR(o, lambda n: _slowed(n / steps)) for o in optimizers]
+    player, opponent = _Adam(decoder, _RATE, steps), _Adam(judge, _FASTER * _RATE, steps)
     mean = running_mean(decoder, 0.998)
     for step in range(steps):
         rows, others = torch.randint(len(aerial), (2, _BATCH), device=aerial.device)
-        half = _BATCH // 2
-        tile, other = (aerial[r].float() / 127.5 - 1 for r in (rows, others))
-        latent = torch.cat([own[rows[:half]], drawn[rows[half:]]]).float()
-        with torch.autocast(aerial.device.type, torch.bfloat16):
-            again = _decoded(vae, latent)
-            with torch.no_grad():
-                blurred = _decoded(before, latent[half:])
-            error = lost(shallow, again[:half], tile[:half], classes[rows[:half]])
-            error = error + _kept(again[half:], blurred)
-            fooled = -judge(again).mean()
-        total = error + _weight(error, fooled, vae.decoder.conv_out.weight) * fooled
-        _step(optimizers[0], plans[0], total)
-        with torch.autocast(aerial.device.type, torch.bfloat16):
-            told = F.relu(1 + judge(again.detach())).mean() + F.relu(1 - judge(other)).mean()
-        _step(optimizers[1], plans[1], told)
+        again, error = game.played(rows)
+        fooled = game.fooled(again)
+        player.step(error + _weight(error, fooled, vae.decoder.conv_out.weight) * fooled)
+        told = game.told(again.detach(), others)
+        opponent.step(told)
         mean.update_parameters(decoder)
         if (step + 1) % 50 == 0:
             values = error.item(), told.item()
@@ -138,12 +125,73 @@ class Discriminator(nn.Module):
         return 10 * self.layers(picture).float()
 
 
+@dataclass(frozen=True)
+class _Game:
+    """What the decoder and the discriminator are given; pictures are in [-1, 1]."""
+
+    vae: AutoencoderKL
+    before: AutoencoderKL
+    judge: Discriminator
+    shallow: nn.Module
+    aerial: UInt8[Tensor, "tile 3 64 64"]
+    classes: UInt8[Tensor, "tile 64 64"]
+    own: Float[Tensor, "tile channel 16 16"]
+    drawn: Float[Tensor, "tile channel 16 16"]
+
+    def played(self, rows: Int64[Tensor, " row"]) -> tuple[Tensor, Tensor]:
+        """Pictures of the rows, of the first half from their own latents, and their error."""
+        half = len(rows) // 2
+        latent = torch.cat([self.own[rows[:half]], self.drawn[rows[half:]]]).float()
+        with self._halved():
+            again = _decoded(self.vae, latent)
+            with torch.no_grad():
+                before = _decoded(self.before, latent[half:])
+            true, classes = self._tiles(rows[:half]), self.classes[rows[:half]]
+            error = lost(self.shallow, again[:half], true, classes)
+            return again, error + _changed(again[half:], before)
+
+    def fooled(self, again: Float[Tensor, "row 3 64 64"]) -> Tensor:
+        """The decoder's adversarial loss."""
+        with self._halved():
+            return -self.judge(again).mean()
+
+    def told(self, again: Float[Tensor, "row 3 64 64"], others: Int64[Tensor, " row"]) -> Tensor:
+        """The discriminator's hinge loss of pictures, and of other true tiles."""
+        with self._halved():
+            drawn, true = self.judge(again), self.judge(self._tiles(others))
+            return F.relu(1 + drawn).mean() + F.relu(1 - true).mean()
+
+    def _tiles(self, rows: Tensor) -> Tensor:
+        return self.aerial[rows].float() / 127.5 - 1
+
+    def _halved(self) -> torch.autocast:
+        return torch.autocast(self.aerial.device.type, torch.bfloat16)
+
+
+class _Adam:
+    """Adam for a game: short memory, and a rate that goes down to zero in the last third."""
+
+    def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
+        self.weights = list(model.parameters())
+        self.optimizer = torch.optim.Adam(self.weights, rate, betas=(0.5, 0.9))
+        self.plan = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda n: min(1, (n + 1) / 50, 3 * (1 - n / steps))
+        )
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.plan.step()
+
+
 def _decoded(vae: AutoencoderKL, latent: Tensor) -> Tensor:
     return vae.decode(latent).sample.float()  # pyright: ignore
 
 
-def _kept(again: Tensor, before: Tensor) -> Tensor:
-    """Error of blocks of 4 x 4 pixels, and a fifth of that of pixels."""
+def _changed(again: Tensor, before: Tensor) -> Tensor:
+    """Difference of blocks of 4 x 4 pixels, and a fifth of that of pixels."""
     blocks = F.l1_loss(F.avg_pool2d(again, 4), F.avg_pool2d(before, 4))
     return blocks + 0.2 * F.l1_loss(again, before)
 
@@ -154,16 +202,3 @@ def _weight(error: Tensor, fooled: Tensor, last: Tensor) -> Tensor:
         torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (error, fooled)
     )
     return _SHARE * here / (there + 1e-6)
-
-
-def _slowed(progress: float) -> float:
-    """Factor of the learning rates: up in the first hundredth, down to zero in the last third."""
-    return min(1, 100 * progress + 0.01, 3 * (1 - progress))
-
-
-def _step(optimizer: Any, plan: Any, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    plan.step()
