@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cvmatch import draws, engine, fidelity, hardware, metrics, progress, toy
+from cvmatch.generate import coarse
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.model import Generator
 from cvmatch.generate.pairs import Sizes, decode
@@ -74,7 +75,7 @@ def ddim(model: Generator, guidance: float) -> Draw:
             at = torch.full_like(keys, int(step))
             right, wrong = (model.predict(latent, at, given) for given in (condition, null))
             answer = wrong + guidance * (right - wrong)
-            answer = model.pulled(latent, answer, at, wanted)
+            answer = coarse.steered(model.noise, latent, answer, at, wanted)
             latent = scheduler.step(answer, step, latent).prev_sample
         return model.frozen.decode(latent).clamp(0, 1)
 

@@ -3,11 +3,12 @@
 As ILVR (Choi et al. 2021) keeps the low frequencies of a reference, on latents.
 """
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from cvmatch.generate.frozen import Frozen
+from cvmatch.generate.noise import Noise
 
 _STRENGTH = 0.85
 """How much of the way, in every step. Two toy generators, each on its 500 held-out tiles, found by
@@ -30,6 +31,19 @@ def pulled(
     """Clean latents, whose coarse part is moved towards `wanted`."""
     apart = wanted - shrunk(clean, wanted.shape[-1])
     return clean + _STRENGTH * F.interpolate(apart, clean.shape[-2:], mode="bicubic")
+
+
+def steered(
+    noise: Noise,
+    noisy: Float[Tensor, "row c h w"],
+    answer: Float[Tensor, "row c h w"],
+    step: Int64[Tensor, " row"],
+    wanted: Float[Tensor, "row c cell cell"] | None,
+) -> Float[Tensor, "row c h w"]:
+    """The UNet's answer, whose picture is pulled to `wanted` unless that is None."""
+    if wanted is None:
+        return answer
+    return noise.implied(noisy, pulled(noise.clean(noisy, answer, step), wanted), step)
 
 
 def shrunk(latent: Float[Tensor, "row c h w"], size: int) -> Float[Tensor, "row c {size} {size}"]:

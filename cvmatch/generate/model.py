@@ -168,7 +168,7 @@ class Generator(nn.Module):
                     answer = self.predict(latent, at, condition).float()
                 else:
                     answer = self._guided(latent, at, both, scale)
-                answer = self.pulled(latent, answer, at, wanted)
+                answer = coarse.steered(self.noise, latent, answer, at, wanted)
                 if scale != before:
                     solver.lower_order_nums = 0  # a slope between two models would mean nothing
                     before = scale
@@ -179,19 +179,6 @@ class Generator(nn.Module):
         answer = self.predict(latent.repeat(2, 1, 1, 1), step.repeat(2), both).float()
         right, null = answer.chunk(2)
         return null + scale * (right - null)
-
-    def pulled(
-        self,
-        noisy: Float[Tensor, "batch c h w"],
-        answer: Float[Tensor, "batch c h w"],
-        step: Int64[Tensor, " batch"],
-        wanted: Float[Tensor, "batch c cell cell"] | None,
-    ) -> Float[Tensor, "batch c h w"]:
-        """The answer whose picture is pulled to `wanted`, where there is one."""
-        if wanted is None:
-            return answer
-        clean = coarse.pulled(self.noise.clean(noisy, answer, step), wanted)
-        return self.noise.implied(noisy, clean, step)
 
     def wanted(self, condition: Condition) -> Float[Tensor, "batch c cell cell"] | None:
         """Coarse latents of what the rays draw; None where the UNet draws all."""

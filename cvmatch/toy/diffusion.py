@@ -20,32 +20,33 @@ def pretrain_vae(
     features: nn.Module,
     steps: int,
 ) -> None:
-    """Train to give a tile back (`lost`) from few nats."""
+    """Train to give a tile back (`reconstruction_loss`) from few nats."""
     vae.to(aerial.device)  # pyright: ignore
     shallow = shallow_of(features).to(aerial.device)
     both = torch.cat([aerial, classes[:, None]], dim=1)
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
         shown = turned(both[rows])
-        image = shown[:, :3].float() / 127.5 - 1
+        image = scaled(shown[:, :3])
         latent = vae.encode(image).latent_dist  # pyright: ignore
         again = vae.decode(latent.sample()).sample  # pyright: ignore
         # 1e-5 keeps 2,100 nats of a tile, 3e-5 1,500 and no less of the picture, 1.5e-4 470 and
         # no roofs.
-        return lost(shallow, again, image, shown[:, 3]) + 3e-5 * latent.kl().mean()
+        return reconstruction_loss(shallow, again, image, shown[:, 3]) + 3e-5 * latent.kl().mean()
 
     optimise(vae, loss, len(aerial), steps, batch=128, rate=1.5e-3, decay=0.998, bfloat16=True)
     latents = encode(vae, aerial[:512])
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
 
 
-def lost(
+def reconstruction_loss(
     shallow: nn.Module,
     again: Float[Tensor, "tile 3 64 64"],
     image: Float[Tensor, "tile 3 64 64"],
     classes: UInt8[Tensor, "tile 64 64"],
 ) -> Tensor:
-    """Absolute, squared and perceptual (`shallow`) error in [-1, 1], five times on buildings.
+    """Of pictures in [-1, 1]: absolute and squared error of pixels, five times on buildings, and a
+    fifth of the perceptual error (`shallow`).
 
     A roof is five pixels wide, and the median of a red roof in a green garden, which an absolute
     error alone draws, is green.
@@ -56,6 +57,18 @@ def lost(
     apart = (again - image).abs()
     pixels = (weight * (apart + apart.square())).sum() / (3 * weight.sum())
     return pixels + 0.2 * perceptual
+
+
+def scaled(tile: UInt8[Tensor, "*batch 64 64"]) -> Float[Tensor, "*batch 64 64"]:
+    """Bytes as the VAE takes them, in [-1, 1]."""
+    return tile.float() / 127.5 - 1
+
+
+def no_tokens(
+    unet: UNet2DConditionModel, latents: Float[Tensor, "row c h w"]
+) -> Float[Tensor, "row 4 width"]:
+    """What the UNet attends to without a condition: zeros."""
+    return latents.new_zeros(len(latents), 4, unet.config["cross_attention_dim"])
 
 
 def shallow_of(features: nn.Module) -> nn.Module:
@@ -69,7 +82,7 @@ def encode(
 ) -> Float[Tensor, "tile channel 16 16"]:
     """Latent means, not scaled, in half precision."""
     parts = [
-        vae.encode(part.float() / 127.5 - 1).latent_dist.mode().half()  # pyright: ignore
+        vae.encode(scaled(part)).latent_dist.mode().half()  # pyright: ignore
         for part in aerial.split(256)
     ]
     return torch.cat(parts)
@@ -99,8 +112,7 @@ def pretrain_unet(
         step = _noise_steps(len(rows)).to(rows.device)
         target = scheduler.get_velocity(clean, noise, step)  # pyright: ignore
         noisy = scheduler.add_noise(clean, noise, step)  # pyright: ignore
-        tokens = clean.new_zeros(len(rows), 4, unet.config["cross_attention_dim"])
-        return F.mse_loss(unet(noisy, step, tokens).sample.float(), target)
+        return F.mse_loss(unet(noisy, step, no_tokens(unet, clean)).sample.float(), target)
 
     optimise(unet, loss, len(latents), steps, batch=512, rate=1.5e-3, decay=0.999, bfloat16=True)
 

@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,15 @@ def optimise(
 
 
 def running_mean(model: nn.Module, decay: float) -> AveragedModel:
-    """Of the weights, over about the last 1 / (1 - decay) updates."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    """Of the weights, over about the last 1 / (1 - decay) updates, or a tenth of them if that is
+    less: the first weights are random, and must not stay in it."""
+
+    @torch.no_grad()
+    def update(mean: Any, now: Any, done: Any) -> None:
+        kept = min(decay, (1 + int(done)) / (10 + int(done)))
+        torch._foreach_lerp_(mean, now, 1 - kept)
+
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 def turned(

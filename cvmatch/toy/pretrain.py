@@ -1,9 +1,8 @@
 """Pre-train the toy tower, CLIP and SegFormer, each from pictures in memory.
 
-The pretext tasks stand in for the public ones: reconstruction (VAE), denoising without condition
-(UNet), attributes of a picture instead of its caption (CLIP), six-class maps instead of ADE20K
-(SegFormer), shares of classes by direction instead of ImageNet's labels (tower). None of them
-matches a panorama with a tile.
+The pretext tasks stand in for the public ones: attributes of a picture instead of its caption
+(CLIP), six-class maps instead of ADE20K (SegFormer), shares of classes by direction instead of
+ImageNet's labels (tower). None of them matches a panorama with a tile.
 """
 
 import torch
