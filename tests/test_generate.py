@@ -1022,7 +1022,7 @@ def test_encode_keeps_what_live_training_would_compute(toy: str, world_root: str
     )
     directory = encode(asked)
     sizes = parts.sizes(asked.diffusion, asked.clip, TOY.panorama_width)
-    stored = {row["key"]: row for row in encoded(directory, sizes).take_all()}
+    stored = {row["key"]: row for row in encoded(directory).take_all()}
     live = {row["key"]: row for row in decode(ingest(data), sizes).take_all()}
     assert stored.keys() == live.keys()
     model = _base(toy)

@@ -1,8 +1,9 @@
 """Encode once: what the frozen networks give of every pair, as Parquet, which training streams.
 
-A row has the tile, its class map (ids), the view that the rays take of the panorama and, for each
-variant (turned or mirrored), the latent of the tile and CLIP's states of the panorama, in half
-precision: rounding of 5e-4, against noise of 1 that training adds. `encoded` reads them.
+A row has the tile and its class map (ids) at the size of training, the view that the rays take of
+the panorama and, for each variant (turned or mirrored), the latent of the tile and CLIP's states of
+the panorama, in half precision: rounding of 5e-4, against noise of 1 that training adds. `encoded`
+reads them.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ from cvmatch.generate import parts, rays, variants
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.encoded import npy
 from cvmatch.generate.frozen import Frozen
-from cvmatch.generate.pairs import Sizes, decode_batch, pixels
+from cvmatch.generate.pairs import Sizes, decode_batch
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.written import Judge, Written
 
-VERSION = 3  # 1 had no class maps, 2 kept arrays as lists of numbers
+VERSION = 4  # 1 had no class maps, 2 kept arrays as lists of numbers, 3 pictures as files
 """Version of the rows on disk."""
 
 Batch = dict[str, np.ndarray]
@@ -70,15 +71,15 @@ class EncodePairs:
         return {
             schema.PAIR_ID: np.array([str(batch[schema.PAIR_ID][i]) for i in good], dtype=object),
             "key": pairs["key"],
-            schema.GROUND: _png(pixels(view)),
-            schema.AERIAL: np.array([batch[schema.AERIAL][i] for i in good], dtype=object),
-            schema.CLASSES: _png(pairs["classes"]),
+            schema.GROUND: npy(view),
+            schema.AERIAL: npy(pairs["aerial"]),
+            schema.CLASSES: npy(pairs["classes"]),
             "latent": npy(latents),
             "states": npy(states),
         }
 
     @torch.inference_mode()
-    def _look(self, ground: Tensor, tile: Tensor) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    def _look(self, ground: Tensor, tile: Tensor) -> tuple[np.ndarray, ...]:
         at = self.frozen.mean.device
         ground, tile = ground.to(at) / 255, tile.to(at) / 255
         latents, states = [], []
@@ -88,7 +89,8 @@ class EncodePairs:
             latents.append(self.frozen.encode(geometry.turned_tile(tile, *how)))
             states.append(self.frozen.look(geometry.turned_panorama(ground, *how)).states)
         halves = [torch.stack(some, dim=1).half().cpu().numpy() for some in (latents, states)]
-        return halves[0], halves[1], rays.view(ground)
+        view = (rays.view(ground) * 255).round().byte().cpu().numpy()
+        return halves[0], halves[1], view
 
 
 def encode(config: Encode) -> str:
@@ -144,10 +146,3 @@ def _made_from(config: Encode) -> dict[str, Any]:
         "decoder": images.PREPROCESS,
         "pictures": fingerprint(config.data),
     }
-
-
-def _png(pictures: np.ndarray) -> np.ndarray:
-    """Pictures, or maps of ids, as PNG."""
-    encoded = np.empty(len(pictures), dtype=object)
-    encoded[:] = [images.encode(picture) for picture in pictures]
-    return encoded

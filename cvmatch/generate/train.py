@@ -133,7 +133,7 @@ def training_rows(
             pool=config.encode_pool,
         )
     )
-    return training.cached(encoded(directory, sizes), config.fit)
+    return training.cached(encoded(directory), config.fit)
 
 
 def _pretrain(
