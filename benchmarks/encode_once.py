@@ -38,9 +38,7 @@ class EncodeBench(Bench):
     batch: int = 0
     """Pairs a step; 0: 32, full size 4 (on a GPU 32)."""
     rounds: int = 0
-    """How often both run, in turns; medians are reported. 0: 5, quick 2, full size 3."""
-    steps: int = 0
-    """Steps of a round; 0: 12, quick 4, full size 2 (on a GPU 20)."""
+    """How often both run an epoch, in turns; medians are reported. 0: 3, quick 2, full size 3."""
     full_size: bool = False
     """The published architectures with random weights in place of the toy models; takes 15 GB."""
     base: str = ""
@@ -49,37 +47,43 @@ class EncodeBench(Bench):
 
 def filled(asked: EncodeBench) -> EncodeBench:
     """The sizes that were asked for, or the usual ones."""
-    usual = {"pairs": 960, "batch": 32, "rounds": 5, "steps": 12}
+    usual = {"pairs": 960, "batch": 32, "rounds": 3}
     if asked.quick:
-        usual |= {"pairs": 160, "rounds": 2, "steps": 4}
+        usual |= {"pairs": 160, "rounds": 2}
     if asked.full_size:
-        usual = {"pairs": 16, "batch": 4, "rounds": 3, "steps": 2}
+        usual = {"pairs": 16, "batch": 4, "rounds": 3}
         if hardware.device().type == "cuda":
-            # With 256 pairs a round was an epoch, and the start of its stream most of the time.
-            usual |= {"pairs": 2048, "batch": 32, "steps": 20}
+            # With 256 pairs the start of its stream was most of an epoch's time.
+            usual |= {"pairs": 2048, "batch": 32}
     return sized(asked, usual)
 
 
-def batches(config: TrainGenerator, batch: int) -> Iterator[dict[str, Tensor]]:
-    """Batches of the training's own rows, again and again, with the epoch."""
+def stream(config: TrainGenerator) -> Any:
+    """The training's own rows."""
     sizes = parts.sizes(config.diffusion, config.clip, config.conditioning.panorama_width)
-    rows: Any = training_rows(config, config.data, sizes, config.turns, config.mirror)
-    for epoch in itertools.count():
-        for found in rows.iter_torch_batches(batch_size=batch, collate_fn=tensors, drop_last=True):
-            yield {**found, "epoch": torch.tensor(epoch)}
+    return training_rows(config, config.data, sizes, config.turns, config.mirror)
 
 
-def speed(task: GeneratorTask, rows: Iterator[dict[str, Tensor]], steps: int) -> float:
-    """Samples a second of `steps` steps, the reading of their batches included."""
+def batches(rows: Any, batch: int) -> Iterator[dict[str, Tensor]]:
+    """An epoch."""
+    for found in rows.iter_torch_batches(batch_size=batch, collate_fn=tensors, drop_last=True):
+        yield {**found, "epoch": torch.tensor(0)}
+
+
+def speed(task: GeneratorTask, rows: Any, batch: int) -> float:
+    """Samples a second of an epoch, the start of its stream and the reading included.
+
+    A part of an epoch would not do: Ray reads ahead, and so during the other way's turn.
+    """
     at, count = hardware.device(), 0
     optimizer = torch.optim.AdamW(task.groups())
     _full_size.wait(at)
     begin = time.perf_counter()
-    for batch in itertools.islice(rows, steps):
-        step(task, {name: value.to(at, non_blocking=True) for name, value in batch.items()})
+    for found in batches(rows, batch):
+        step(task, {name: value.to(at, non_blocking=True) for name, value in found.items()})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        count += len(batch["key"])
+        count += len(found["key"])
     _full_size.wait(at)
     return count / (time.perf_counter() - begin)
 
@@ -144,21 +148,24 @@ def full_settings(at: str, full: str) -> dict[str, TrainGenerator]:
 
 def compared(asked: EncodeBench, name: str, config: TrainGenerator, top: float) -> dict[str, Any]:
     """Both ways in turns; a row of the table. `top`: FLOP/s of the device."""
-    rows = {way: batches(replace(config, encode=way), asked.batch) for way in get_args(Way)}
+    rows = {way: stream(replace(config, encode=way)) for way in get_args(Way)}
     task = build_task(config).to(hardware.device()).train()
     every = config.image_every  # of so many steps one has the image terms
     needed = {
-        way: sum(work(task, batch) for batch in itertools.islice(found, every)) / every
+        way: sum(
+            work(task, batch) for batch in itertools.islice(batches(found, asked.batch), every)
+        )
+        / every
         for way, found in rows.items()
     }
     found: dict[str, list[float]] = {way: [] for way in rows}
     done = [0]
     with progress.watch(name, 2 * asked.rounds, lambda: done[0]):
         for way in found:
-            speed(task, rows[way], 1)  # warm
+            speed(task, rows[way], asked.batch)  # warm
         for _ in range(asked.rounds):
             for way, speeds in found.items():
-                speeds.append(speed(task, rows[way], asked.steps))
+                speeds.append(speed(task, rows[way], asked.batch))
                 done[0] += 1
     once, live = (statistics.median(found[way]) for way in ("once", "live"))
     return {
@@ -197,7 +204,7 @@ def main(asked: EncodeBench) -> None:
             figures |= {f"{key}.once": row["encoded once, samples/s"]}
             figures |= {f"{key}.live": row["live, samples/s"], f"{key}.ratio": row["once / live"]}
     notes = (
-        f"{asked.rounds} rounds of {asked.steps} steps in turns, medians. One process, "
+        f"{asked.rounds} epochs of {asked.pairs} pairs each, in turns, medians. One process, "
         f"{torch.get_num_threads()} threads, {_precision()}; the rays are frozen, as after their "
         "own training. The reading of the batches is in the time, the pass that encodes is not.",
         f"The device's peak by a large matrix product: {top / 1e12:.3g} TFLOP/s. FLOP of "
