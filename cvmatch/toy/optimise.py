@@ -49,8 +49,10 @@ def optimise(
 
 
 def running_mean(model: nn.Module, decay: float) -> AveragedModel:
-    """Of the weights, over about the last 1 / (1 - decay) updates, or a tenth of them if that is
-    less: the first weights are random, and must not stay in it."""
+    """Of the weights, over about the last 1 / (1 - decay) updates, or the last tenth if fewer.
+
+    The first weights are random, and must not stay in it.
+    """
 
     @torch.no_grad()
     def update(mean: Any, now: Any, done: Any) -> None:

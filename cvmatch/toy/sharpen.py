@@ -21,13 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from cvmatch.generate import coarse
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.noise import Noise
-from cvmatch.toy.diffusion import (
-    encode,
-    no_tokens,
-    reconstruction_loss,
-    scaled,
-    shallow_of,
-)
+from cvmatch.toy.diffusion import encode, no_tokens, reconstruction_loss, scaled, shallow_of
 from cvmatch.toy.optimise import running_mean
 from cvmatch.toy.untrained import noise_schedule
 
@@ -105,8 +99,10 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(96, 1, 3, padding=1)))
 
     def forward(self, picture: Float[Tensor, "row 3 64 64"]) -> Float[Tensor, "row 1 16 16"]:
-        """Of RGB in [-1, 1]. Spectral normalisation bounds the slope; times 10, scores can reach
-        the margins of the hinge, -1 and 1."""
+        """Of RGB in [-1, 1].
+
+        Spectral normalisation bounds the slope; times 10, scores can reach the hinge's margins.
+        """
         return 10 * self.layers(picture).float()
 
 
