@@ -81,9 +81,14 @@ class Average(nn.Module):
         if not self.values:
             return generator
         found = copy.deepcopy(generator)
-        for weight, value in zip(trained_weights(found), self.values, strict=True):
-            weight.copy_(value)
+        self.copy_to(trained_weights(found))
         return found
+
+    @torch.no_grad()
+    def copy_to(self, weights: Iterable[Tensor]) -> None:
+        """Set the weights, in the order of `update`, to their means."""
+        for weight, value in zip(weights, self.values, strict=True):
+            weight.copy_(value)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What a resumed run needs."""

@@ -45,11 +45,10 @@ def reconstruction_loss(
     image: Float[Tensor, "tile 3 64 64"],
     classes: UInt8[Tensor, "tile 64 64"],
 ) -> Tensor:
-    """Of pictures in [-1, 1]: absolute and squared error of pixels, five times on buildings, and a
-    fifth of the perceptual error (`shallow`).
+    """Absolute and squared error of pixels in [-1, 1], and a fifth of the perceptual (`shallow`).
 
-    A roof is five pixels wide, and the median of a red roof in a green garden, which an absolute
-    error alone draws, is green.
+    Buildings count five times in the pixels' part: a roof is five pixels wide, and the median of a
+    red roof in a green garden, which an absolute error alone draws, is green.
     """
     weight = 1 + 4 * (classes == LABELS.index("building"))[:, None]
     seen, wanted = (shallow(normalise(x / 2 + 0.5)) for x in (again, image))
@@ -72,7 +71,7 @@ def no_tokens(
 
 
 def shallow_of(features: nn.Module) -> nn.Module:
-    """The first layers of a tower's convolutions, fixed: what `lost` compares pictures by."""
+    """The first layers of a tower's convolutions, fixed: what `reconstruction_loss` compares by."""
     return nn.Sequential(*list(features.children())[:7]).requires_grad_(False)
 
 

@@ -1,13 +1,14 @@
-"""What the trainings of the toy base models share: steps, the mean of weights, and turned tiles."""
+"""What the trainings of the toy base models share: steps, and turned tiles."""
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.lr_scheduler import LRScheduler
+
+from cvmatch.generate.adapt import Average
 
 log = logging.getLogger(__name__)
 
@@ -31,35 +32,30 @@ def optimise(
     at = weights[0].device
     optimizer = torch.optim.AdamW(weights, rate, weight_decay=1e-4)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
-    mean = running_mean(model, decay)
+    mean = Average(decay) if decay else None
     recent = torch.zeros((), device=at)
     for step in range(steps):
         with torch.autocast(at.type, torch.bfloat16, enabled=bfloat16):
             value = loss(torch.randint(rows, (batch,), device=at))
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        plan.step()
-        mean.update_parameters(model)
+        descend(plan, value)
+        if mean:
+            mean.update(weights)
         recent += (value.detach() - recent) / min(step + 1, 50)
         if (step + 1) % 50 == 0:
             log.info("step %d of %d, loss %.4f", step + 1, steps, recent.item())
-    model.load_state_dict(mean.module.state_dict())
+    if mean:
+        mean.copy_to(weights)
 
 
-def running_mean(model: nn.Module, decay: float) -> AveragedModel:
-    """Of the weights, over about the last 1 / (1 - decay) updates, or the last tenth if fewer.
-
-    The first weights are random, and must not stay in it.
-    """
-
-    @torch.no_grad()
-    def update(mean: Any, now: Any, done: Any) -> None:
-        kept = min(decay, (1 + int(done)) / (10 + int(done)))
-        torch._foreach_lerp_(mean, now, 1 - kept)
-
-    return AveragedModel(model, multi_avg_fn=update)
+def descend(plan: LRScheduler, loss: Tensor) -> None:
+    """A step of the plan and its optimizer, of gradients clipped to a norm of 1."""
+    optimizer = plan.optimizer
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    plan.step()
 
 
 def turned(

@@ -17,12 +17,14 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.lr_scheduler import LambdaLR
 
 from cvmatch.generate import coarse
+from cvmatch.generate.adapt import Average
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.noise import Noise
 from cvmatch.toy.diffusion import encode, no_tokens, reconstruction_loss, scaled, shallow_of
-from cvmatch.toy.optimise import running_mean
+from cvmatch.toy.optimise import descend
 from cvmatch.toy.untrained import noise_schedule
 
 log = logging.getLogger(__name__)
@@ -66,24 +68,24 @@ def sharpen(
     decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])  # pyright: ignore
     before, shallow = copy.deepcopy(vae), shallow_of(features).to(aerial.device)
     discriminator = Discriminator().to(aerial.device)
-    decoder_optimizer = _Optimizer(decoder, _DECODER_RATE, steps)
-    discriminator_optimizer = _Optimizer(discriminator, _DISCRIMINATOR_RATE, steps)
-    mean = running_mean(decoder, 0.998)
+    decoder_plan = _planned(decoder, _DECODER_RATE, steps)
+    discriminator_plan = _planned(discriminator, _DISCRIMINATOR_RATE, steps)
+    mean = Average(0.998)
     for step in range(steps):
         with torch.autocast(aerial.device.type, torch.bfloat16):
             rows, others = torch.randint(len(aerial), (2, _BATCH), device=aerial.device)
             again, error = tiles.decoded(vae, before, shallow, rows)
             adversarial = adversarial_loss(discriminator, again)
         weight = adaptive_weight(error, adversarial, vae.decoder.conv_out.weight)
-        decoder_optimizer.step(error + weight * adversarial)
+        descend(decoder_plan, error + weight * adversarial)
         with torch.autocast(aerial.device.type, torch.bfloat16):
             hinge = hinge_loss(discriminator, again.detach(), scaled(aerial[others]))
-        discriminator_optimizer.step(hinge)
-        mean.update_parameters(decoder)
+        descend(discriminator_plan, hinge)
+        mean.update(decoder.parameters())
         if (step + 1) % 50 == 0:
             values = error.item(), hinge.item()
             log.info("step %d of %d, error %.4f, hinge %.3f", step + 1, steps, *values)
-    decoder.load_state_dict(mean.module.state_dict())
+    mean.copy_to(decoder.parameters())
 
 
 class Discriminator(nn.Module):
@@ -172,7 +174,7 @@ class _Tiles:
         vae: AutoencoderKL,
         before: AutoencoderKL,
         shallow: nn.Module,
-        rows: Int64[Tensor, "*"],
+        rows: Int64[Tensor, " row"],
     ) -> tuple[Tensor, Tensor]:
         """Pictures of rows, of the first half from their own latents, and their error."""
         half = len(rows) // 2
@@ -185,23 +187,10 @@ class _Tiles:
         return again, error + _changed(again[half:], old)
 
 
-class _Optimizer:
+def _planned(model: nn.Module, rate: float, steps: int) -> LambdaLR:
     """Adam with a short memory, a warm-up of 50 steps, and a rate that ends at zero."""
-
-    def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
-        self.weights = list(model.parameters())
-        self.adam = torch.optim.Adam(self.weights, rate, betas=(0.5, 0.9))
-        self.plan = torch.optim.lr_scheduler.LambdaLR(
-            self.adam, lambda n: min(1, (n + 1) / 50, 3 * (1 - n / steps))
-        )
-
-    def step(self, loss: Tensor) -> None:
-        """One step, of clipped gradients."""
-        self.adam.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.adam.step()
-        self.plan.step()
+    adam = torch.optim.Adam(model.parameters(), rate, betas=(0.5, 0.9))
+    return LambdaLR(adam, lambda n: min(1, (n + 1) / 50, 3 * (1 - n / steps)))
 
 
 def _redrawn(unet: UNet2DConditionModel, part: Tensor, vae: AutoencoderKL) -> Tensor:
