@@ -5,30 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.nn import functional as F
 from transformers import SegformerForSemanticSegmentation
 
 from cvmatch import metrics, toy
-from cvmatch.generate.coarse import shrunk
 from cvmatch.generate.condition import Condition, Conditioning
 from cvmatch.generate.model import Generator
 from cvmatch.schema import LABELS
 from cvmatch.segment.model import Segmenter
 from cvmatch.segment.pairs import Preprocess
 from cvmatch.towers import features, normalise
-from cvmatch.toy import pretrain
-from cvmatch.toy.diffusion import scaled
+from cvmatch.toy import pretrain, untrained
+from cvmatch.toy.adversary import Discriminator, adversarial_loss, balanced, hinge_loss
+from cvmatch.toy.autoencoder import encode, pretrain_vae, scaled
 from cvmatch.toy.optimise import optimise
 from cvmatch.toy.places import SIZES
-from cvmatch.toy.sharpen import (
-    Discriminator,
-    adaptive_weight,
-    adversarial_loss,
-    hinge_loss,
-    redrawn,
-    sharpen,
-)
 from cvmatch.world import pairs, world_seed
 
 MEGABYTE = 1e6
@@ -46,11 +37,6 @@ def place():
 @pytest.fixture(scope="module")
 def generator():
     return Generator.base(toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4))
-
-
-@pytest.fixture(scope="module")
-def unet():
-    return UNet2DConditionModel.from_pretrained(toy.DIFFUSION, subfolder="unet").float()
 
 
 def test_toy_models_fit_in_twelve_megabytes():
@@ -76,13 +62,26 @@ def test_toy_vae_keeps_a_tile(generator, place):
     assert lost < 0.11  # trained without their weight: 0.15
 
 
-@pytest.mark.parametrize("pull", [False, True])
-def test_toy_vae_draws_as_finely_as_a_tile_what_the_unet_left_open(generator, unet, place, pull):
-    image = place[2].float() / 255
-    torch.manual_seed(0)
+def test_toy_vae_keeps_few_nats_of_a_tile(generator, place):
     with torch.no_grad():
-        again = generator.frozen.decode(redrawn(unet, generator.frozen.encode(image), 3, pull))
-    assert 0.85 < _fine(again) / _fine(image) < 1.15  # trained for errors alone: 0.71
+        latent = generator.frozen.vae.encode(scaled(place[2])).latent_dist
+    assert latent.kl().mean() < 500  # with an eighth of that weight on nats: 1,400
+
+
+def test_toy_vae_gives_the_shrunk_tile_of_a_shrunk_latent(generator, place):
+    image = place[2].float() / 255
+    with torch.no_grad():
+        again = generator.frozen.decode(F.avg_pool2d(generator.frozen.encode(image), 2))
+    small = F.avg_pool2d(image, 2)
+    flat = small.mean(dim=(2, 3), keepdim=True).expand_as(small)
+    assert metrics.psnr(again.clamp(0, 1), small).mean() > metrics.psnr(flat, small).mean() + 4
+
+
+def test_toy_vae_draws_as_finely_as_a_tile(generator, place):
+    image = place[2].float() / 255
+    with torch.no_grad():
+        again = generator.frozen.decode(generator.frozen.encode(image))
+    assert 0.85 < _fine(again) / _fine(image) < 1.15  # trained for errors alone: 0.7
 
 
 def _fine(image):
@@ -119,23 +118,6 @@ def test_toy_segformer_gets_a_new_head_for_five_classes():
     assert segmenter.logits(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1] == 5
 
 
-def test_redrawn_latents_are_the_nearer_the_later_they_begin(generator, unet, place):
-    latents = generator.frozen.encode(place[2].float() / 255)
-    torch.manual_seed(0)
-    apart = [
-        (redrawn(unet, latents, first, False) - latents).square().mean() for first in (0, 3, 6)
-    ]
-    assert apart[0] > apart[1] > apart[2]
-
-
-def test_redrawn_latents_that_are_pulled_keep_what_is_coarse(generator, unet, place):
-    latents = generator.frozen.encode(place[2].float() / 255)
-    torch.manual_seed(0)
-    free, pulled = (shrunk(redrawn(unet, latents, 0, pull), 8) for pull in (False, True))
-    wanted = shrunk(latents, 8)
-    assert (pulled - wanted).square().mean() < 0.1 * (free - wanted).square().mean()
-
-
 def test_discriminator_learns_to_tell_blurred_tiles(place):
     true = scaled(place[2])
     blurred = F.interpolate(F.avg_pool2d(true, 4), scale_factor=4)
@@ -151,28 +133,32 @@ def test_discriminator_learns_to_tell_blurred_tiles(place):
         assert adversarial_loss(discriminator, true) < adversarial_loss(discriminator, blurred)
 
 
-def test_discriminator_scores_patches_of_28_pixels():
+def test_discriminator_scores_patches_of_36_pixels():
     picture = torch.zeros(1, 3, 64, 64, requires_grad=True)
     Discriminator()(picture)[0, 0, 8, 8].backward()
     assert picture.grad is not None
     seen = picture.grad[0].abs().sum(dim=0) > 0
-    assert (seen.any(0).sum(), seen.any(1).sum()) == (28, 28)
+    assert (seen.any(0).sum(), seen.any(1).sum()) == (36, 36)
 
 
-def test_adaptive_weight_is_that_of_half_the_gradient():
-    last = torch.ones(3, requires_grad=True)
-    weight = adaptive_weight((2 * last).sum(), (8 * last).sum(), last)
-    assert weight.item() == pytest.approx(0.5 * 2 / 8)
+def test_adversarial_gradient_is_half_as_long_as_the_errors():
+    drawn = torch.ones(3, requires_grad=True)
+    balanced((2 * drawn).sum(), (8 * drawn[:1]).sum(), drawn).backward()
+    assert drawn.grad is not None
+    errors = torch.tensor([2.0, 2, 2])
+    torch.testing.assert_close(drawn.grad, errors + torch.tensor([0.5 * errors.norm(), 0, 0]))
 
 
-def test_sharpening_changes_the_decoder_alone(unet, place):
+def test_vae_training_starts_from_random_weights_and_sets_the_scale(place):
     _, classes, tiles = place
-    vae = AutoencoderKL.from_pretrained(toy.DIFFUSION, subfolder="vae").float()
-    before = {name: value.clone() for name, value in vae.state_dict().items()}
     torch.manual_seed(0)
-    sharpen(vae, unet, tiles, classes[:, ::2, ::2], features(toy.TOWER), steps=2)
-    changed = {n for n, value in vae.state_dict().items() if not torch.equal(value, before[n])}
-    assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+    vae = untrained.new_vae()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    pretrain_vae(vae, tiles, classes[:, ::2, ::2], features(toy.TOWER), steps=4)
+    same = {name for name, value in vae.state_dict().items() if torch.equal(value, before[name])}
+    assert not same
+    scaled_latents = encode(vae, tiles).float() * vae.config["scaling_factor"]
+    assert scaled_latents.std().item() == pytest.approx(1, abs=0.01)
 
 
 def test_mean_of_the_weights_forgets_the_first_ones():

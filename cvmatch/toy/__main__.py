@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from jaxtyping import UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,21 +17,29 @@ from transformers import CLIPImageProcessor
 
 from cvmatch import hardware, towers
 from cvmatch.config import parse
-from cvmatch.toy import CLIP, DIFFUSION, MODELS, SEGFORMER, TOWER, diffusion, pretrain, untrained
+from cvmatch.toy import (
+    CLIP,
+    DIFFUSION,
+    MODELS,
+    SEGFORMER,
+    TOWER,
+    autoencoder,
+    diffusion,
+    pretrain,
+    untrained,
+)
 from cvmatch.toy.places import SIZES, Places, places, tiles
-from cvmatch.toy.sharpen import sharpen
 
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
-Name = Literal["tower", "vae", "unet", "decoder", "clip", "segformer"]
+Name = Literal["tower", "vae", "unet", "clip", "segformer"]
 
 STEPS: dict[Name, int] = {
     "tower": 400,
     "vae": 1012,
     "unet": 2311,
-    "decoder": 3000,
     "clip": 500,
     "segformer": 500,
 }
@@ -52,8 +60,7 @@ class Pretrain:
     """Pre-train the toy base models on worlds that no data set contains."""
 
     models: tuple[Name, ...] = get_args(Name)
-    """Which; in this order: the VAE needs the tower, the UNet the VAE, and the decoder (which is
-    the VAE's, sharpened) all three."""
+    """Which; in this order: the VAE needs the tower, and the UNet the VAE."""
     worlds: int = 160
     """Worlds whose pairs the tower, CLIP and the SegFormer see, of 24 pairs each."""
     tile_worlds: int = 1600
@@ -86,8 +93,8 @@ class Maker:
         stack = towers.features(self.at(TOWER)).float()
         vae = self.begun("vae", untrained.new_vae())
         aerial, classes = self.tiles
-        diffusion.pretrain_vae(vae, aerial[:-HELD_OUT], classes[:-HELD_OUT], stack, steps)
-        log.info("vae: %.1f dB on held-out tiles", diffusion.kept(vae, aerial[-HELD_OUT:]))
+        autoencoder.pretrain_vae(vae, aerial[:-HELD_OUT], classes[:-HELD_OUT], stack, steps)
+        log.info("vae: %.1f dB on held-out tiles", autoencoder.kept(vae, aerial[-HELD_OUT:]))
         _save(vae, self.part("vae"))
 
     def unet(self, steps: int) -> None:
@@ -96,21 +103,11 @@ class Maker:
         aerial = self.tiles[0][:-HELD_OUT]
         both = [aerial, aerial.flip(-1)]
         turned = [torch.rot90(tiles, turns, (-2, -1)) for tiles in both for turns in range(4)]
-        latents = torch.cat([diffusion.encode(vae, part) for part in turned])
+        latents = torch.cat([autoencoder.encode(vae, part) for part in turned])
         unet = self.begun("unet", untrained.new_unet(latents.shape[1]))
         diffusion.pretrain_unet(unet, latents, vae.config["scaling_factor"], steps)
         _save(unet, self.part("unet"))
         untrained.noise_schedule().save_pretrained(self.part("scheduler"))
-
-    def decoder(self, steps: int) -> None:
-        """From tiles, their classes, the tower, the VAE and the UNet. Overwrites the VAE."""
-        stack = towers.features(self.at(TOWER)).float()
-        vae = AutoencoderKL.from_pretrained(self.part("vae"))
-        unet = UNet2DConditionModel.from_pretrained(self.part("unet"))
-        aerial, classes = self.tiles
-        sharpen(vae, unet, aerial[:-HELD_OUT], classes[:-HELD_OUT], stack, steps)
-        log.info("decoder: %.1f dB on held-out tiles", diffusion.kept(vae, aerial[-HELD_OUT:]))
-        _save(vae, self.part("vae"))
 
     def clip(self, steps: int) -> None:
         """From pairs, none of which it sees together."""
