@@ -75,7 +75,7 @@ def ddim(model: Generator, guidance: float) -> Draw:
             at = torch.full_like(keys, int(step))
             right, wrong = (model.predict(latent, at, given) for given in (condition, null))
             answer = wrong + guidance * (right - wrong)
-            answer = coarse.steered(model.noise, latent, answer, at, wanted)
+            answer = coarse.steered(model.noise, latent, answer, int(step), wanted)
             latent = scheduler.step(answer, step, latent).prev_sample
         return model.frozen.decode(latent).clamp(0, 1)
 

@@ -786,10 +786,10 @@ def test_sample_is_pulled_to_what_the_rays_draw_of_the_coarse(toy: str):
     assert apart[1] < 0.5 * apart[0]
 
 
-@pytest.mark.parametrize("cells", [0, 8])
-def test_sample_is_pulled_in_its_last_step_too(toy: str, cells: int):
+@pytest.mark.parametrize(("steps", "pulled"), [(2, True), (8, False)])
+def test_last_step_of_a_sample_is_pulled_if_it_is_noisy_alone(toy: str, steps: int, pulled: bool):
     torch.manual_seed(0)
-    model = _base(toy, replace(TOY, coarse=cells)).eval()
+    model = _base(toy, replace(TOY, coarse=8)).eval()
     seen: dict[str, torch.Tensor] = {}
     model.unet.register_forward_hook(
         lambda unet, given, out: seen.update(noisy=given[0], step=given[1], answer=out.sample)
@@ -797,10 +797,10 @@ def test_sample_is_pulled_in_its_last_step_too(toy: str, cells: int):
     model.frozen.vae.post_quant_conv.register_forward_pre_hook(
         lambda part, given: seen.update(drawn=given[0])
     )
-    _draw(model, 2, steps=8, guidance=1.0)
+    _draw(model, 2, steps=steps, guidance=1.0)
     answered = model.noise.clean(seen["noisy"][:, :4], seen["answer"], seen["step"])
     drawn = seen["drawn"] * model.frozen.vae.config["scaling_factor"]
-    assert ((drawn - answered).abs().max() > 0.05) == bool(cells)
+    assert ((drawn - answered).abs().max() > 0.05) == pulled
 
 
 def test_pulled_latents_keep_what_is_fine():

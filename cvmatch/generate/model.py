@@ -149,7 +149,15 @@ class Generator(nn.Module):
     def draw(
         self, seen: Seen, keys: Int64[Tensor, " batch"], sampling: Sampling = DEFAULT
     ) -> Float[Tensor, "batch 3 size size"]:
-        """Synthetic aerials in [0, 1], by DPM-Solver++ with classifier-free guidance.
+        """Synthetic aerials in [0, 1]: the pictures of `latents`."""
+        with self._halved():
+            return self.frozen.decode(self.latents(seen, keys, sampling)).float().clamp(0, 1)
+
+    @torch.no_grad()
+    def latents(
+        self, seen: Seen, keys: Int64[Tensor, " batch"], sampling: Sampling = DEFAULT
+    ) -> Float[Tensor, "batch c h w"]:
+        """Latents of synthetic aerials, by DPM-Solver++ with classifier-free guidance.
 
         The noise of a row depends on its key (`draws.key(pair_id)`) and the seed alone, so a
         picture does not depend on its batch.
@@ -159,21 +167,21 @@ class Generator(nn.Module):
             both = _doubled(self.conditioner, condition) if sampling.guidance != 1 else condition
             stream = draws.stream(sampling.seed, purpose="sample")
             latent = draws.normal(keys, stream, *self.latent)
-            wanted, before = self.wanted(condition), sampling.guidance
+            wanted, before = self.wanted(condition), (sampling.guidance, True)
             solver: Any = self.noise.solver(sampling.steps)
             for step in solver.timesteps:
-                at = torch.full_like(keys, int(step))
-                scale = sampling.scale(int(step) / len(self.noise.signal))
+                at, share = torch.full_like(keys, int(step)), int(step) / len(self.noise.signal)
+                scale = sampling.scale(share)
                 if scale == 1:
                     answer = self.predict(latent, at, condition).float()
                 else:
                     answer = self._guided(latent, at, both, scale)
-                answer = coarse.steered(self.noise, latent, answer, at, wanted)
-                if scale != before:
+                answer = coarse.steered(self.noise, latent, answer, int(step), wanted)
+                if (scale, coarse.acts(share)) != before:
                     solver.lower_order_nums = 0  # a slope between two models would mean nothing
-                    before = scale
+                    before = scale, coarse.acts(share)
                 latent = solver.step(answer, step, latent).prev_sample
-            return self.frozen.decode(latent).float().clamp(0, 1)
+            return latent
 
     def _guided(self, latent: Tensor, step: Tensor, both: Condition, scale: float) -> Tensor:
         answer = self.predict(latent.repeat(2, 1, 1, 1), step.repeat(2), both).float()

@@ -38,7 +38,7 @@ class Sampling:
         return f"{self.steps} steps, guidance {self.guidance:g} {above}"
 
 
-VERSION = 4
+VERSION = 5
 """Version of the sampler: another one draws other pictures with the same settings."""
 
 DEFAULT = Sampling()

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessor
 
 from cvmatch import hardware, towers
 from cvmatch.config import parse
+from cvmatch.generate.model import Generator
 from cvmatch.toy import (
     CLIP,
     DIFFUSION,
@@ -24,6 +25,7 @@ from cvmatch.toy import (
     SEGFORMER,
     TOWER,
     autoencoder,
+    decoder,
     diffusion,
     pretrain,
     untrained,
@@ -34,19 +36,26 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
-Name = Literal["tower", "vae", "unet", "clip", "segformer"]
+Name = Literal["tower", "vae", "unet", "decoder", "clip", "segformer"]
 
 STEPS: dict[Name, int] = {
     "tower": 400,
     "vae": 6000,
     "unet": 2311,
+    "decoder": 5500,
     "clip": 500,
     "segformer": 500,
 }
-"""Optimizer steps. VAE and UNet take minutes of an H200 and hours of two cores, the others an hour
-of two cores. The package's VAE and UNet were made on an H200, for pixels' errors alone, and then
-trained on (`start`) on two cores for what the VAE's loss is now: the VAE for 75 minutes, 230
-thousand tiles, the UNet for 110, 1,500 thousand."""
+"""Optimizer steps. VAE, UNet and decoder take minutes of an H200 and hours of two cores, the others
+an hour of two cores.
+
+The package's VAE and UNet were made on an H200, for pixels' errors alone, and then trained on
+(`start`) on two cores for what the VAE's loss is now: the VAE for 75 minutes, 230 thousand tiles,
+the UNet for 110, 1,500 thousand. Then the VAE's blocks got their second layers and their attention,
+without effect as they were added; in the encoder they still have none. Its decoder was trained for
+65 minutes, 175 thousand tiles, for two thirds of them with what the UNet drew of noised tiles in
+place of a generator's latents; the weights are the mean of those at two thirds and at the end,
+which alone drew too hard."""
 
 HELD_OUT = 512
 """Last tiles, which the VAE and the UNet do not see."""
@@ -58,8 +67,11 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 class Pretrain:
     """Pre-train the toy base models on worlds that no data set contains."""
 
-    models: tuple[Name, ...] = get_args(Name)
-    """Which; in this order: the VAE needs the tower, and the UNet the VAE."""
+    models: tuple[Name, ...] = ("tower", "vae", "unet", "clip", "segformer")
+    """Which; in this order: the VAE needs the tower, and the UNet the VAE. `decoder` trains that of
+    the VAE on, with a generator that was trained from these models."""
+    generator: str = ""
+    """Local directory of that generator (jobs/train_generator.py)."""
     worlds: int = 160
     """Worlds whose pairs the tower, CLIP and the SegFormer see, of 24 pairs each."""
     tile_worlds: int = 1600
@@ -72,6 +84,13 @@ class Pretrain:
     """Local directory of the models."""
     seed: int = 0
     """Seed of the worlds, the weights and the batches."""
+
+    def __post_init__(self) -> None:
+        if "decoder" in self.models and not self.generator:
+            raise ValueError(
+                "toy: --models decoder needs --generator, a local directory that "
+                "jobs/train_generator.py published."
+            )
 
 
 @dataclass(frozen=True)
@@ -108,12 +127,22 @@ class Maker:
         _save(unet, self.part("unet"))
         untrained.noise_schedule().save_pretrained(self.part("scheduler"))
 
+    def decoder(self, steps: int) -> None:
+        """The VAE's, on: from tiles, the tower, pairs and a generator."""
+        vae = AutoencoderKL.from_pretrained(self.part("vae")).to(self.device)  # pyright: ignore
+        generator = Generator.load(self.config.generator, self.device)
+        stack = towers.features(self.at(TOWER)).float()
+        own = decoder.own_latents(vae, *(part[:-HELD_OUT] for part in self.tiles))
+        classes = torch.from_numpy(self.pairs.classes)[:, ::2, ::2]  # of twice a small tile's side
+        pairs = (_planes(self.pairs.panorama), self.small, classes)
+        drawn = decoder.drawn_latents(generator, *(part.to(self.device) for part in pairs))
+        decoder.pretrain_decoder(vae, own, drawn, stack, steps)
+        _save(vae, self.part("vae"))
+
     def clip(self, steps: int) -> None:
         """From pairs, none of which it sees together."""
-        side = untrained.TILE
-        tiles = F.avg_pool2d(_planes(self.pairs.aerial).float(), SIZES.aerial // side)
-        panoramas = _planes(self.pairs.panorama)
-        clip = pretrain.pretrain_clip(tiles.round().byte(), panoramas, self.shares, steps)
+        side, panoramas = untrained.TILE, _planes(self.pairs.panorama)
+        clip = pretrain.pretrain_clip(self.small, panoramas, self.shares, steps)
         _save(clip, self.at(CLIP))
         processor = CLIPImageProcessor(
             size={"shortest_edge": side},
@@ -132,6 +161,12 @@ class Maker:
     def pairs(self) -> Places:
         """Pairs of `worlds` worlds."""
         return places(self.config.worlds, self.config.seed)
+
+    @functools.cached_property
+    def small(self) -> Tensor:
+        """Tiles of the pairs, at the size that the VAE and CLIP see."""
+        tiles = _planes(self.pairs.aerial).float()
+        return F.avg_pool2d(tiles, SIZES.aerial // untrained.TILE).round().byte()
 
     @functools.cached_property
     def shares(self) -> Tensor:

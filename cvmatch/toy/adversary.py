@@ -1,6 +1,7 @@
-"""A patch discriminator, and the losses of the game it plays against a decoder.
+"""A patch discriminator, and the game that a decoder plays against it.
 
-After Rombach et al. 2022, appendix G, and Esser et al. 2021, section 3.1.
+After Rombach et al. 2022, appendix G (patches, the weight of the term), and Jolicoeur-Martineau
+2019 (relativistic pairs, as in Huang et al. 2024).
 """
 
 import torch
@@ -8,9 +9,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.lr_scheduler import LambdaLR
 
-_SHARE = 0.5
-"""Gradient of the adversarial term at the pictures, as a share of the errors'."""
+from cvmatch.toy.optimise import descend
+
+_RATE = 1e-3
+"""The discriminator's learning rate, five times and more a decoder's."""
+
+_BLIND, _SURE = 0.68, 0.38
+"""Discriminator's losses at which its term counts a tenth, and all. One that cannot tell (log 2 =
+0.693) has nothing to teach; followed at once, it stays blind."""
 
 
 class Discriminator(nn.Module):
@@ -30,31 +38,65 @@ class Discriminator(nn.Module):
     def forward(self, picture: Float[Tensor, "row 3 64 64"]) -> Float[Tensor, "row 1 16 16"]:
         """Of RGB in [-1, 1].
 
-        Spectral normalisation bounds the slope; times 10, scores can reach the hinge's margins.
+        Spectral normalisation bounds the slope; times 10, scores can differ by enough to be sure.
         """
         return 10 * self.layers(picture).float()
 
 
-def adversarial_loss(
-    discriminator: nn.Module, drawn: Float[Tensor, "row 3 64 64"]
-) -> Float[Tensor, ""]:
-    """The decoder's: less where its pictures look like tiles."""
-    return -discriminator(drawn).mean()
+class Adversary:
+    """A discriminator that learns while a decoder is trained against it."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.discriminator = Discriminator().to(device)
+        self.recent = _BLIND
+        self._plan = planned(self.discriminator, _RATE, steps)
+
+    def joined(
+        self,
+        error: Float[Tensor, ""],
+        drawn: Float[Tensor, "row 3 64 64"],
+        true: Float[Tensor, "row 3 64 64"],
+        share: float,
+    ) -> Float[Tensor, ""]:
+        """The decoder's loss: the error, and the adversarial term as far as it can be trusted.
+
+        `share`: of the error's gradient, where the discriminator is sure.
+        """
+        trust = min(1.0, max(0.1, (_BLIND - self.recent) / (_BLIND - _SURE)))
+        with torch.autocast(drawn.device.type, torch.bfloat16):
+            adversarial = preference(self.discriminator, drawn, true)
+        return balanced(error, adversarial, drawn, share * trust)
+
+    def learn(
+        self, drawn: Float[Tensor, "row 3 64 64"], true: Float[Tensor, "row 3 64 64"]
+    ) -> None:
+        """A step of the discriminator."""
+        with torch.autocast(drawn.device.type, torch.bfloat16):
+            loss = preference(self.discriminator, true, drawn.detach())
+        descend(self._plan, loss)
+        self.recent += 0.03 * (loss.item() - self.recent)
 
 
-def hinge_loss(
+def preference(
     discriminator: nn.Module,
-    drawn: Float[Tensor, "row 3 64 64"],
-    true: Float[Tensor, "row 3 64 64"],
+    better: Float[Tensor, "row 3 64 64"],
+    worse: Float[Tensor, "row 3 64 64"],
 ) -> Float[Tensor, ""]:
-    """The discriminator's: 0 if true tiles score above 1 and drawn ones below -1, 2 if blind."""
-    return F.relu(1 + discriminator(drawn)).mean() + F.relu(1 - discriminator(true)).mean()
+    """Less where patches of one picture score above the same patches of the other; log 2: equal.
+
+    The two show the same place, so what they share cancels. With other places' tiles as the true
+    ones, the discriminator stayed near blind at equal steps.
+    """
+    return F.softplus(discriminator(worse) - discriminator(better)).mean()
 
 
 def balanced(
-    error: Float[Tensor, ""], adversarial: Float[Tensor, ""], drawn: Float[Tensor, "row 3 64 64"]
+    error: Float[Tensor, ""],
+    adversarial: Float[Tensor, ""],
+    drawn: Float[Tensor, "row 3 64 64"],
+    share: float,
 ) -> Float[Tensor, ""]:
-    """A loss with the error's gradient and, _SHARE times as long, the adversarial term's.
+    """A loss with the error's gradient and, `share` times as long, the adversarial term's.
 
     As equation 7 of Esser et al. 2021, but both gradients are taken at the pictures, not at the
     decoder's last weights: each is needed there anyway, and so neither is computed twice.
@@ -62,5 +104,11 @@ def balanced(
     slope, adverse = (
         torch.autograd.grad(loss, drawn, retain_graph=True)[0] for loss in (error, adversarial)
     )
-    weight = _SHARE * slope.norm() / (adverse.norm() + 1e-8)
+    weight = share * slope.norm() / (adverse.norm() + 1e-8)
     return ((slope + weight * adverse) * drawn).sum()
+
+
+def planned(model: nn.Module, rate: float, steps: int) -> LambdaLR:
+    """Adam with a short memory, a warm-up of 50 steps, and a rate that ends at zero."""
+    adam = torch.optim.Adam(model.parameters(), rate, betas=(0.5, 0.9))
+    return LambdaLR(adam, lambda n: min(1, (n + 1) / 50, 3 * (1 - n / steps)))

@@ -13,13 +13,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 
 from cvmatch import metrics
 from cvmatch.generate.adapt import Average
 from cvmatch.schema import LABELS
 from cvmatch.towers import normalise
-from cvmatch.toy.adversary import Discriminator, adversarial_loss, balanced, hinge_loss
+from cvmatch.toy.adversary import Adversary, planned
 from cvmatch.toy.optimise import descend, turned
 
 log = logging.getLogger(__name__)
@@ -29,16 +28,15 @@ _BATCH, _MEANS = 32, 8
 draws will be; the others, from a sample. Only samples teach the encoder: from means it would learn
 to write without limit."""
 
-_RATE, _DISCRIMINATOR_RATE = 1.5e-4, 5e-4
-"""Learning rates. At 4e-4 the latents collapsed."""
+_RATE = 1.5e-4
+"""Learning rate. At 4e-4 the latents collapsed."""
 
 _NATS = 1e-5, 3e-4
 """Weight of a nat at the start and from 60 % of the steps on. 3e-5 keeps 1,700 nats of a tile, 6e-5
 1,400, 3e-4 350, and roofs in all; at once, 1e-4 collapses."""
 
-_JOINS = 0.25
-"""Share of the steps after which the adversarial term joins: a discriminator that knows nothing yet
-(hinge loss 2) is fooled at once, and stays blind."""
+_SHARE = 0.5
+"""Gradient of the adversarial term at the pictures, as a share of the errors'."""
 
 
 def pretrain_vae(
@@ -50,35 +48,25 @@ def pretrain_vae(
 ) -> None:
     """Train to give tiles back (`reconstruction_loss`) from few nats, and pictures like tiles."""
     vae.to(aerial.device)  # pyright: ignore
-    shallow, discriminator = shallow_of(features), Discriminator()
-    for model in (shallow, discriminator):
-        model.to(aerial.device)
-    plan, adversary = (
-        _planned(model, rate, steps)
-        for model, rate in ((vae, _RATE), (discriminator, _DISCRIMINATOR_RATE))
-    )
+    shallow = shallow_of(features).to(aerial.device)
+    adversary, plan = Adversary(steps, aerial.device), planned(vae, _RATE, steps)
     both, mean = torch.cat([aerial, classes[:, None]], dim=1), Average(0.998)
     for step in range(steps):
-        rows, others = torch.randint(len(aerial), (2, _BATCH), device=aerial.device)
-        shown = turned(both[rows])
+        shown = turned(both[torch.randint(len(aerial), (_BATCH,), device=aerial.device)])
         image, weight = scaled(shown[:, :3]), pixel_weight(shown[:, 3])
         with torch.autocast(aerial.device.type, torch.bfloat16):
             latent = vae.encode(image).latent_dist  # pyright: ignore
             z = _seen(latent)
-            again = _decode(vae, z)
+            again = decode(vae, z)
             error = reconstruction_loss(shallow, again, image, weight)
             rest = _shrunk_loss(vae, shallow, z[_MEANS:], image[_MEANS:], weight[_MEANS:])
             rest = 0.5 * rest + _nat_weight(step / steps) * latent.kl().mean()
-            if step >= _JOINS * steps:
-                error = balanced(error, adversarial_loss(discriminator, again), again)
-        descend(plan, error + rest)
+        descend(plan, adversary.joined(error, again, image, _SHARE) + rest)
         mean.update(vae.parameters())
-        with torch.autocast(aerial.device.type, torch.bfloat16):
-            hinge = hinge_loss(discriminator, again.detach(), scaled(aerial[others]))
-        descend(adversary, hinge)
+        adversary.learn(again, image)
         if (step + 1) % 50 == 0:
-            told = latent.kl().mean().item(), hinge.item()
-            log.info("step %d of %d, %.0f nats, hinge %.3f", step + 1, steps, *told)
+            told = latent.kl().mean().item(), adversary.recent
+            log.info("step %d of %d, %.0f nats, discriminator %.3f", step + 1, steps, *told)
     mean.copy_to(vae.parameters())
     latents = encode(vae, aerial[:512])
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
@@ -94,11 +82,19 @@ def reconstruction_loss(
 
     `weight` is of the pixels' part.
     """
-    seen, wanted = (shallow(normalise(x / 2 + 0.5)) for x in (again, image))
-    perceptual = F.l1_loss(seen, wanted) / wanted.abs().mean()
     apart = (again - image).abs()
     pixels = (weight * (apart + apart.square())).sum() / (3 * weight.sum())
-    return pixels + 0.2 * perceptual
+    return pixels + 0.2 * perceptual_loss(shallow, again, image)
+
+
+def perceptual_loss(
+    shallow: nn.Module,
+    again: Float[Tensor, "tile 3 size size"],
+    image: Float[Tensor, "tile 3 size size"],
+) -> Tensor:
+    """Difference of the features of pictures in [-1, 1], as a share of the features."""
+    seen, wanted = (shallow(normalise(x / 2 + 0.5)) for x in (again, image))
+    return F.l1_loss(seen, wanted) / wanted.abs().mean()
 
 
 def pixel_weight(classes: UInt8[Tensor, "tile 64 64"]) -> Float[Tensor, "tile 1 64 64"]:
@@ -132,11 +128,18 @@ def encode(
     return torch.cat(parts)
 
 
+def decode(
+    vae: AutoencoderKL, latent: Float[Tensor, "tile channel cell cell"]
+) -> Float[Tensor, "tile 3 size size"]:
+    """Pictures in [-1, 1], or little beyond, of latents that are not scaled."""
+    return vae.decode(latent).sample.float()  # pyright: ignore
+
+
 @torch.inference_mode()
 def kept(vae: AutoencoderKL, aerial: UInt8[Tensor, "tile 3 64 64"]) -> float:
     """Mean PSNR in dB of tiles that went through the VAE and back."""
     image = aerial.float() / 255
-    again = _decode(vae, encode(vae, aerial).float()) / 2 + 0.5
+    again = decode(vae, encode(vae, aerial).float()) / 2 + 0.5
     return metrics.psnr(again.clamp(0, 1), image).mean().item()
 
 
@@ -154,20 +157,10 @@ def _shrunk_loss(
     from noise: its held-out loss fell from 0.69 to 0.61, and with few nats to 0.55.
     """
     small, *true = (F.avg_pool2d(x, 2) for x in (latent, image, weight))
-    return reconstruction_loss(shallow, _decode(vae, small), *true)
+    return reconstruction_loss(shallow, decode(vae, small), *true)
 
 
 def _nat_weight(part: float) -> float:
     """Weight of a nat when that part of the steps is done."""
     first, last = _NATS
     return first * (last / first) ** min(1, part / 0.6)
-
-
-def _planned(model: nn.Module, rate: float, steps: int) -> LambdaLR:
-    """Adam with a short memory, a warm-up of 50 steps, and a rate that ends at zero."""
-    adam = torch.optim.Adam(model.parameters(), rate, betas=(0.5, 0.9))
-    return LambdaLR(adam, lambda n: min(1, (n + 1) / 50, 3 * (1 - n / steps)))
-
-
-def _decode(vae: AutoencoderKL, latent: Tensor) -> Tensor:
-    return vae.decode(latent).sample.float()  # pyright: ignore
