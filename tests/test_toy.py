@@ -20,7 +20,7 @@ from cvmatch.toy import pretrain, untrained
 from cvmatch.toy.__main__ import Pretrain
 from cvmatch.toy.adversary import Adversary, Discriminator, balanced
 from cvmatch.toy.autoencoder import encode, pretrain_vae, scaled
-from cvmatch.toy.decoder import Latents, drawn_latents, own_latents, pretrain_decoder
+from cvmatch.toy.decoder import Latents, drawn_latents, pretrain_decoder
 from cvmatch.toy.optimise import optimise
 from cvmatch.toy.places import SIZES
 from cvmatch.world import pairs, world_seed
@@ -140,7 +140,7 @@ def test_adversary_leads_up_its_score_and_counts_more_when_it_can_tell(place):
     adversary = Adversary(100, true.device)
     shares = []
     for _ in range(2):
-        error = (blurred.square().sum() * 0.5).mean()
+        error = 0.5 * blurred.square().sum()
         joined = adversary.joined(error, blurred, true, share=0.5)
         adverse = torch.autograd.grad(joined, blurred)[0] - blurred
         shares.append((adverse.norm() / blurred.norm()).item())
@@ -190,7 +190,7 @@ def test_decoder_training_leaves_the_encoder(generator, place):
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     classes, panoramas = classes[:, ::2, ::2], torch.zeros(8, 3, 64, 256, dtype=torch.uint8)
     torch.manual_seed(0)
-    own = own_latents(vae, tiles, classes)
+    own = Latents(tiles, classes, encode(vae, tiles))
     drawn = drawn_latents(generator, panoramas, tiles, classes)
     assert drawn.latent.shape == own.latent.shape
     pretrain_decoder(vae, own, drawn, features(toy.TOWER), steps=2)

@@ -177,9 +177,9 @@ class Generator(nn.Module):
                 else:
                     answer = self._guided(latent, at, both, scale)
                 answer = coarse.steered(self.noise, latent, answer, int(step), wanted)
-                if (scale, coarse.acts(share)) != before:
+                if (now := (scale, coarse.acts(share))) != before:
                     solver.lower_order_nums = 0  # a slope between two models would mean nothing
-                    before = scale, coarse.acts(share)
+                    before = now
                 latent = solver.step(answer, step, latent).prev_sample
             return latent
 

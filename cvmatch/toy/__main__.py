@@ -132,7 +132,8 @@ class Maker:
         vae = AutoencoderKL.from_pretrained(self.part("vae")).to(self.device)  # pyright: ignore
         generator = Generator.load(self.config.generator, self.device)
         stack = towers.features(self.at(TOWER)).float()
-        own = decoder.own_latents(vae, *(part[:-HELD_OUT] for part in self.tiles))
+        aerial, tile_classes = (part[:-HELD_OUT] for part in self.tiles)
+        own = decoder.Latents(aerial, tile_classes, autoencoder.encode(vae, aerial))
         classes = torch.from_numpy(self.pairs.classes)[:, ::2, ::2]  # of twice a small tile's side
         pairs = (_planes(self.pairs.panorama), self.small, classes)
         drawn = decoder.drawn_latents(generator, *(part.to(self.device) for part in pairs))

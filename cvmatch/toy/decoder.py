@@ -20,7 +20,7 @@ from cvmatch.generate.adapt import Average
 from cvmatch.generate.model import Generator
 from cvmatch.schema import LABELS
 from cvmatch.toy.adversary import Adversary, planned
-from cvmatch.toy.autoencoder import decode, encode, perceptual_loss, scaled, shallow_of
+from cvmatch.toy.autoencoder import decode, perceptual_loss, scaled, shallow_of
 from cvmatch.toy.optimise import descend
 
 log = logging.getLogger(__name__)
@@ -98,15 +98,6 @@ def pretrain_decoder(
             told = error.item(), adversary.recent
             log.info("step %d of %d, error %.4f, discriminator %.3f", step + 1, steps, *told)
     mean.copy_to(trained.parameters())
-
-
-def own_latents(
-    vae: AutoencoderKL,
-    aerial: UInt8[Tensor, "tile 3 64 64"],
-    classes: UInt8[Tensor, "tile 64 64"],
-) -> Latents:
-    """What the encoder writes of the tiles."""
-    return Latents(aerial, classes, encode(vae, aerial))
 
 
 @torch.inference_mode()
