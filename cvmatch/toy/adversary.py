@@ -9,9 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.optim.lr_scheduler import LambdaLR
 
-from cvmatch.toy.optimise import descend
+from cvmatch.toy.optimise import descend, planned
 
 _RATE = 1e-3
 """The discriminator's learning rate, five times and more a decoder's."""
@@ -106,9 +105,3 @@ def balanced(
     )
     weight = share * slope.norm() / (adverse.norm() + 1e-8)
     return ((slope + weight * adverse) * drawn).sum()
-
-
-def planned(model: nn.Module, rate: float, steps: int) -> LambdaLR:
-    """Adam with a short memory, a warm-up of 50 steps, and a rate that ends at zero."""
-    adam = torch.optim.Adam(model.parameters(), rate, betas=(0.5, 0.9))
-    return LambdaLR(adam, lambda n: min(1, (n + 1) / 50, 3 * (1 - n / steps)))

@@ -18,8 +18,8 @@ from cvmatch import metrics
 from cvmatch.generate.adapt import Average
 from cvmatch.schema import LABELS
 from cvmatch.towers import normalise
-from cvmatch.toy.adversary import Adversary, planned
-from cvmatch.toy.optimise import descend, turned
+from cvmatch.toy.adversary import Adversary
+from cvmatch.toy.optimise import descend, planned, turned
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from cvmatch.generate.adapt import Average
 from cvmatch.generate.model import Generator
 from cvmatch.schema import LABELS
-from cvmatch.toy.adversary import Adversary, planned
+from cvmatch.toy.adversary import Adversary
 from cvmatch.toy.autoencoder import decode, perceptual_loss, scaled, shallow_of
-from cvmatch.toy.optimise import descend
+from cvmatch.toy.optimise import descend, planned
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from cvmatch.generate.adapt import Average
 
@@ -45,6 +45,12 @@ def optimise(
             log.info("step %d of %d, loss %.4f", step + 1, steps, recent.item())
     if mean:
         mean.copy_to(weights)
+
+
+def planned(model: nn.Module, rate: float, steps: int) -> LambdaLR:
+    """Adam with a short memory, a warm-up of 50 steps, and a rate that ends at zero."""
+    adam = torch.optim.Adam(model.parameters(), rate, betas=(0.5, 0.9))
+    return LambdaLR(adam, lambda n: min(1, (n + 1) / 50, 3 * (1 - n / steps)))
 
 
 def descend(plan: LRScheduler, loss: Tensor) -> None:
