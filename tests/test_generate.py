@@ -766,6 +766,22 @@ def test_sample_below_its_least_noise_has_no_guidance(generator: Generator):
             Sampling(guided=guided)
 
 
+@torch.no_grad()
+def test_sample_that_nothing_guides_or_pulls_is_the_solvers_alone(toy: str):
+    torch.manual_seed(1)
+    generator = _base(toy, prediction="v_prediction").eval()
+    noisy: list[torch.Tensor] = []
+    hook = generator.unet.register_forward_pre_hook(lambda unet, given: noisy.append(given[0]))
+    drawn = _draw(generator, steps=12, guidance=1.0)
+    hook.remove()
+    solver = generator.noise.solver(12)
+    latent, condition = noisy[0][:, :4], _condition(generator, _ground(2))
+    for step in solver.timesteps:
+        answer = generator.predict(latent, step.expand(2), condition)
+        latent = solver.step(answer, step, latent).prev_sample
+    torch.testing.assert_close(drawn, generator.frozen.decode(latent).clamp(0, 1))
+
+
 def test_sample_is_pulled_to_what_the_rays_draw_of_the_coarse(toy: str):
     torch.manual_seed(0)
     plain = _base(toy).eval()

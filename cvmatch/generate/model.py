@@ -167,7 +167,7 @@ class Generator(nn.Module):
             both = _doubled(self.conditioner, condition) if sampling.guidance != 1 else condition
             stream = draws.stream(sampling.seed, purpose="sample")
             latent = draws.normal(keys, stream, *self.latent)
-            wanted, before = self.wanted(condition), (sampling.guidance, True)
+            wanted, before = self.wanted(condition), None
             solver: Any = self.noise.solver(sampling.steps)
             for step in solver.timesteps:
                 at, share = torch.full_like(keys, int(step)), int(step) / len(self.noise.signal)
@@ -177,9 +177,10 @@ class Generator(nn.Module):
                 else:
                     answer = self._guided(latent, at, both, scale)
                 answer = coarse.steered(self.noise, latent, answer, int(step), wanted)
-                if (now := (scale, coarse.acts(share))) != before:
+                now = scale, wanted is not None and coarse.acts(share)
+                if now != before:
                     solver.lower_order_nums = 0  # a slope between two models would mean nothing
-                    before = now
+                before = now
                 latent = solver.step(answer, step, latent).prev_sample
             return latent
 

@@ -38,7 +38,7 @@ class Sampling:
         return f"{self.steps} steps, guidance {self.guidance:g} {above}"
 
 
-VERSION = 5
+VERSION = 6
 """Version of the sampler: another one draws other pictures with the same settings."""
 
 DEFAULT = Sampling()
