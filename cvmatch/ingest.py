@@ -22,7 +22,7 @@ import ray.data
 from pyarrow import fs
 from ray.data import DataContext, Dataset
 
-from cvmatch import images, layout, progress, schema, storage
+from cvmatch import engine, images, layout, progress, schema, storage
 from cvmatch.schema import AERIAL, CLASSES, ERROR, GROUND, LATITUDE, LONGITUDE, PAIR_ID
 
 FILES = {AERIAL: "aerial_file", GROUND: "ground_file", CLASSES: "classes_file"}
@@ -104,13 +104,18 @@ def ingest(config: Ingest, pictures: Collection[str] = tuple(FILES)) -> Dataset:
 
 
 def fingerprint(config: Ingest) -> str:
-    """Hash (SHA-256) of ids, names and sizes of the pictures that the last `ingest` gave.
+    """Hash (SHA-256) of the rows that `ingest` gives: ids, positions, names and sizes of pictures.
 
-    Sizes stand for the content: a data set that is made anew at its place has others.
+    Sizes stand for the content: a data set that is made anew at its place has others. Pictures are
+    checked as by `ingest`; where that is done already, it needs no Ray.
+
+    Raises:
+        ValueError: as `ingest`.
     """
     found = layout.find(config.root)
-    content = storage.read_bytes(storage.join(_cache(config, found), PAIRS))
-    rows = pq.read_table(pa.BufferReader(content), columns=[PAIR_ID, *FILES.values()])
+    cache = _cache(config, found)
+    _ready(config, found, cache)
+    rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(cache, PAIRS))))
     filesystem, base = storage.resolve(found.root)
     files = {file for name in FILES.values() for file in rows[name].to_pylist() if file}
     folders = sorted({f"{base}/{file}".rpartition("/")[0] for file in files})
@@ -241,6 +246,7 @@ def _check(pairs: pa.Table, root: str, label: str) -> list[layout.Reject]:
     """Run `check_pictures` as Ray tasks; only verdicts come back to the driver."""
     if not len(pairs):
         return []
+    engine.start()
     context = DataContext.get_current()
     before, context.checkpoint_config = context.checkpoint_config, None  # for the caller's stream
     rejects, done = [], 0

@@ -17,7 +17,7 @@ from tiny_cvusa import (
 )
 
 from cvmatch import engine, schema
-from cvmatch.ingest import Ingest, check_pictures, ingest, read_pictures, rejected
+from cvmatch.ingest import Ingest, check_pictures, fingerprint, ingest, read_pictures, rejected
 
 
 def plan_of(**files: str | None) -> pa.Table:
@@ -134,6 +134,22 @@ def test_ingest_official_with_limit_takes_the_first_lines(ray_session, official)
     places = {row["pair_id"]: (row["latitude"], row["longitude"]) for row in rows}
     assert places == {"0000003": (32.5, -102.25), "0000001": (30.5, -100.25)}
     assert len(ingest(Ingest(root=str(official))).take_all()) == 3
+
+
+@pytest.mark.ray
+def test_fingerprint_changes_with_rows_positions_and_pictures(ray_session, official):
+    config = Ingest(root=str(official))
+    found = [fingerprint(config)]
+    assert fingerprint(config) == found[0]
+    places = official / "split_locations" / "all.csv"
+    places.write_text(places.read_text().replace("30.5", "40.5"))
+    found.append(fingerprint(config))
+    put(official / "bingmap/19/0000003.jpg", picture(kind="JPEG", size=(64, 64)))
+    found.append(fingerprint(config))
+    table = official / "splits" / "train-19zl.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))
+    found.append(fingerprint(config))
+    assert len(set(found)) == len(found)
 
 
 @pytest.mark.ray

@@ -102,11 +102,7 @@ def source(gallery: Gallery) -> str:
         names = tables.files(gallery.rows)
         infos = filesystem.get_file_info([storage.join(path, name) for name in names])
         return manifest.digest([[name, one.size] for name, one in zip(names, infos, strict=True)])
-    found = []
-    for one in _ingests(gallery):
-        ingest.ingest(one)  # lazy, but for its check of the files
-        found.append(ingest.fingerprint(one))
-    return manifest.digest(found)
+    return manifest.digest([ingest.fingerprint(one) for one in _ingests(gallery)])
 
 
 def _count(gallery: Gallery) -> int:
