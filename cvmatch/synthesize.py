@@ -5,14 +5,14 @@ until its row is written. A row that failed stays in the output with its reason 
 """
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from cvmatch import engine, manifest, progress, schema, storage, tracking
+from cvmatch import engine, images, manifest, progress, schema, storage, tracking
 from cvmatch.flow import Flow, each_step
 from cvmatch.generate import sampling
 from cvmatch.generate.infer import Generate, GenerateAerial, generate
-from cvmatch.ingest import Ingest, accepted, ingest, read_pictures
+from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
 from cvmatch.written import Judge, Written
 
@@ -49,8 +49,9 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
     An output that is whole already is left as it is.
 
     Raises:
-        ValueError: the output holds rows of other models or settings, the pools do not fit the
-            cluster, or more than `max_rejected` of the rows failed (at once, when so many did).
+        ValueError: the output holds rows of other data, models or settings, the data cannot be
+            used (`ingest`), the pools do not fit the cluster, or more than `max_rejected` of the
+            rows failed (at once, when so many did).
     """
     output = storage.absolute(config.output).rstrip("/")
     written, flow = Written(output), Flow(OPERATORS)
@@ -81,7 +82,8 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
 def _stream(config: Synthesize, written: Written, flow: Flow) -> None:
     """Run the pass to its end, or until too many rows have failed."""
     engine.preflight(config.generate.pool, config.segment.pool)
-    rows = segment(generate(ingest(config.data), config.generate), config.segment)
+    rows = ingest(replace(config.data, recheck=False))  # the fingerprint was of checked pictures
+    rows = segment(generate(rows, config.generate), config.segment)
     rows = rows.map_batches(schema.conform, batch_format="pyarrow", batch_size=None)
     total = accepted(config.data)
     written.update(running=True)  # what was written before
@@ -97,13 +99,12 @@ def _stream(config: Synthesize, written: Written, flow: Flow) -> None:
 
 def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
     """What the rows depend on; the number of actors and the place of the output do not count."""
-    asked = config.generate
+    drawn, maps = config.generate, config.segment
     return {
         "models": models,
-        "root": storage.absolute(config.data.root),
-        "split": config.data.split,
-        "limit": config.data.limit,
-        "sampling": {part.name: getattr(asked, part.name) for part in fields(sampling.Sampling)},
+        "data": fingerprint(config.data),
+        "decoder": images.PREPROCESS,
+        "sampling": {part.name: getattr(drawn, part.name) for part in fields(sampling.Sampling)},
         "sampler": sampling.VERSION,
-        "maps": [config.segment.flip, config.segment.tile, config.segment.overlap],
+        "maps": [maps.source, maps.flip, maps.tile, maps.overlap],
     }

@@ -16,7 +16,7 @@ import ray
 from mlflow import MlflowClient
 from ray._private import state as ray_state
 
-from cvmatch import schema, tables, toy, tracking
+from cvmatch import images, schema, tables, toy, tracking
 from cvmatch.engine import Pool
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.infer import Generate
@@ -94,6 +94,12 @@ def test_synthesize_with_other_settings_refuses_the_output(undisturbed, config):
         synthesize(other)
 
 
+def test_synthesize_with_maps_of_other_pictures_refuses_the_output(undisturbed, config):
+    other = replace(config, segment=replace(config.segment, source="aerial"))
+    with pytest.raises(ValueError, match="made from"):
+        synthesize(other)
+
+
 @pytest.fixture(scope="module")
 def killed(config, tmp_path_factory):
     """Settings of a run that was killed when two of its parts or more were written."""
@@ -154,6 +160,25 @@ def copied(config, world_root, tmp_path):
 def _spoil(settings, pair_id: str) -> None:
     """Make the panorama of a pair unreadable."""
     (Path(settings.data.root) / "streetview" / f"{pair_id}.jpg").write_bytes(b"no picture")
+
+
+def test_synthesize_refuses_the_output_of_other_pictures_or_rows_at_the_same_place(copied):
+    settings, _ = copied
+    table = Path(settings.data.root) / "train-19zl.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:4]))
+    synthesize(settings)
+    some = next(iter(rows(settings.output)))
+    (tile,) = (Path(settings.data.root) / "bingmap").glob(f"*{some}.*")
+    before = tile.read_bytes()
+    images.open_image(before).transpose(0).save(tile)
+    with pytest.raises(ValueError, match="made from"):
+        synthesize(settings)
+    tile.write_bytes(before)
+    assert synthesize(settings)["rows"] == 4
+    table.write_text("".join(lines[:6]))
+    with pytest.raises(ValueError, match="made from"):
+        synthesize(settings)
 
 
 def test_synthesize_names_a_bad_picture_and_goes_on(copied):
