@@ -77,6 +77,13 @@ class Box:
     east: float
     """Where it ends."""
 
+    def __post_init__(self) -> None:
+        if not (-180 <= self.west <= 180 and -180 <= self.east <= 180):
+            raise ValueError(
+                f"box: expected meridians in [-180, 180], got {self.west} to {self.east}. Over the "
+                "date line, west is the larger one, such as 170 and -170."
+            )
+
     def holds(
         self, latitude: Float[np.ndarray, " place"], longitude: Float[np.ndarray, " place"]
     ) -> Bool[np.ndarray, " place"]:

@@ -46,8 +46,8 @@ class SearchRows:
 class RankTiles:
     """`embedding`, `v` -> `tiles`, `scores`: a list for each row, empty where it has an `error`."""
 
-    def __init__(self, index: str, top_k: int, mode: Mode) -> None:
-        self.index, self.top_k = Index.open(index), top_k
+    def __init__(self, index: str, version: str, top_k: int, mode: Mode) -> None:
+        self.index, self.top_k = Index.open(index, version=version), top_k
         self.mode: Mode = mode
         self.names = self.index.tiles[schema.PAIR_ID]
 
@@ -89,7 +89,13 @@ def search_rows(config: SearchRows) -> dict[str, Any]:
         )
         seen = embed_queries(rows, Embed(model=index.heads, level=config.level, pool=config.embed))
         place = config.index if "://" in config.index else storage.absolute(config.index)
-        arguments = {"index": place, "top_k": config.top_k, "mode": config.mode}
+        # The version that embeds: another may become the current one while this runs.
+        arguments = {
+            "index": place,
+            "version": index.manifest["version"],
+            "top_k": config.top_k,
+            "mode": config.mode,
+        }
         found = engine.map_actors(seen, RankTiles, config.rank, **arguments)
         written.update(running=True)
         filesystem, path = storage.resolve(output)

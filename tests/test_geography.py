@@ -27,3 +27,8 @@ def test_areas_hold_what_lies_in_them():
     across = geography.Box(-1.0, 179.0, 1.0, -179.0)  # over the date line
     assert across.holds(latitude, longitude).tolist() == [False] * 4 + [True]
     assert across.holds(latitude[:1], np.array([-179.5])).tolist() == [True]
+
+
+def test_box_with_a_meridian_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"\[-180, 180\], got 170.0 to 190.0.*170 and -170"):
+        geography.Box(-1.0, 170.0, 1.0, 190.0)

@@ -139,13 +139,23 @@ def test_rank_of_lists_with_too_few_tiles_marks_the_end(tmp_path):
         assert np.isinf(scores[COUNT - end :]).all()
 
 
-def test_rank_equal_tiles_are_ordered_by_row(index, query):
+@pytest.mark.parametrize("mode", ["exact", "two-stage"])
+def test_rank_equal_tiles_are_ordered_by_row(index, query, mode):
     same = Index(**{**vars(index), "u": Store([index.u.take(np.zeros(COUNT, int))])})
-    for mode in ("exact", "two-stage"):
-        ranked = rank(same, query, top_k=COUNT, mode=mode)
-        assert np.ptp(ranked.scores, axis=1).max() < 1e-6
-        if np.ptp(ranked.scores) == 0:
-            assert (ranked.rows == np.arange(COUNT)).all()
+    ranked = rank(same, query, top_k=COUNT, mode=mode)
+    assert np.ptp(ranked.scores, axis=1).max() < 1e-6
+    order = np.lexsort((ranked.rows, -ranked.scores))
+    assert (order == np.arange(COUNT)).all()
+
+
+def test_rank_cut_between_equal_tiles_takes_the_first_rows(index, query):
+    many = 1000
+    same = Index(**{**vars(index), "u": Store([index.u.take(np.arange(many) % 2)])})
+    whole = rank(same, query, top_k=many, mode="exact")
+    for few in (1, 3, COUNT):
+        part = rank(same, query, top_k=few, mode="exact")
+        assert (part.rows == whole.rows[:, :few]).all()
+        assert (part.scores == whole.scores[:, :few]).all()
 
 
 def test_search_unreadable_panoramas_are_all_named_before_any_work(tmp_path):

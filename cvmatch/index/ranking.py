@@ -82,10 +82,25 @@ def _best(
             [rows, torch.arange(begin, begin + part.shape[1]).expand(len(best), -1)], dim=1
         )
         begin += part.shape[1]
-        best, kept = best.topk(min(count, best.shape[1]))
-        rows = rows.gather(1, kept)
+        # Scores of half precision have many ties; fp32 scores what they leave in doubt again.
+        best, rows = _top(best, rows, count, ties=dtype == torch.float32)
     found = rows.numpy() if among is None else among[rows.numpy()]
     return np.where(best.numpy() == -np.inf, -1, found), best.numpy()
+
+
+def _top(
+    scores: torch.Tensor, rows: torch.Tensor, count: int, ties: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` best scores of each query and their rows; `ties`: of equal ones the first rows."""
+    best, kept = scores.topk(min(count, scores.shape[1]))
+    found = rows.gather(1, kept)
+    if ties:
+        least = best[:, -1:]
+        cut = ((scores == least).sum(1) > (best == least).sum(1)).nonzero()[:, 0]
+        if len(cut):
+            first = _sorted(rows[cut].numpy(), scores[cut].numpy(), best.shape[1])
+            found[cut], best[cut] = torch.from_numpy(first.rows), torch.from_numpy(first.scores)
+    return best, found
 
 
 @torch.inference_mode()
