@@ -111,7 +111,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         for (view, level), query in queries.items():
             found = retrieval.exhaustive(index, query, truth, config.near_m, config.seed)
             numbers: dict[str, Any] = dict(
-                retrieval.summary(found, len(index), config.bootstrap, config.seed)
+                retrieval.summary(found, len(index.living), config.bootstrap, config.seed)
             )
             if "two-stage" in config.modes:
                 numbers["two-stage"] = retrieval.two_stage(index, query, truth, found)

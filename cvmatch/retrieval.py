@@ -1,6 +1,7 @@
 """Queries with known tiles + an index -> the numbers of the retrieval protocols (DESIGN.md, 6).
 
-Ties and NaN count against the query throughout. Scores of queries x tiles exist a block at a time.
+Ties and NaN count against the query throughout, and deleted tiles are no part of the gallery.
+Scores of queries x tiles exist a block at a time.
 """
 
 import time
@@ -34,7 +35,7 @@ class Found:
     score: Float[Tensor, " query"]
     """Score of the true tile."""
     best: Int64[Tensor, "query best"]
-    """Rows of the ten best tiles."""
+    """Rows of the index of the ten best tiles, or of all where there are fewer."""
     best_score: Float[Tensor, "query best"]
     """Their scores."""
     near_rank: Int64[Tensor, " query"]
@@ -51,16 +52,19 @@ class Found:
 def exhaustive(
     index: Index, query: Query, truth: Int64[Tensor, " query"], near_m: float, seed: int = 0
 ) -> Found:
-    """Score every tile for every query; `truth` are rows of the index."""
-    places = positions(index)
+    """Score every tile for every query; `truth` are rows of the index that were not deleted."""
+    rows = torch.from_numpy(index.living)
+    assert torch.isin(truth, rows).all(), "truth holds rows that were deleted"
+    own, places = torch.searchsorted(rows, truth), positions(index)[rows]
     step = max(1, _BLOCK // len(index))
     parts = []
     for begin in range(0, len(truth), step):
         block = query.rows(slice(begin, begin + step))
-        score = torch.cat([part.float().cpu() for part in index.scores(block)], dim=1)
-        parts.append(_block(score, truth[begin : begin + step], places, near_m, seed + begin))
+        score = torch.cat([part.float().cpu() for part in index.scores(block)], dim=1)[:, rows]
+        parts.append(_block(score, own[begin : begin + step], places, near_m, seed + begin))
     columns = [name for name in Found.__dataclass_fields__ if name != "ten"]
     whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in columns}
+    whole["best"] = rows[whole["best"]]
     weight = [len(part.rank) / len(truth) for part in parts]
     ten = {name: float(np.dot(weight, [part.ten[name] for part in parts])) for name in parts[0].ten}
     return Found(ten=ten, **whole)

@@ -14,6 +14,7 @@ from cvmatch import geography, images, retrieval, schema, toy
 from cvmatch.evaluate import Evaluate, View, check_unseen, embedded, evaluate, flat, true_rows
 from cvmatch.fidelity import generation, segmentation
 from cvmatch.frechet import distance
+from cvmatch.index.change import DeleteTiles, delete
 from cvmatch.index.coarse import Own
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import Store
@@ -50,7 +51,7 @@ def of_equal_tiles(index, model):
     return Index(**{**vars(index), "matcher": model, "u": u})
 
 
-def plane(angles, places=None):
+def plane(angles, places=None, dead=()):
     """An index of tiles at angles (degrees) of a plane, whose score is the cosine of the angle."""
     model = Fusion(ground=4, aerial=4, classes=4, hidden=2).eval()
     for weight in model.candidate_rest.parameters():
@@ -65,7 +66,7 @@ def plane(angles, places=None):
     )
     u = directions(angles).numpy().astype(np.float16)
     about = {"shortlist": len(u)}
-    return Index(Store([u]), tiles, [], Own(model), np.empty(0, np.int64), model, about, "")
+    return Index(Store([u]), tiles, [], Own(model), np.array(dead, np.int64), model, about, "")
 
 
 def directions(angles):
@@ -116,6 +117,25 @@ def test_exhaustive_equal_scores_count_against_the_query():
     )
     assert found.rank.tolist() == [11, 11]
     assert found.ten == {"top1": 0.0, "top5": 0.0}
+
+
+def test_exhaustive_deleted_tiles_are_no_rivals():
+    index = plane([0.0, 30.0, 60.0, 90.0], dead=[1])
+    # 20 degrees would see tile 1 first; tile 1 is also the only one near tile 0.
+    found = retrieval.exhaustive(index, looking(20.0, 80.0), torch.tensor([0, 3]), near_m=1500.0)
+    assert found.rank.tolist() == [0, 0]
+    assert found.best.tolist() == [[0, 2, 3], [3, 2, 0]]
+    assert found.score[1].item() == pytest.approx(math.cos(math.radians(10)), abs=1e-3)
+    assert found.near.tolist() == [1, 2]
+    assert found.distance.tolist() == [0.0, 0.0]
+
+
+def test_exhaustive_one_of_ten_draws_no_deleted_tile():
+    query, truth = looking(40.0, 40.0), torch.tensor([0, 99])
+    index = plane([40.0] * 100, dead=range(6, 94))
+    assert retrieval.exhaustive(index, query, truth, 100.0).ten == {"top1": 0.0, "top5": 0.0}
+    few = plane([40.0] * 100, dead=range(6, 97))
+    assert retrieval.exhaustive(few, query, truth, 100.0).ten == {}
 
 
 def test_exhaustive_tile_without_coordinates_is_near_nothing():
@@ -415,3 +435,19 @@ def test_evaluate_writes_results_that_agree_query_by_query(folder, tmp_path, mon
     assert page.count("<article>") == 10  # five best, five worst, and no other is left
     assert page.count("one of the best") == page.count("one of the worst") == 5
     assert results["generation"]["gallery"] == 10
+
+
+def test_evaluate_searches_the_tiles_that_were_not_deleted(folder, tmp_path):
+    opened = tiny.index(str(tmp_path), COUNT)
+    ids = opened.tiles[schema.PAIR_ID].to_pylist()[10:20]
+    delete(DeleteTiles(output=str(tmp_path / "index"), ids=tuple(ids)))
+    config = Evaluate(
+        queries=os.path.join(folder, "queries"), index=str(tmp_path / "index"),
+        output=str(tmp_path / "out"), levels=("G",), modes=("two-stage",), bootstrap=5,
+    )  # fmt: skip
+    results = evaluate(config)
+    numbers = results["retrieval"]["360-north"]["G"]
+    assert numbers["gallery"] == COUNT - 10
+    assert numbers["two-stage"]["exact_top10_kept"] == 1.0
+    table = parquet.read_table(tmp_path / "out" / "queries.parquet").to_pandas()
+    assert not set(ids) & {name for best in table["best"] for name in best}
