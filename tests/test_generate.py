@@ -2,13 +2,16 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.image.lpips as reference
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from ray.train import Checkpoint
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
@@ -34,7 +37,7 @@ from cvmatch.generate.task import VALIDATION, GeneratorTask
 from cvmatch.generate.train import TrainGenerator, train
 from cvmatch.generate.variants import varied
 from cvmatch.ingest import Ingest, ingest
-from cvmatch.training import Fit
+from cvmatch.training import Fit, loop
 from cvmatch.training.meters import Means
 
 PANORAMA = (64, 256)
@@ -149,6 +152,39 @@ def _train(
         "image_signal": 0.0,
     } | changes
     return GeneratorTask(generator, TrainGenerator(**options), perceptual).train()
+
+
+class Alone:
+    """The place of a worker that has these batches, and whose checkpoints go nowhere."""
+
+    rank, world, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, batches: Sequence[dict[str, torch.Tensor]]):
+        self.batches = batches
+
+    def shard(self, name):
+        return SimpleNamespace(iter_torch_batches=lambda **options: iter(self.batches))
+
+    def commit(self, metrics, directory):
+        pass
+
+    def latest(self):
+        return None
+
+
+def _trainee(
+    task: GeneratorTask, batches: Sequence[dict[str, torch.Tensor]] = (), **options: object
+) -> loop.Trainee:
+    job = loop.Job(
+        build=lambda: task,
+        fit=Fit(shuffle=0, **options),
+        steps=len(batches),
+        validate=False,
+        directory="",
+        resume=0,
+        until=1,
+    )
+    return loop.Trainee(job, Alone(batches))
 
 
 # Conditioning
@@ -502,6 +538,25 @@ def test_average_is_what_is_validated_and_saved_and_survives_a_resume(
     again.load_state_dict(task.state_dict())
     torch.testing.assert_close(again.published().unet.conv_out.weight, mean)
     assert torch.equal(generator.unet.conv_out.weight, task.generator.unet.conv_out.weight)
+
+
+def test_state_holds_every_trained_weight_and_no_frozen_one(
+    generator: Generator, perceptual: Lpips, tmp_path
+):
+    task = _train(generator, perceptual)
+    trainee = _trainee(task)
+    trainee.save(str(tmp_path), 1)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    weights = dict(task.named_parameters(remove_duplicate=False))  # CLIP and VAE have two names
+    trained = {name for name, weight in weights.items() if weight.requires_grad}
+    assert weights.keys() & state["model"].keys() == trained
+    state["model"] |= {name: weights[name] for name in weights.keys() - trained}
+    torch.save(state, tmp_path / "state.pt")  # as it was written before
+    before = generator.unet.conv_out.weight.detach().clone()
+    with torch.no_grad():
+        generator.unet.conv_out.weight.add_(1)
+    assert trainee.load(Checkpoint(str(tmp_path))) == 1
+    assert torch.equal(generator.unet.conv_out.weight, before)
 
 
 def test_lora_trains_adapters_and_publishes_a_plain_unet(generator: Generator, tmp_path):

@@ -210,7 +210,9 @@ class Trainee:
         model = os.path.join(directory, runs.MODEL)
         os.makedirs(model)
         self.task.save(model)
-        frozen = {name for name, p in self.task.named_parameters() if not p.requires_grad}
+        # By all names: a module that two parts share is in `state_dict` under both.
+        named = self.task.named_parameters(remove_duplicate=False)
+        frozen = {name for name, p in named if not p.requires_grad}
         weights = {k: v for k, v in self.task.state_dict().items() if k not in frozen}
         state = {
             "epoch": epoch,
