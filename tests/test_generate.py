@@ -38,7 +38,7 @@ from cvmatch.generate.train import TrainGenerator, train
 from cvmatch.generate.variants import varied
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.training import Fit, loop
-from cvmatch.training.meters import Means
+from cvmatch.training.meters import Means, Meter
 
 PANORAMA = (64, 256)
 # gain 1: these tests give the map's weights themselves, or their own learning rate. coarse 0: they
@@ -516,6 +516,15 @@ def test_variant_of_a_row_turns_its_class_map_with_its_tile():
     assert not torch.equal(pairs.classes, batch["classes"])
 
 
+def _running_mean(seen: list[torch.Tensor]) -> torch.Tensor:
+    """With a decay of 0.9."""
+    mean = seen[0]
+    for count, value in enumerate(seen):
+        decay = min(0.9, (1 + count) / (10 + count))
+        mean = decay * mean + (1 - decay) * value
+    return mean
+
+
 def test_average_is_what_is_validated_and_saved_and_survives_a_resume(
     generator: Generator, tmp_path
 ):
@@ -527,10 +536,7 @@ def test_average_is_what_is_validated_and_saved_and_survives_a_resume(
         optimizer.zero_grad()
         task(_batch(2))["loss"].backward()
         optimizer.step()
-    mean = seen[0]
-    for count, value in enumerate(seen):
-        decay = min(0.9, (1 + count) / (10 + count))
-        mean = decay * mean + (1 - decay) * value
+    mean = _running_mean(seen)
     task.save(str(tmp_path))
     saved = Generator.load(str(tmp_path)).unet.conv_out.weight
     torch.testing.assert_close(saved, mean)
@@ -538,6 +544,18 @@ def test_average_is_what_is_validated_and_saved_and_survives_a_resume(
     again.load_state_dict(task.state_dict())
     torch.testing.assert_close(again.published().unet.conv_out.weight, mean)
     assert torch.equal(generator.unet.conv_out.weight, task.generator.unet.conv_out.weight)
+
+
+def test_average_counts_weights_once_however_many_steps_make_a_move(generator: Generator, tmp_path):
+    task = _train(generator, w_clip=0.0, w_vae=0.0, lr=1e-2, ema=0.9)
+    batches = [_batch(2, first=2 * step) for step in range(6)]
+    trainee = _trainee(task, batches, batch=2, accumulate=4)
+    weight, seen = generator.unet.conv_out.weight, []
+    trainee.optimizer.register_step_pre_hook(lambda *_: seen.append(weight.detach().clone()))
+    trainee.train(0, Meter(str(tmp_path), steps=6, epochs=1, writes=False))
+    assert len(seen) == 2  # of four steps, and of two
+    assert (seen[1] - seen[0]).abs().max() > 1e-3
+    torch.testing.assert_close(task.published().unet.conv_out.weight, _running_mean(seen))
 
 
 def test_state_holds_every_trained_weight_and_no_frozen_one(

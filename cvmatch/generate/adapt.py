@@ -54,7 +54,7 @@ def merged(generator: Generator) -> Generator:
 
 
 class Average(nn.Module):
-    """Running mean of trained weights; with a decay of 0.99 of about the last 100 steps.
+    """Running mean of trained weights; with a decay of 0.99 of about their last 100 moves.
 
     It is state, but neither parameter nor buffer: DDP would send it around in every step.
     """
@@ -66,7 +66,11 @@ class Average(nn.Module):
 
     @torch.no_grad()
     def update(self, weights: Iterable[Tensor]) -> None:
-        """Count the weights after a step; the first ones are forgotten sooner than later ones."""
+        """Count the weights if they moved; the first ones are forgotten sooner than later ones."""
+        weights = list(weights)
+        # The loop drops gradients when it moves the weights: these wait for more (accumulate).
+        if any(weight.grad is not None for weight in weights):
+            return
         now = [weight.detach() for weight in weights]
         if not self.values:
             self.values = [weight.clone() for weight in now]
