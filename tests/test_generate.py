@@ -187,6 +187,14 @@ def _trainee(
     return loop.Trainee(job, Alone(batches))
 
 
+def _summary(task: GeneratorTask, *batches: dict[str, torch.Tensor]) -> dict:
+    means = Means()
+    with torch.no_grad():
+        for batch in batches:
+            means.add(task(batch), len(batch["key"]))
+    return task.summary(means.reduce(1))
+
+
 # Conditioning
 
 
@@ -556,6 +564,20 @@ def test_average_counts_weights_once_however_many_steps_make_a_move(generator: G
     assert len(seen) == 2  # of four steps, and of two
     assert (seen[1] - seen[0]).abs().max() > 1e-3
     torch.testing.assert_close(task.published().unet.conv_out.weight, _running_mean(seen))
+
+
+def test_average_of_clip_is_what_is_validated(generator: Generator, tmp_path):
+    _informative(generator)
+    options = {"w_clip": 0.0, "w_vae": 0.0, "encode": "live", "judge": 0}
+    task = _train(generator, train_clip=1, ema=0.9, **options)
+    task(_batch(2))
+    with torch.no_grad():  # after the step that the mean knows
+        for weight in generator.frozen.clip.encoder.layers[-1].parameters():
+            weight.add_(torch.randn_like(weight))
+    task.save(str(tmp_path))
+    published = _train(Generator.load(str(tmp_path)), **options)
+    found, expected = (_summary(t.eval(), _batch(2))["loss_correct"] for t in (task, published))
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_state_holds_every_trained_weight_and_no_frozen_one(
@@ -1028,12 +1050,8 @@ def test_decode_batch_stops_at_a_picture_that_ingest_let_through():
 
 def test_validation_judges_its_first_rows_and_shows_them(generator: Generator):
     task = _train(generator, w_vae=0.0, judge=3).eval()
-    means = Means()
     batches = [_batch(2), _batch(2, first=2), _batch(2, first=4)]
-    with torch.no_grad():
-        for batch in batches:
-            means.add(task(batch), 2)
-    summary = task.summary(means.reduce(1))
+    summary = _summary(task, *batches)
     judged = torch.cat([batch["aerial"] for batch in batches])[:3]
     ground = torch.cat([batch["ground"] for batch in batches])[:3]
     keys = torch.cat([batch["key"] for batch in batches])[:3]

@@ -144,8 +144,9 @@ class GeneratorTask(nn.Module):
         return latent, Seen(states, pairs.ground)
 
     def _look(self, ground: Tensor) -> Seen:
+        model = self.generator if self.training else self.published()  # CLIP may have a mean, too
         with torch.set_grad_enabled(self.training and self.recipe.train_clip > 0):
-            return self.generator.frozen.look(ground)
+            return model.frozen.look(ground)
 
     def _diffuse(
         self,
