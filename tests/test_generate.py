@@ -661,9 +661,21 @@ def test_loss_validation_is_the_same_every_time(generator: Generator):
     assert torch.equal(first["loss_correct"], second["loss_correct"])
     averaged = {name for name in first if not name.startswith("rows/")}
     levels = {f"loss_{kind}/{at}" for kind in ("correct", "shuffled") for at in VALIDATION}
-    assert (
-        averaged == {"loss", "loss_correct", "loss_shuffled", "map", "contrast", "classes"} | levels
-    )
+    whole = {"loss", "compared", "loss_correct", "loss_shuffled", "map", "contrast", "classes"}
+    assert averaged == whole | levels
+
+
+def test_gap_is_of_the_rows_that_have_another_row_in_their_batch(generator: Generator):
+    _informative(generator)
+    task = _train(generator, w_vae=0.0, judge=0).eval()
+    both, first, second = _batch(2), _batch(1), _batch(1, first=1)
+    pair, alone = _summary(task, both), _summary(task, first, second)
+    mixed = _summary(task, both, first, second)  # the same rows again, each alone
+    assert abs(pair["gap"]) > 1e-3
+    for name in ("gap", "gap/0.8", "loss_shuffled", "loss_correct"):
+        assert mixed[name] == pytest.approx(pair[name], rel=1e-3), name
+    assert alone["loss_correct"] == pytest.approx(pair["loss_correct"], rel=1e-3)
+    assert not [name for name in alone if "gap" in name or "shuffled" in name]
 
 
 def test_drawing_of_rays_is_more_vivid_around_the_mean_colour_of_training():

@@ -108,15 +108,19 @@ class GeneratorTask(nn.Module):
     def summary(self, means: dict[str, Tensor]) -> dict[str, float | np.ndarray]:
         """Validation means; `gap`: by which share a shuffled panorama is worse, 0 where not used.
 
-        `gap/0.8` and the like are of one noise level.
+        `gap/0.8` and the like are of one noise level. Rows that were alone in their batch had none
+        to be shuffled with; where all were, there is neither `gap` nor `loss_shuffled`.
 
         Of the judged rows: mean PSNR (dB), SSIM, NCC and LPIPS, recall of the true tile by the
         NCC among them (`fidelity.retrieved`), and the picture `samples`, G | A | C.
         """
         found: dict[str, Any] = {k: float(v) for k, v in means.items() if not v.ndim}
+        compared = found.pop("compared")
         for at in ("", *(f"/{share}" for share in VALIDATION)):
-            right, wrong = found[f"loss_correct{at}"], found[f"loss_shuffled{at}"]
-            found[f"gap{at}"] = wrong / max(right, 1e-12) - 1
+            right, wrong = found[f"loss_correct{at}"], found.pop(f"loss_shuffled{at}")
+            if compared:  # the difference of the other rows is 0
+                gap = (wrong - right) / compared / max(right, 1e-12)
+                found |= {f"gap{at}": gap, f"loss_shuffled{at}": right * (1 + gap)}
         kept = {k.removeprefix(ROWS): v for k, v in means.items() if k.startswith(ROWS)}
         if kept:
             view, drawn, true = (kept.pop(name) for name in ("view", "drawn", "true"))
@@ -188,7 +192,10 @@ class GeneratorTask(nn.Module):
     def _validate(
         self, latent: Tensor, seen: Seen, pairs: Pairs, keys: Tensor
     ) -> dict[str, Tensor]:
-        """Noise error over VALIDATION, with the row's own panorama and with its neighbour's."""
+        """Noise error over VALIDATION, with the row's own panorama and with its neighbour's.
+
+        `compared` is the share of rows that have a neighbour.
+        """
         model = self.published()
         condition = model.condition(seen)
         totals = {"loss_correct": latent.new_zeros(()), "loss_shuffled": latent.new_zeros(())}
@@ -207,7 +214,8 @@ class GeneratorTask(nn.Module):
                 error = F.mse_loss(model.predict(noisy, step, given).float(), target)
                 totals[name] = totals[name] + error / len(VALIDATION)
                 totals[f"{name}/{share}"] = error
-        found = {"loss": totals["loss_correct"], **totals}
+        compared = latent.new_tensor(float(len(keys) > 1))
+        found = {"loss": totals["loss_correct"], "compared": compared, **totals}
         if condition.map is not None:
             found |= self._map_terms(model, condition.map, pairs)
         rows = min(len(keys), self.recipe.judge - self.judged)
