@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from pyarrow import parquet
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from cvmatch import config as configs
 from cvmatch import draws, images, manifest, metrics, schema, tracking
 from cvmatch.engine import Pool
 from cvmatch.images import BadImage
@@ -576,6 +577,13 @@ def test_actor_windows_bad_picture_fails_alone(published: str):
 def test_segment_overlap_outside_its_range_is_refused(overlap: float):
     with pytest.raises(ValueError, match=r"overlap is a share in \[0, 1\)"):
         Segment(overlap=overlap)
+
+
+def test_segment_help_of_model_asks_for_a_local_directory(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        configs.parse(Segment, ["--help"])
+    asked = capsys.readouterr().out.partition("--model")[2].partition("--source")[0]
+    assert "Local directory" in asked
 
 
 def test_actor_all_rows_failed_passes_them_through(published: str):

@@ -21,7 +21,7 @@ class Segment:
     """Segment the aerial pictures of rows."""
 
     model: str = "models/segmenter"
-    """URI of the directory that training published."""
+    """Local directory that train_segmenter published."""
     source: Literal["synthetic", "aerial"] = "synthetic"
     """Column of the pictures: the generated ones, or the true ones."""
     flip: bool = False
