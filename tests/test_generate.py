@@ -1096,7 +1096,13 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
         mirror=True,
         encoded=str(tmp_path / "encoded"),
         output=str(tmp_path / "generator"),
-        fit=Fit(epochs=1, batch=6, storage=str(tmp_path / "runs")),
+        fit=Fit(
+            epochs=1,
+            batch=6,
+            storage=str(tmp_path / "runs"),
+            best="val/psnr",  # which the rays alone do not have
+            best_mode="max",
+        ),
     )
     result = train(config)
     found = result.metrics or {}

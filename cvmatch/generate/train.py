@@ -141,7 +141,8 @@ def _pretrain(
 ) -> str:
     """Train the rays alone; gives the local directory of their weights."""
     name = f"{config.fit.name}-rays" if config.fit.name else ""
-    fit = dataclasses.replace(config.fit, epochs=config.pretrain_rays, name=name)
+    # `best` is a measure of the generator's, which the rays may not have.
+    fit = dataclasses.replace(config.fit, epochs=config.pretrain_rays, name=name, best="")
     result = training.fit(
         functools.partial(RaysTask, config, sizes.latent, config.conditioning.channels, fit.seed),
         data,
