@@ -118,6 +118,15 @@ def tower(
     return _loaded(spec, "" if weights == RANDOM else weights or os.path.join(name, _WEIGHTS))
 
 
+def located(name: str, weights: str) -> tuple[str, str]:
+    """`name` and `weights` of `tower` so that they mean the same in every process.
+
+    A directory, and a file, that are there become absolute: Ray's workers change directory.
+    """
+    directory = os.path.abspath(name) if os.path.isdir(name) else name
+    return directory, os.path.abspath(weights) if os.path.isfile(weights) else weights
+
+
 def save_tower(model: Tower, directory: str) -> None:
     """Write `config.json` and `model.safetensors`, which `tower(directory)` reads."""
     os.makedirs(directory, exist_ok=True)
@@ -231,7 +240,8 @@ def _from_hub(name: str) -> Mapping[str, Tensor]:
         )
     except OSError as error:
         raise ValueError(
-            f"tower {name!r}: cannot download {url} ({error}). Download it on another machine, "
-            f"copy it here and pass --weights FILE (or into {torch.hub.get_dir()}/checkpoints); or "
-            "name a local tower directory with --tower DIR."
+            f"tower {name!r}: cannot download {url} ({error}). Download it on another machine and "
+            f"copy it into {torch.hub.get_dir()}/checkpoints, or pass --weights FILE; or name a "
+            "local tower directory with --tower DIR. (train_generator calls these flags "
+            "--perceptual-weights and --perceptual.)"
         ) from error

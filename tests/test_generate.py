@@ -34,7 +34,7 @@ from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.rivals import Rivals, told_apart
 from cvmatch.generate.sampling import Sampling
 from cvmatch.generate.task import VALIDATION, GeneratorTask
-from cvmatch.generate.train import TrainGenerator, train
+from cvmatch.generate.train import TrainGenerator, build_task, located, train
 from cvmatch.generate.variants import varied
 from cvmatch.ingest import Ingest, ingest
 from cvmatch.training import Fit, loop
@@ -989,6 +989,27 @@ def test_generator_base_out_of_reach_names_the_flag(
     names[flag] = "nobody/no-such-model"
     with pytest.raises(ValueError, match=f"{flag} nobody/no-such-model"):
         Generator.base(names["--diffusion"], names["--clip"], TOY)
+
+
+def test_build_in_another_directory_finds_what_the_config_located(
+    toy: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    tower = towers.Tower(towers.TowerSpec(arch="vgg", layers=(8, "M", 16, "M"), grid=(1, 1), dim=8))
+    for name in ("tower", "other"):
+        towers.save_tower(tower, str(tmp_path / name))
+    monkeypatch.chdir(tmp_path)
+    config = TrainGenerator(
+        diffusion=os.path.relpath(os.path.join(toy, "diffusion")),
+        clip=os.path.relpath(os.path.join(toy, "clip")),
+        perceptual="tower",
+        perceptual_weights=os.path.join("other", "model.safetensors"),
+        conditioning=TOY,
+    )
+    config = located(config)
+    (tmp_path / "of a worker").mkdir()
+    monkeypatch.chdir("of a worker")
+    first = build_task(config).perceptual.stages[0][0].weight
+    assert torch.equal(first, tower.net.get_submodule("features")[0].weight)
 
 
 def test_sizes_come_from_the_config_files(toy: str):

@@ -799,7 +799,8 @@ def test_train_with_two_workers_and_near_pairs_in_a_batch_runs_to_its_end(
     save_tower(Tower(SPEC), str(tmp_path / "tower"))
     config = TrainMatcher(
         pairs=synthesized_rows(str(tmp_path / "pairs"), [f"t{i:02}" for i in range(32)], towns=4),
-        tower=str(tmp_path / "tower"),
+        tower="tower",  # the workers are in another directory
+        weights="tower/model.safetensors",
         panorama=(HIGH, WIDE),
         polar=(HIGH, WIDE),
         square=SIZE,

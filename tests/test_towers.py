@@ -111,7 +111,8 @@ def test_tower_hub_out_of_reach_says_what_to_download_and_which_flag(monkeypatch
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    with pytest.raises(ValueError, match=r"https://\S+vgg16\S+\.pth .*--weights FILE"):
+    flags = r"--weights FILE.*--perceptual-weights"
+    with pytest.raises(ValueError, match=rf"https://\S+vgg16\S+\.pth .*{flags}"):
         towers.tower("vgg16")
 
 

@@ -9,7 +9,7 @@ from ray.data import Dataset
 from ray.train import Result
 from safetensors.torch import load_file
 
-from cvmatch import engine, storage, tracking, training
+from cvmatch import engine, hub, storage, towers, tracking, training
 from cvmatch.generate import parts
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.encode import Encode, encode
@@ -87,7 +87,7 @@ def train(config: TrainGenerator) -> Result:
     Raises:
         ValueError: a base model or the data is not there, or sizes do not fit.
     """
-    config = _located(config)
+    config = located(config)
     sizes = parts.sizes(
         config.diffusion, config.clip, config.conditioning.panorama_width, config.revision
     )
@@ -152,9 +152,13 @@ def _pretrain(
     return storage.absolute(training.publish(result, f"{config.output}-rays"))
 
 
-def _located(config: TrainGenerator) -> TrainGenerator:
-    """The config with absolute local directories: workers have another working directory."""
-    places = {name: getattr(config, name) for name in ("diffusion", "clip", "perceptual")}
+def located(config: TrainGenerator) -> TrainGenerator:
+    """The config with absolute local paths: workers have another working directory."""
+    perceptual, weights = towers.located(config.perceptual, config.perceptual_weights)
     return dataclasses.replace(
-        config, **{name: os.path.abspath(p) for name, p in places.items() if os.path.isdir(p)}
+        config,
+        diffusion=hub.anywhere(config.diffusion),
+        clip=hub.anywhere(config.clip),
+        perceptual=perceptual,
+        perceptual_weights=weights,
     )

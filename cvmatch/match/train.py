@@ -6,13 +6,12 @@ import functools
 from ray.data import Dataset
 from ray.train import Result
 
-from cvmatch import draws, engine, tracking, training
+from cvmatch import draws, engine, towers, tracking, training
 from cvmatch.match.mine import mined
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, View
 from cvmatch.match.pairs import decode, pair_ids, synthesized
 from cvmatch.match.recipe import Recipe
 from cvmatch.match.task import MatcherTask
-from cvmatch.towers import Tower, tower
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +72,7 @@ def train(config: TrainMatcher) -> Result:
         ValueError: a backbone is not there, no row is without error, or validation pairs are
             among the training pairs.
     """
+    config = located(config)
     rows = synthesized(config.pairs, config.joint)
     decoded = functools.partial(_decoded, config)
     val = decoded(synthesized(config.val, config.joint)) if config.val else None
@@ -88,6 +88,12 @@ def train(config: TrainMatcher) -> Result:
         result = training.fit(build, decoded(rows), val, config.fit, run, order)
         training.publish(result, config.output)
     return result
+
+
+def located(config: TrainMatcher) -> TrainMatcher:
+    """The config with absolute local paths of the backbone: workers have another directory."""
+    name, weights = towers.located(config.tower, config.weights)
+    return dataclasses.replace(config, tower=name, weights=weights)
 
 
 def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
@@ -124,5 +130,5 @@ def _decoded(config: TrainMatcher, rows: Dataset) -> Dataset:
     return decode(rows, config.panorama, config.square)
 
 
-def _tower(config: TrainMatcher) -> Tower:
-    return tower(config.tower, config.weights, config.grid, config.dim)
+def _tower(config: TrainMatcher) -> towers.Tower:
+    return towers.tower(config.tower, config.weights, config.grid, config.dim)
