@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cvmatch import metrics, schema
 from cvmatch.geography import metres
-from cvmatch.index.ranking import rank
+from cvmatch.index.ranking import Ranked, rank
 from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Query
 
@@ -95,16 +95,19 @@ def summary(found: Found, gallery: int, draws: int = 1000, seed: int = 0) -> dic
 def two_stage(
     index: Index, query: Query, truth: Int64[Tensor, " query"], found: Found
 ) -> dict[str, float]:
-    """Recall of the two-stage search, and how much of the exhaustive answer it keeps."""
-    rows = np.concatenate(
-        [
-            rank(index, query.rows(slice(at, at + 1)), _BEST, "two-stage").rows
-            for at in range(len(truth))
-        ]
-    )
-    hits = torch.from_numpy(rows) == truth[:, None]
-    values = {f"recall@{k}": hits[:, :k].any(1).double().mean().item() for k in KS}
-    best = found.best.numpy()
+    """Recall of the two-stage search, and how much of the exhaustive answer it keeps.
+
+    A tile that the shortlist lacks is not found.
+    """
+    # The whole shortlist: among its ten best alone, ties with the tenth would not be seen.
+    size = max(_BEST, index.manifest["shortlist"])
+    places, answers = [], []
+    for at, row in enumerate(truth.tolist()):
+        answer = rank(index, query.rows(slice(at, at + 1)), size, "two-stage")
+        places.append(_place(answer, row))
+        answers.append(answer.rows[:, :_BEST])
+    values = metrics.recall_at(KS, torch.tensor(places))
+    best, rows = found.best.numpy(), np.concatenate(answers)
     kept = [np.isin(one, other).mean() for one, other in zip(best, rows, strict=True)]
     return values | {
         "exact_top1_kept": float((best[:, 0] == rows[:, 0]).mean()),
@@ -127,6 +130,12 @@ def positions(index: Index) -> Float[Tensor, "tile 2"]:
     """Latitude and longitude of the tiles, in degrees; NaN where unknown."""
     columns = [index.tiles[name].to_numpy() for name in (schema.LATITUDE, schema.LONGITUDE)]
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
+
+
+def _place(answer: Ranked, row: int) -> int:
+    """Zero-based rank of a row in the answer to one query; behind every k where it is absent."""
+    own = answer.scores[answer.rows == row]
+    return int((~(answer.scores < own)).sum()) - 1 if len(own) else max(KS)
 
 
 def _block(

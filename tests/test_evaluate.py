@@ -168,7 +168,22 @@ def test_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
     assert (numbers["exact_top1_kept"], numbers["exact_top10_kept"]) == (1.0, 1.0)
     assert numbers["recall@10"] == (found.rank < 10).double().mean().item()
     few = Index(**{**vars(index), "manifest": {"shortlist": 10}})
-    assert retrieval.two_stage(few, query, truth, found)["exact_top10_kept"] < 1
+    numbers = retrieval.two_stage(few, query, truth, found)
+    assert numbers["exact_top10_kept"] < 1
+    held = (few.nearest(query, 10) == truth.numpy()[:, None]).any(axis=1)
+    assert numbers["recall@10"] == held.mean() < 1
+
+
+def test_two_stage_equal_scores_count_against_the_query(index, model):
+    collapsed = Fusion(ground=4, aerial=4, classes=4, hidden=model.hidden).eval()
+    for weight in collapsed.candidate_rest.parameters():
+        torch.nn.init.zeros_(weight)
+    opened, truth = of_equal_tiles(index, collapsed), torch.arange(10)
+    same = Query(torch.ones(10, model.hidden), torch.zeros(10, model.hidden))
+    found = retrieval.exhaustive(opened, same, truth, 1000.0)
+    numbers = retrieval.two_stage(opened, same, truth, found)
+    for k in retrieval.KS:
+        assert numbers[f"recall@{k}"] == (found.rank < k).double().mean().item() == 0.0
 
 
 def test_constant_embeddings_are_never_above_chance(tmp_path):
