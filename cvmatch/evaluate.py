@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from pyarrow import parquet
 from torch import Tensor
 
-from cvmatch import draws, images, retrieval, schema, storage, tables, tracking
+from cvmatch import draws, images, manifest, retrieval, schema, storage, tables, tracking
 from cvmatch.fidelity import Distance, generation, segmentation
 from cvmatch.frechet import distance
 from cvmatch.index.reader import Index
@@ -96,18 +96,25 @@ class View:
 def evaluate(config: Evaluate) -> dict[str, Any]:
     """Measure everything, write it to `config.output`, and log a run; gives results.json.
 
+    Rows that failed in synthesis are no queries; their number is `failed`.
+
     Raises:
-        ValueError: the matcher was trained on some of the queries, or the index lacks their tiles.
+        FileNotFoundError: no finished output of queries there.
+        ValueError: they are of another schema version, the matcher was trained on some of them, or
+            the index lacks their tiles.
     """
+    manifest.read(config.queries)
     index = Index.open(config.index)
     ids = _query_ids(config.queries)
+    failed = sum(tables.rows(config.queries)) - len(ids)
     check_unseen(ids, index.heads)
     truth = true_rows(ids, index)
     model = JointFeatureLearningNet.load(index.heads, index.device)
     with tracking.start("evaluate", config) as run:
         queries = embedded(config, model)
-        results: dict[str, Any] = {"index": _about(index), "queries": len(ids), "retrieval": {}}
-        tables = []
+        results: dict[str, Any] = {"index": _about(index), "queries": len(ids), "failed": failed}
+        results["retrieval"] = {}
+        parts = []
         for (view, level), query in queries.items():
             found = retrieval.exhaustive(index, query, truth, config.near_m, config.seed)
             numbers: dict[str, Any] = dict(
@@ -117,13 +124,13 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
                 numbers["two-stage"] = retrieval.two_stage(index, query, truth, found)
             numbers["ms"] = {m: retrieval.milliseconds(index, query, m) for m in config.modes}
             results["retrieval"].setdefault(view.name, {})[level] = numbers
-            tables.append(_per_query(ids, index, view, level, found))
+            parts.append(_per_query(ids, index, view, level, found))
         results["generation"] = generation(
             _rows(config.queries), config.bootstrap, config.seed, _distance(config)
         )
         results["segmentation"] = segmentation(_rows(config.queries), config.num_classes)
         results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # NaN, inf
-        found = pa.concat_tables(tables)
+        found = pa.concat_tables(parts)
         _write(config.output, results, found)
         run.metrics(flat(results))
         run.text(json.dumps(results, indent=2, sort_keys=True), "results.json")

@@ -466,3 +466,30 @@ def test_evaluate_searches_the_tiles_that_were_not_deleted(folder, tmp_path):
     assert numbers["two-stage"]["exact_top10_kept"] == 1.0
     table = parquet.read_table(tmp_path / "out" / "queries.parquet").to_pandas()
     assert not set(ids) & {name for best in table["best"] for name in best}
+
+
+def test_evaluate_on_unfinished_synthesis_is_refused(folder, tmp_path):
+    tiny.write(tiny.rows(4), str(tmp_path / "queries"))
+    os.remove(tmp_path / "queries" / "manifest.json")
+    config = Evaluate(
+        queries=str(tmp_path / "queries"), index=os.path.join(folder, "index"),
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=r"expected manifest.json, found none"):
+        evaluate(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_counts_the_queries_that_failed_and_says_so(folder, tmp_path):
+    rows = tiny.rows(10).to_pylist()
+    for row in rows[:3]:
+        row |= {schema.SYNTHETIC: None, schema.ERROR: "generate: broken"}
+    table = pa.Table.from_pylist(rows, schema.SYNTHESIZED)
+    config = Evaluate(
+        queries=tiny.write(table, str(tmp_path / "queries")), output=str(tmp_path / "out"),
+        index=os.path.join(folder, "index"), levels=("G",), modes=(), bootstrap=5,
+    )  # fmt: skip
+    results = evaluate(config)
+    assert (results["queries"], results["failed"]) == (7, 3)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "3 more failed in synthesis, and no number counts them" in page

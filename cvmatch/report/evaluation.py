@@ -28,10 +28,12 @@ def evaluation(
     view = next(iter(results["retrieval"]))
     level = max(results["retrieval"][view], key=len)
     rows = queries.loc[(queries["view"] == view) & (queries["level"] == level)]
+    failed = results["failed"]
+    lost = f"; {failed} more failed in synthesis, and no number counts them" if failed else ""
     page = Page(
         title="cvmatch: evaluation",
-        summary=f"{len(rows)} panoramas of places that the matcher was not trained on. The places "
-        f"below were searched by {level} (view {view}).",
+        summary=f"{len(rows)} panoramas of places that the matcher was not trained on{lost}. "
+        f"The places below were searched by {level} (view {view}).",
         run=provenance(),
         results=scores(results),
         examples=_examples(rows, location, seed),

@@ -51,6 +51,7 @@ _KINDS = (
     _Kind(r"exact_top10_kept", "of its first ten answers", True),
     _Kind(r"shortlist", "tiles that the first stage hands to the second"),
     _Kind(r"tiles", "tiles that can be found"),
+    _Kind(r"failed", "panoramas that failed in synthesis, which no number counts"),
     _Kind(r"exact|ms_per_query_exact", "milliseconds for a panorama, scoring every tile"),
     _Kind(r"two-stage|ms_per_query", "milliseconds for a panorama, by shortlist and re-ranking"),
     _Kind(r"loss_correct", "noise error of the generator, with the right panorama"),
