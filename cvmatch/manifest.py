@@ -59,6 +59,15 @@ def tensors(directory: str) -> dict[str, str]:
     return {name: line for path in paths for name, line in _tensors(path).items()}
 
 
+def settings(value: Any) -> Any:
+    """A model's configuration without what says where it came from or which library saved it."""
+    if isinstance(value, dict):
+        return {k: settings(v) for k, v in value.items() if k not in _VOLATILE}
+    if isinstance(value, list):
+        return [settings(item) for item in value]
+    return value
+
+
 def digest(plain: Any) -> str:
     """SHA-256 (hex) of a value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -139,12 +148,4 @@ def _line(name: str, tensor: Tensor) -> str:
 
 def _canonical(path: str) -> str:
     with open(path, encoding="utf-8") as file:
-        return json.dumps(_stable(json.load(file)), sort_keys=True)
-
-
-def _stable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _stable(v) for k, v in value.items() if k not in _VOLATILE}
-    if isinstance(value, list):
-        return [_stable(item) for item in value]
-    return value
+        return json.dumps(settings(json.load(file)), sort_keys=True)

@@ -99,7 +99,7 @@ class Written:
             raise ValueError(
                 f"{self.output}: expected at most {max_share:.0%} of {total} rows to fail, got "
                 f"{len(failed)} among the first {self.rows}, such as {failed[0]}. All are named in "
-                f"{place}. Mend the cause or raise --max-rejected, and delete this output, which "
+                f"{place}. Mend the cause or raise max-rejected, and delete this output, which "
                 "keeps the failed rows."
             )
 
@@ -131,10 +131,7 @@ class Judge:
 def _read(location: str) -> Part:
     filesystem, path = storage.resolve(location)
     with filesystem.open_input_file(path) as file:
-        content = parquet.ParquetFile(file)
-        if schema.ERROR not in content.schema_arrow.names:  # a stream that leaves such rows out
-            return content.metadata.num_rows, []
-        table = content.read(columns=[schema.PAIR_ID, schema.ERROR])
+        table = parquet.ParquetFile(file).read(columns=[schema.PAIR_ID, schema.ERROR])
     failed = table.filter(compute.field(schema.ERROR).is_valid()).to_pylist()
     return len(table), [
         {"pair_id": row[schema.PAIR_ID], "reason": row[schema.ERROR]} for row in failed

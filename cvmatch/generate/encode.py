@@ -1,32 +1,36 @@
 """Encode once: what the frozen networks give of every pair, as Parquet, which training streams.
 
 A row has the tile and its class map (ids) at the size of training, the view that the rays take of
-the panorama and, for each variant (turned or mirrored), the latent of the tile and CLIP's states of
-the panorama, in half precision: rounding of 5e-4, against noise of 1 that training adds. `encoded`
-reads them.
+the panorama (and of the mirrored one) and, for each variant (turned or mirrored), the latent of the
+tile and CLIP's states of the panorama, in half precision: rounding of 5e-4, against noise of 1 that
+training adds. A row that failed has its reason in `error` alone. `encoded` reads the others.
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from cvmatch import engine, geometry, hardware, images, manifest, progress, schema, storage
 from cvmatch.flow import Flow, each_step
-from cvmatch.generate import parts, rays, variants
+from cvmatch.generate import parts, variants
 from cvmatch.generate.condition import Conditioning
-from cvmatch.generate.encoded import npy
+from cvmatch.generate.encoded import ROWS, npy
 from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.pairs import Sizes, decode_batch
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
-from cvmatch.written import Judge, Written
+from cvmatch.written import REJECTED, Judge, Written
 
-VERSION = 4  # 1 had no class maps, 2 kept arrays as lists of numbers, 3 pictures as files
+VERSION = 5  # 1 had no class maps, 2 arrays as lists, 3 pictures as files, 4 no mirrored views
 """Version of the rows on disk."""
 
 Batch = dict[str, np.ndarray]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,24 +58,34 @@ class Encode:
 
 
 class EncodePairs:
-    """Rows of PAIRS -> `pair_id`, `key` and what a stored row has; no failed rows."""
+    """Rows of PAIRS -> rows of `encoded.ROWS`; one that failed keeps its reason in `error`."""
 
     def __init__(self, config: Encode, sizes: Sizes) -> None:
         encoders = parts.load_encoders(config.diffusion, config.clip, config.revision)
         self.frozen = Frozen(encoders, config.conditioning).to(hardware.device())
         self.config, self.sizes = config, sizes
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Encode the pairs of one batch; pictures that ingest passed are there."""
-        pairs = decode_batch(batch, self.sizes)
-        good = [i for i, error in enumerate(batch[schema.ERROR]) if not error]
-        latents, states, view = self._look(
+    def __call__(self, batch: Batch) -> pa.Table:
+        """Encode the pairs of one batch."""
+        pairs, errors = _decoded(batch, self.sizes)
+        columns: dict[str, Any] = {
+            schema.PAIR_ID: [str(name) for name in batch[schema.PAIR_ID]],
+            schema.ERROR: errors,
+        }
+        good = [row for row, error in enumerate(errors) if error is None]
+        found = self._encoded(pairs) if good else {}  # networks take no empty batch
+        for name, values in found.items():
+            columns[name] = np.full(len(errors), None, dtype=object)
+            columns[name][good] = values
+        return schema.conform(pa.table(columns), ROWS)
+
+    def _encoded(self, pairs: Batch) -> Batch:
+        views, latents, states = self._look(
             torch.from_numpy(pairs["ground"]), torch.from_numpy(pairs["aerial"])
         )
         return {
-            schema.PAIR_ID: np.array([str(batch[schema.PAIR_ID][i]) for i in good], dtype=object),
             "key": pairs["key"],
-            schema.GROUND: npy(view),
+            schema.GROUND: npy(views),
             schema.AERIAL: npy(pairs["aerial"]),
             schema.CLASSES: npy(pairs["classes"]),
             "latent": npy(latents),
@@ -82,66 +96,109 @@ class EncodePairs:
     def _look(self, ground: Tensor, tile: Tensor) -> tuple[np.ndarray, ...]:
         at = self.frozen.mean.device
         ground, tile = ground.to(at) / 255, tile.to(at) / 255
-        latents, states = [], []
+        views, latents, states = [], [], []
         for variant in range(variants.count(self.config.turns, self.config.mirror)):
             chosen = torch.full((len(tile),), variant, device=at)
-            how = variants.change(chosen, self.config.turns)
-            latents.append(self.frozen.encode(geometry.turned_tile(tile, *how)))
-            states.append(self.frozen.look(geometry.turned_panorama(ground, *how)).states)
-        halves = [torch.stack(some, dim=1).half().cpu().numpy() for some in (latents, states)]
-        view = (rays.view(ground) * 255).round().byte().cpu().numpy()
-        return halves[0], halves[1], view
+            turns, mirror = variants.change(chosen, self.config.turns)
+            latents.append(self.frozen.encode(geometry.turned_tile(tile, turns, mirror)))
+            seen = self.frozen.look(geometry.turned_panorama(ground, turns, mirror))
+            states.append(seen.states)
+            if not turns.any():  # a view can be turned later, but not mirrored: `variants.varied`
+                views.append((seen.view * 255).round().byte())
+        halves = [torch.stack(some, dim=1).half() for some in (latents, states)]
+        views, latents, states = (x.cpu().numpy() for x in (torch.stack(views, dim=1), *halves))
+        return views, latents, states
+
+
+def _decoded(batch: Batch, sizes: Sizes) -> tuple[Batch, list[str | None]]:
+    """`decode_batch` of the good rows, and of each row why it failed, or None."""
+    errors = [error or None for error in batch[schema.ERROR]]
+    found = [decode_batch({name: values[:0] for name, values in batch.items()}, sizes)]
+    for row in range(len(errors)):
+        try:
+            alone = {name: values[row : row + 1] for name, values in batch.items()}
+            found.append(decode_batch(alone, sizes))
+        except images.BadImage as error:  # the file has changed since ingest's check
+            errors[row] = f"encode: {error}"
+    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}, errors
 
 
 def encode(config: Encode) -> str:
     """Write the encoded rows, or find them there; gives their directory.
 
-    A pass that was killed goes on where it stopped.
+    A pass that was killed goes on where it stopped. Rows that failed are named in rejected.jsonl.
 
     Raises:
-        ValueError: a base model or the data is not there, or the directory holds other rows.
+        ValueError: a base model or the data is not there, the directory holds other rows, or more
+            than `data.max_rejected` of the rows failed (at once, when so many did).
     """
-    ingest(config.data)  # lazy, but for its check of the files, which the fingerprint is of
-    made_from = _made_from(config)
-    name = f"{config.data.split}-{manifest.digest(made_from)[:12]}"
+    depends = made_from(config)
+    name = f"{config.data.split}-{manifest.digest(depends)[:12]}"
     written = Written(storage.join(storage.absolute(config.output), name))
-    if written.claim(made_from):
-        return written.output
-    with engine.resumable(storage.join(written.partial, "checkpoint")):
-        _stream(config, written)
-    models = {"encoders": made_from["encoders"]}
-    source = config.data.root
-    manifest.write(written.output, rows=written.rows, config=config, models=models, source=source)
-    storage.remove(written.partial)
+    if not written.claim(depends):
+        with engine.resumable(storage.join(written.partial, "checkpoint")):
+            _stream(config, written)
+        written.judge(accepted(config.data), config.data.max_rejected)
+        written.name_failed()
+        models = {"encoders": depends["encoders"]}
+        source = config.data.root
+        manifest.write(
+            written.output, rows=written.rows, config=config, models=models, source=source
+        )
+        storage.remove(written.partial)
+    _tell_failed(written.output)
     return written.output
+
+
+def _tell_failed(output: str) -> None:
+    """Say how many rows an output lacks, to who makes it and to who finds it."""
+    place = storage.join(output, REJECTED)
+    failed = storage.read_text(place).count("\n")
+    if failed:
+        rows = manifest.read(output)["rows"]
+        _log.warning(
+            "%d of %d rows failed and are left out of training; see %s. To try them again, delete "
+            "its directory.",
+            *(failed, rows, place),
+        )
 
 
 def _stream(config: Encode, written: Written) -> None:
     engine.preflight(config.pool)
     looks = config.conditioning
     sizes = parts.sizes(config.diffusion, config.clip, looks.panorama_width, config.revision)
-    rows = ingest(config.data)
+    rows = ingest(dataclasses.replace(config.data, recheck=False))  # as `made_from` checked them
     total = accepted(config.data)
+    written.update(running=True)  # what was written before
     rows = engine.map_actors(rows, EncodePairs, config.pool, config=config, sizes=sizes)
     filesystem, path = storage.resolve(written.output)
     flow = Flow({"read": read_pictures.__name__, "encode": EncodePairs.__name__, "write": "Write"})
     with (
         progress.watch(f"encode {config.data.split}", total, lambda: written.rows, flow.note),
-        each_step(rows, flow.update, Judge(written, total, max_share=0.0)),
+        each_step(rows, flow.update, Judge(written, total, config.data.max_rejected)),
     ):
         rows.write_parquet(path, filesystem=filesystem)
     written.update()
 
 
-def _made_from(config: Encode) -> dict[str, Any]:
-    """What the rows depend on."""
+def made_from(config: Encode) -> dict[str, Any]:
+    """What the rows depend on.
+
+    Raises:
+        ValueError: a base model or the data is not there.
+    """
     encoders = parts.load_encoders(config.diffusion, config.clip, config.revision)
     looks = config.conditioning
+    sizes = parts.sizes(config.diffusion, config.clip, looks.panorama_width, config.revision)
+    configs = [encoders.clip.config.to_diff_dict(), dict(encoders.vae.config)]
     return {
         "version": VERSION,
         "encoders": manifest.weights(encoders.clip, encoders.vae),
+        "settings": manifest.digest(manifest.settings(configs)),
+        "colours": [list(encoders.processor.image_mean), list(encoders.processor.image_std)],
         "tokens": looks.mode != "pooled",
-        "panorama": [looks.panorama_width, looks.crops],
+        "panorama": [*sizes.panorama, looks.crops],
+        "tile": sizes.tile,
         "variants": [config.turns, config.mirror],
         "decoder": images.PREPROCESS,
         "pictures": fingerprint(config.data),

@@ -10,12 +10,25 @@ import io
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 from ray.data import Dataset
 
 from cvmatch import schema, storage
 
-_PICTURES = (schema.GROUND, schema.AERIAL, schema.CLASSES)
+_ARRAYS = (schema.GROUND, schema.AERIAL, schema.CLASSES, "latent", "states")
+
+ROWS = pa.schema(
+    [
+        pa.field(schema.PAIR_ID, pa.string(), nullable=False),
+        pa.field("key", pa.int64()),
+        *(pa.field(name, pa.binary()) for name in _ARRAYS),
+        pa.field(schema.ERROR, pa.string()),  # why the row failed: then all but its id is null
+    ]
+)
+"""Columns on disk. `ground` is the rays' view of the panorama, then that of the mirrored one where
+pairs are mirrored; `latent` and `states` are of each variant."""
 
 _ROWS = 32
 """Rows of a read batch: whole blocks, whose arrays are new pages each time, gave 170 such rows a
@@ -23,18 +36,19 @@ second, this gives 240."""
 
 
 def encoded(directory: str) -> Dataset:
-    """The rows that `encode` wrote, as the tensors of `pairs.decode` and `latent`, `states`."""
+    """The good rows that `encode` wrote, as `tensors`."""
     filesystem, path = storage.resolve(directory)
     files = [name for name in storage.names(directory) if name.endswith(".parquet")]
     rows: Any = ray.data.read_parquet(
         path,
         filesystem=filesystem,
         file_extensions=["parquet"],
+        filter=pc.field(schema.ERROR).is_null(),
         # Else Ray splits the rows of few files into 200 blocks, and makes a task of each: of five
         # rows of the toy models' 960, which were read at 370 a second in place of 550.
         override_num_blocks=len(files),
     )
-    return rows.map_batches(_tensors, batch_size=_ROWS)
+    return rows.map_batches(tensors, batch_size=_ROWS)
 
 
 def npy(arrays: np.ndarray) -> np.ndarray:
@@ -47,9 +61,15 @@ def npy(arrays: np.ndarray) -> np.ndarray:
     return found
 
 
-def _tensors(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    arrays = {name: _arrays(batch[name]) for name in (*_PICTURES, "latent", "states")}
-    return {"key": batch["key"], **arrays}
+def tensors(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Good rows -> the tensors of `pairs.decode`, `latent`, `states` and maybe `mirrored`.
+
+    `ground` and `mirrored` are views of the panorama and of the mirrored one.
+    """
+    found = {"key": batch["key"], **{name: _arrays(batch[name]) for name in _ARRAYS}}
+    views = found[schema.GROUND]
+    mirrored = {"mirrored": views[:, 1]} if views.shape[1] > 1 else {}
+    return {**found, schema.GROUND: views[:, 0], **mirrored}
 
 
 def _arrays(found: np.ndarray) -> np.ndarray:

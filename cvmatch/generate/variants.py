@@ -43,14 +43,38 @@ def pairs_of(batch: dict[str, Tensor]) -> Pairs:
 
 
 def varied(batch: dict[str, Tensor], recipe: Recipe, seed: int) -> Pairs:
-    """Its pairs turned and mirrored by a draw of each row and epoch."""
+    """Its pairs turned and mirrored by a draw of each row and epoch.
+
+    Where the batch has `mirrored` (`encode`), mirrored pairs take their panorama from there.
+    """
     plain, number = pairs_of(batch), count(recipe.turns, recipe.mirror)
     stream = draws.stream(seed, int(batch["epoch"]), "variant")
     chosen = (draws.uniform(batch["key"], stream) * number).long()
     how = change(chosen, recipe.turns)
+    if "mirrored" in batch:
+        ground = _turned_views(plain.ground, batch["mirrored"].float() / 255, *how)
+    else:
+        ground = geometry.turned_panorama(plain.ground, *how)
     return Pairs(
-        geometry.turned_panorama(plain.ground, *how),
+        ground,
         geometry.turned_tile(plain.tile, *how),
         geometry.turned_tile(plain.classes, *how),
         chosen,
     )
+
+
+def _turned_views(
+    view: Float[Tensor, "row 3 height width"],
+    mirrored: Float[Tensor, "row 3 height width"],
+    turns: Int64[Tensor, " row"],
+    mirror: Bool[Tensor, " row"],
+) -> Float[Tensor, "row 3 height width"]:
+    """Views of turned panoramas, from those of the panoramas and of the mirrored ones.
+
+    A view's column is the mean of those of a panorama from its own azimuth on; mirrored, it would
+    be of those before. It may be turned: its quarters are a panorama's.
+    """
+    ground = torch.where(mirror[:, None, None, None], mirrored, view)
+    # After mirroring, a turn goes the other way.
+    turns = torch.where(mirror, -turns, turns)
+    return geometry.turned_panorama(ground, turns, torch.zeros_like(mirror))
