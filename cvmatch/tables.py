@@ -33,6 +33,13 @@ def rows(location: str) -> list[int]:
     return found
 
 
+def columns(location: str) -> list[str]:
+    """Columns of the first of its `files`."""
+    filesystem, path = storage.resolve(location)
+    with filesystem.open_input_file(storage.join(path, files(location)[0])) as file:
+        return parquet.read_schema(file).names
+
+
 def batches(
     location: str, columns: Sequence[str], size: int = 64, names: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:

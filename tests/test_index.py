@@ -340,6 +340,18 @@ def test_build_through_the_actor_pool_equals_the_model_run_here(
     assert os.listdir(os.path.join(output, "building")) == []
 
 
+@pytest.mark.ray
+def test_build_needs_no_more_of_its_rows_than_ids_and_pictures(
+    ray_session, model, output, tmp_path
+):
+    rows = tiny.rows(8)
+    location = tiny.write(rows.select([schema.PAIR_ID, schema.AERIAL]), str(tmp_path / "rows"))
+    assert build(BuildIndex(rows=location, model=model, output=output))["rows"] == 8
+    tiles = Index.open(output).tiles
+    assert tiles[schema.PAIR_ID].to_pylist() == rows[schema.PAIR_ID].to_pylist()
+    assert tiles[schema.LATITUDE].null_count == 8
+
+
 def test_shard_names_its_files_and_maker(model, parts, output):
     info = publish(parts, BuildIndex(model=model, output=output))
     folder = os.path.join(output, "shards", info["shards"][0]["sha"])

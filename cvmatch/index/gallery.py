@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import pyarrow as pa
 import ray
 
 from cvmatch import engine, ingest, manifest, progress, schema, storage, tables
@@ -15,6 +16,11 @@ from cvmatch.index.draft import Run
 from cvmatch.ingest import Ingest
 from cvmatch.match.infer import Embed, EmbedTile, embed_tiles
 from cvmatch.written import Judge, Written
+
+_COLUMNS = pa.schema(
+    schema.SYNTHESIZED.field(name)
+    for name in (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +66,17 @@ def dataset(gallery: Gallery) -> ray.data.Dataset:
     if not gallery.rows:
         first, *rest = [ingest.ingest(one, [schema.AERIAL]) for one in _ingests(gallery)]
         return first.union(*rest) if rest else first
-    wanted = [schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR]
     filesystem, path = storage.resolve(gallery.rows)
-    have = next(tables.batches(gallery.rows, wanted, 1)).schema
-    rows: Any = ray.data.read_parquet(path, filesystem=filesystem, file_extensions=["parquet"])
-    return rows.select_columns([name for name in wanted if name in have.names])
+    have = tables.columns(gallery.rows)
+    rows: Any = ray.data.read_parquet(
+        path,
+        filesystem=filesystem,
+        columns=[name for name in _COLUMNS.names if name in have],
+        file_extensions=["parquet"],
+    )
+    return rows.map_batches(
+        schema.conform, fn_kwargs={"wanted": _COLUMNS}, batch_format="pyarrow", batch_size=None
+    )
 
 
 def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str, float]:

@@ -91,7 +91,7 @@ def _best(
 def _top(
     scores: torch.Tensor, rows: torch.Tensor, count: int, ties: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` best scores of each query and their rows; `ties`: of equal ones the first rows."""
+    """The `count` best scores of each query, and their rows; `ties`: of equal ones the first."""
     best, kept = scores.topk(min(count, scores.shape[1]))
     found = rows.gather(1, kept)
     if ties:

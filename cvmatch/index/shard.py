@@ -72,7 +72,7 @@ def accepted(parts: str, limit: float) -> tuple[pa.Table, list[dict[str, str]]]:
     """
     columns = pa.schema([*TILES, schema.PAIRS.field(ERROR)])
     whole = pa.concat_tables(
-        table.cast(columns) for table in tables.batches(parts, columns.names, CHUNK)
+        _placed(table.cast(columns)) for table in tables.batches(parts, columns.names, CHUNK)
     )
     whole = whole.append_column(AT, pa.array(np.arange(len(whole))))
     bad = whole.filter(pc.field(ERROR).is_valid()).select([PAIR_ID, ERROR]).to_pylist()
@@ -90,6 +90,14 @@ def accepted(parts: str, limit: float) -> tuple[pa.Table, list[dict[str, str]]]:
             f"{twice[:3]}. A query finds its tile by the id: remove the copies."
         )
     return tiles.drop_columns([ERROR]), bad
+
+
+def _placed(table: pa.Table) -> pa.Table:
+    """With nulls for the coordinates that are NaN, as an unknown one is in an actor's arrays."""
+    for name in (LATITUDE, LONGITUDE):
+        known = pa.array(table[name].to_numpy(), from_pandas=True)
+        table = table.set_column(table.column_names.index(name), name, known)
+    return table
 
 
 def gather(parts: str, at: Int64[np.ndarray, " tile"], width: int) -> Float16[np.ndarray, "tile w"]:
