@@ -71,7 +71,10 @@ def exhaustive(
 
 
 def summary(found: Found, gallery: int, draws: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Numbers of the protocols; recalls with the 95 % interval of the bootstrap, in [0, 1]."""
+    """Numbers of the protocols; recalls with the 95 % interval of the bootstrap, in [0, 1].
+
+    `near_recall@k_chance` is what a guess finds, each query among its own number of tiles nearby.
+    """
     share, k = metrics.recall_share(0.01, found.rank, gallery)
     values = metrics.recall_at(KS, found.rank) | {"recall@1%": share, "recall@1%_k": k}
     for name, limit in [*((f"recall@{k}", k) for k in KS), ("recall@1%", k)]:
@@ -83,7 +86,10 @@ def summary(found: Found, gallery: int, draws: int = 1000, seed: int = 0) -> dic
     if rivals.any():
         near = metrics.recall_at(KS, found.near_rank[rivals])
         values |= {f"near_{name}": value for name, value in near.items()}
-        values["near_gallery"] = found.near[rivals].double().mean().item()
+        places = found.near[rivals].double()
+        guess = {k: (k / places).clamp(max=1).mean().item() for k in KS}
+        values |= {f"near_recall@{k}_chance": value for k, value in guess.items()}
+        values["near_gallery"] = places.mean().item()
         values["near_queries"] = int(rivals.sum())
     known = found.distance[~found.distance.isnan()]
     if len(known):

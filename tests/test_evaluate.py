@@ -149,6 +149,18 @@ def test_exhaustive_tile_without_coordinates_is_near_nothing():
     assert numbers["distance_m"] == 0.0
 
 
+def test_summary_guess_among_the_tiles_nearby_is_that_of_each_query():
+    whole, none = torch.zeros(3, dtype=torch.int64), torch.full((3,), torch.nan)
+    found = retrieval.Found(
+        rank=whole, score=none, best=whole[:, None], best_score=none[:, None], near_rank=whole,
+        near=torch.tensor([2, 100, 1]), distance=none, ten={},
+    )  # fmt: skip
+    numbers = retrieval.summary(found, 500, draws=5)
+    assert (numbers["near_queries"], numbers["near_gallery"]) == (2, 51.0)
+    assert numbers["near_recall@1_chance"] == pytest.approx((1 / 2 + 1 / 100) / 2)
+    assert numbers["near_recall@5_chance"] == pytest.approx((1 + 5 / 100) / 2)
+
+
 def test_metres_of_known_arcs():
     pole, equator = torch.tensor([90.0, 0.0]), torch.tensor([0.0, 123.0])
     quarter = math.pi / 2 * 6_371_008.8

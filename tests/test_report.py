@@ -264,8 +264,31 @@ def test_scores_neighbouring_keys_belong_to_one_row(ends):
 
 
 def test_scores_tiles_nearby_are_guessed_among_themselves():
-    (row,) = scores({"gallery": 900, "near_recall@1": 0.5, "near_gallery": 8.0, "near_queries": 3})
-    assert row.chance == 1 / 8
+    tree = {"gallery": 900, "near_recall@1": 0.5, "near_gallery": 51.0, "near_queries": 2}
+    (row,) = scores(tree | {"near_recall@1_chance": 0.255})
+    assert (row.chance, row.share) == (0.255, True)
+    assert row.meaning == "it comes first of the tiles nearby (51.0 on average)"
+    (row,) = scores(tree)  # the mean of their numbers says nothing of a guess: 0.02 for 2 and 100
+    assert row.chance is None
+
+
+def test_scores_recalls_by_other_views_than_luminance_are_recalls():
+    tree = {"gallery": 40.0}
+    for view in ("chroma", "gradient"):
+        tree |= {f"{view}/gallery": 40.0, f"{view}/recall@1": 0.3, f"{view}/recall@1_k": 1.0}
+        tree |= {f"{view}/recall@1_low": 0.2, f"{view}/recall@1_high": 0.4}
+        tree |= {f"{view}/recall@10%": 0.5, f"{view}/recall@10%_k": 4.0}
+    rows = scores(tree)
+    assert [(row.name, row.chance) for row in rows] == [
+        ("chroma/recall@1", 1 / 40),
+        ("chroma/recall@10%", 0.1),
+        ("gradient/recall@1", 1 / 40),
+        ("gradient/recall@10%", 0.1),
+    ]
+    assert all(row.share for row in rows)
+    assert rows[0].interval == (0.2, 0.4)
+    assert rows[1].meaning == "by colour alone, the right tile comes among the first 4 of 40"
+    assert rows[2].meaning == "by edges alone, the right tile comes first of 40"
 
 
 def test_scores_of_a_shortlist_are_not_those_of_one_of_ten():

@@ -39,9 +39,13 @@ class _Kind:
     chance: float | None = None
 
 
+_RECALL = r"recall@((?P<k>\d+)|(?P<percent>[\d.]+)%)"
 _KINDS = (
-    _Kind(r"recall@(?P<k>\d+)", "the right tile comes {first} of {gallery}", True),
-    _Kind(r"recall@(?P<percent>[\d.]+)%", "the right tile comes {first} of {gallery}", True),
+    _Kind(_RECALL, "the right tile comes {first} of {gallery}", True),
+    _Kind(rf"chroma/{_RECALL}", "by colour alone, the right tile comes {first} of {gallery}", True),
+    _Kind(
+        rf"gradient/{_RECALL}", "by edges alone, the right tile comes {first} of {gallery}", True
+    ),
     _Kind(r"near_recall@(?P<near>\d+)", "it comes {first} of the tiles nearby ({gallery})", True),
     _Kind(r"(one_of_ten_)?top(?P<ten>\d+)", "it comes {first} of 10: itself and 9 random", True),
     _Kind(r"(?P<middle>median_rank)", "half of the panoramas have their tile here or before"),
@@ -78,7 +82,7 @@ _GROUPS = {
     ),
 }
 """Meaning of keys below such a key, before _KINDS: classes, levels of queries, a shortlist."""
-_PARTS = re.compile(r".*(_low|_high|_k|_chance)|(near_)?gallery|near_queries")
+_PARTS = re.compile(r".*(_low|_high|_k|_chance)|(near_|\w+/)?gallery|near_queries")
 
 
 def scores(results: Mapping[str, Any], gallery: Number = 0) -> list[Score]:
@@ -135,8 +139,9 @@ def _chance(
     if ten := found.get("ten"):
         k, places = int(ten), 10
     elif near := found.get("near"):
-        k, places = int(near), tree.get("near_gallery", 0)
-        words = f"{places:.1f} on average" if places else "not counted"
+        # No guess from the mean: 2 and 100 tiles give 25.5 %, 51 give 2.0 %. See "<name>_chance".
+        k, places, mean = int(near), 0, tree.get("near_gallery", 0)
+        words = f"{mean:.1f} on average" if mean else "not counted"
     elif percent := found.get("percent"):  # as metrics.recall_share counts
         k = max(1, int(float(percent) / 100 * gallery + 1e-9))
     elif found.get("middle"):

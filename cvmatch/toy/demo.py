@@ -108,7 +108,9 @@ def results(
             "median_rank": best["median_rank"],
             "ablation": {name: level["recall@1"] for name, level in levels.items()},
             "one_of_ten": {name: best[f"one_of_ten_{name}"] for name in ("top1", "top5")},
-            "near": {name: best[f"near_{name}"] for name in ("gallery", "recall@1")},
+            "near": {
+                name: best[f"near_{name}"] for name in ("gallery", "recall@1", "recall@1_chance")
+            },
             "distance_m": best["distance_m"],
         },
         "index": {"tiles": measured["index"]["rows"]},
