@@ -103,6 +103,19 @@ def ingest(config: Ingest, pictures: Collection[str] = tuple(FILES)) -> Dataset:
     return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
 
 
+def apart(data: Ingest, val: Ingest | None) -> None:
+    """Check that a training is not judged by its own rows.
+
+    Raises:
+        ValueError: both are the same split of the same root.
+    """
+    if val and (storage.absolute(data.root), data.split) == (storage.absolute(val.root), val.split):
+        raise ValueError(
+            f"validation: expected other rows than in training, got the split {val.split!r} of "
+            f"{val.root} as both --data and --val. Pass --val.split val."
+        )
+
+
 def fingerprint(config: Ingest) -> str:
     """Hash (SHA-256) of the rows that `ingest` gives: ids, positions, names and sizes of pictures.
 

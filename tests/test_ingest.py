@@ -17,7 +17,9 @@ from tiny_cvusa import (
 )
 
 from cvmatch import engine, schema
+from cvmatch.generate.train import TrainGenerator
 from cvmatch.ingest import Ingest, check_pictures, fingerprint, ingest, read_pictures, rejected
+from cvmatch.segment.train import TrainSegmenter
 
 
 def plan_of(**files: str | None) -> pa.Table:
@@ -198,6 +200,16 @@ def test_ingest_second_run_trusts_the_check_and_recheck_does_not(ray_session, su
 
     again = Ingest(root=str(subset), split="val", max_rejected=0.5, recheck=True)
     assert [row["pair_id"] for row in ingest(again).take_all()] == ["0000001"]
+
+
+@pytest.mark.parametrize("stage", [TrainSegmenter, TrainGenerator])
+def test_training_validated_by_its_own_rows_is_refused(stage):
+    data = Ingest(root="pairs")
+    for own in (data, Ingest(root="./pairs", limit=5)):
+        with pytest.raises(ValueError, match=r"split 'train' of .*pairs as both.*--val.split val"):
+            stage(data=data, val=own)
+    for other in (Ingest(root="pairs", split="val"), Ingest(root="others")):
+        assert stage(data=data, val=other).val == other
 
 
 @pytest.mark.ray

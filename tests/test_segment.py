@@ -36,6 +36,7 @@ from cvmatch.segment.train import (
     train,
     training_rows,
 )
+from cvmatch.synthesize import Synthesize
 from cvmatch.training import Fit
 
 SIZE = 64
@@ -689,7 +690,7 @@ def write_synthesized(output: str, count: int, split: str) -> None:
     parquet.write_table(
         schema.conform(pa.table(columns)), os.path.join(output, "0.parquet"), row_group_size=8
     )
-    made = TrainSegmenter(data=Ingest(split=split))  # a config with `data`, as Synthesize is
+    made = Synthesize(data=Ingest(split=split))
     manifest.write(output, rows=count, config=made, models={}, source="pairs")
 
 

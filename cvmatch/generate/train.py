@@ -20,7 +20,7 @@ from cvmatch.generate.perceptual import Lpips
 from cvmatch.generate.rays_task import FILE, RaysTask
 from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.task import GeneratorTask
-from cvmatch.ingest import Ingest, ingest
+from cvmatch.ingest import Ingest, apart, ingest
 
 Way = Literal["once", "live"]
 """When the frozen networks see a pair: before training, or in every step."""
@@ -64,6 +64,7 @@ class TrainGenerator(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        apart(self.data, self.val)
         if self.freeze_rays and not self.pretrain_rays:
             raise ValueError(
                 "train_generator: expected pretrain_rays of at least 1 with freeze_rays, got 0: "

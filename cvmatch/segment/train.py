@@ -15,7 +15,7 @@ from ray.train import Result
 from torch import Tensor, nn
 
 from cvmatch import draws, hub, images, manifest, metrics, schema, storage, tracking, training
-from cvmatch.ingest import Ingest, ingest
+from cvmatch.ingest import Ingest, apart, ingest
 from cvmatch.segment.model import Segmenter, enlarge
 from cvmatch.segment.pairs import Preprocess, decode, decode_synthesized
 
@@ -66,6 +66,7 @@ class TrainSegmenter:
     """The training loop."""
 
     def __post_init__(self) -> None:
+        apart(self.data, _held_out(self))
         if not 0 < self.synthesized_share <= 1:
             raise ValueError(
                 "train_segmenter: synthesized_share is a share in (0, 1], got "
