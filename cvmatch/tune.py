@@ -119,7 +119,8 @@ def search(config: Tune, base: Any = None) -> TuneResult:
 
     Raises:
         ValueError: a searched field is none of the stage's or its range is refused, the metric
-            will not be there, the cluster is too small, or the name is that of another search.
+            will not be there after every epoch, the cluster is too small, or the name is that of
+            another search.
         RuntimeError: no trial reported a finite metric.
     """
     base = base or spaces.settings(config.stage, config.base)
@@ -129,6 +130,11 @@ def search(config: Tune, base: Any = None) -> TuneResult:
     metric = config.goal[0]
     if metric.startswith("val/") and not base.val:
         raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
+    if metric.startswith("val/") and fit.validate_every > 1:
+        raise ValueError(
+            f"tune: trials are compared by {metric!r} after every epoch: expected "
+            f"fit.validate_every 1, got {fit.validate_every}. Leave it out of the stage's settings."
+        )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints banners when silent, too
     engine.start(dashboard=fit.workers > 0)
     _preflight(config, fit)
