@@ -23,7 +23,8 @@ class Recipe:
     w_direct: float = 1.0
     """Weight of the same loss on G against the tiles' own embeddings (level G, the shortlist)."""
     drop_ground: float = 0.1
-    """Share of rows whose G becomes the learned null; those keep their A."""
+    """Share, of the rows that keep their A, whose G becomes the learned null: with drop_synthetic
+    0.5 half as many of all rows, with 1 none."""
     drop_synthetic: float = 0.5
     """Share of rows whose A becomes the learned null."""
     drop_classes: float = 0.5
