@@ -1,6 +1,8 @@
 import os
 import resource
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
@@ -13,6 +15,7 @@ from cvmatch import schema
 from cvmatch.index import ann, change, remote, versions
 from cvmatch.index.build import BuildIndex, publish
 from cvmatch.index.change import AddTiles, Collect, Compact, DeleteTiles, compact, delete, join
+from cvmatch.index.draft import serially
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.index.verify import Verify, probes_of, verify
@@ -188,15 +191,69 @@ def test_collect_removes_what_only_old_versions_need(model, parts, output):
         Index.open(output, version="v000001")
 
 
+def test_delete_during_an_addition_is_not_lost(model, parts, output):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+
+    def run(function, tasks):
+        if versions.current(output) == "v000001":
+            delete(DeleteTiles(output=output, ids=("0000003",)))
+        return serially(function, tasks)
+
+    with pytest.raises(ValueError, match=r"of version v000001, but v000002 is .* Run it again"):
+        join(parts["last"], AddTiles(output=output), run)
+    index = Index.open(output)
+    assert (index.manifest["version"], list(index.dead)) == ("v000002", [3])
+    info = join(parts["last"], AddTiles(output=output))
+    assert (info["parent"], list(Index.open(output).dead)) == ("v000002", [3])
+
+
+def test_of_changes_that_end_at_once_one_is_published(tmp_path):
+    root, changes = str(tmp_path), 8
+    base = versions.commit(root, {"files": {}, "by": "build"}, {})
+    together = threading.Barrier(changes)
+
+    def committed(by):
+        together.wait()
+        try:
+            versions.commit(root, {"files": {}, "by": by, "parent": base["version"]}, {})
+        except ValueError:
+            return None
+        return by
+
+    with ThreadPoolExecutor(changes) as pool:
+        done = [by for by in pool.map(committed, range(changes)) if by is not None]
+    assert [versions.read(root)["by"]] == done
+    assert versions.names(root) == ["v000001", "v000002"]
+
+
+def test_build_beside_which_others_end_is_published_all_the_same(tmp_path):
+    root, builds = str(tmp_path), 8
+    together = threading.Barrier(builds)
+
+    def committed(_):
+        together.wait()
+        return versions.commit(root, {"files": {}}, {})["version"]
+
+    with ThreadPoolExecutor(builds) as pool:
+        done = list(pool.map(committed, range(builds)))
+    assert sorted(done) == versions.names(root)
+    assert versions.current(root) == max(done)
+
+
 def test_manifest_with_a_shard_twice_or_missing_is_refused(model, parts, output):
     info = publish(parts["all"], BuildIndex(model=model, output=output, shard_rows=8))
     first, second, third = info["shards"]
     for wrong in ([first, second, second], [first, third]):
-        versions.commit(output, info | {"shards": wrong}, {})
+        changed(output, info, shards=wrong)
         with pytest.raises(ValueError, match=r"expected shards .* each once"):
             Index.open(output)
-    versions.commit(output, info | {"shards": [first, second, third]}, {})
+    changed(output, info, shards=[first, second, third])
     assert len(Index.open(output)) == 24
+
+
+def changed(output, info, **fields):
+    """Make a manifest with other fields the current one."""
+    versions.commit(output, info | fields | {"parent": versions.current(output)}, {})
 
 
 def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
@@ -221,7 +278,7 @@ def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
     path = os.path.join(output, info["shards"][0]["codes"])
     faiss.write_index(wrong, path)
     files = info["files"] | versions.files_of(path, os.path.relpath(path, output))
-    versions.commit(output, info | {"files": files}, {})
+    changed(output, info, files=files)
     assert verify(Verify(index=output))["tiles"] == 24
     with pytest.raises(ValueError, match="are not what its tiles give with the head"):
         verify(Verify(index=output, deep=True))

@@ -90,7 +90,7 @@ def join(
     """Add the rows of Parquet files (see `build.publish`) to the current version.
 
     Raises:
-        ValueError: an id is there already; or as `build.publish`.
+        ValueError: an id is there already; as `build.publish`; or see `versions.commit`.
     """
     root = remote.root(config.output)
     index = Index.open(root)
@@ -126,7 +126,7 @@ def delete(config: DeleteTiles) -> dict[str, Any]:
     """Delete tiles; gives the new manifest.
 
     Raises:
-        ValueError: no such tile.
+        ValueError: no such tile; or see `versions.commit`.
     """
     root = remote.fetched(config.output)
     index = Index.open(root)
@@ -152,7 +152,11 @@ def delete(config: DeleteTiles) -> dict[str, Any]:
 
 
 def compact(config: Compact, run: Run = serially) -> dict[str, Any]:
-    """Write the living tiles as new shards by pair_id, with the same head; gives the manifest."""
+    """Write the living tiles as new shards by pair_id, with the same head; gives the manifest.
+
+    Raises:
+        ValueError: see `versions.commit`.
+    """
     root = remote.fetched(config.output)
     index = Index.open(root)
     info = index.manifest
@@ -236,10 +240,11 @@ def _lasting(info: dict[str, Any]) -> versions.Files:
 def _changed(
     info: dict[str, Any], shards: Sequence[Entry], pieces: Sequence[Entry]
 ) -> dict[str, Any]:
-    """The manifest of other shards; what `versions.commit` and `finished` add is left out."""
+    """The manifest of a change; what `versions.commit` and `finished` add is left out."""
     rows = sum(one["rows"] for one in shards)
     asked = info["config"]["shortlist"]
     return info | {
+        "parent": info["version"],
         "rows": rows,
         "shards": list(shards),
         "ann": info["ann"] | {"parts": list(pieces)},

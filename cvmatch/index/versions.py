@@ -6,11 +6,13 @@ leaves the old version readable, and a reader keeps the one that it opened. Read
 files, so that an index in an object store is worked on in a local copy (`remote`).
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +25,8 @@ SMALL = 16 * 2**20
 MANIFEST = "manifest.json"
 
 CURRENT = "CURRENT"
+
+_LOCK = "LOCK"
 
 Files = dict[str, dict[str, Any]]
 """Path below the root -> {"bytes": size, "sha256": hex}."""
@@ -57,20 +61,35 @@ def place_file(root: str, aside: str, kind: str) -> tuple[str, Files]:
 def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> dict[str, Any]:
     """Make a version of `info` (which holds "files") the current one; gives its manifest.
 
-    `beside`: small files that are kept with the manifest.
+    `info` of a change names the version that it changes as its "parent"; that of a build, which
+    follows whatever is current, names none. `beside`: small files that are kept with the manifest.
+
+    Raises:
+        ValueError: the parent is not the current version any more. Nothing was published.
     """
+    with _alone(root):
+        now = current(root)
+        if info.get("parent", now) != now:
+            raise ValueError(
+                f"index {root}: this is a change of version {info['parent']}, but {now} is the "
+                "current one: something else changed the index meanwhile, and would be undone. "
+                "Nothing was published. Run it again."
+            )
+        return _commit(root, {**info, "parent": now}, beside)
+
+
+def _commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> dict[str, Any]:
     folder = os.path.join(root, "versions")
     os.makedirs(folder, exist_ok=True)
     number = 1 + max((int(name[1:]) for name in os.listdir(folder)), default=0)
     version = f"v{number:06d}"
-    os.mkdir(os.path.join(folder, version))  # fails if another publication took the number
+    os.mkdir(os.path.join(folder, version))
     for name, data in beside.items():
         write(os.path.join(folder, version, name), data)
     full = {
         **info,
         "format": FORMAT,
         "version": version,
-        "parent": current(root),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": info["files"]
         | {
@@ -179,6 +198,14 @@ def walk(path: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
     return sorted(os.path.join(d, name) for d, _, names in os.walk(path) for name in names)
+
+
+@contextlib.contextmanager
+def _alone(root: str) -> Iterator[None]:
+    """While no other process publishes there. The lock of one that is killed is gone with it."""
+    with open(os.path.join(root, _LOCK), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _sync(path: str) -> None:
