@@ -148,6 +148,33 @@ def test_deleted_tiles_are_given_by_no_search_and_may_come_again(model, parts, o
     assert gone[0] in ids_found(Index.open(output), "exact")[0]
 
 
+def test_shards_of_deleted_tiles_that_are_added_again_live_again(model, parts, output, tmp_path):
+    publish(parts["first"], BuildIndex(model=model, output=output, shard_rows=4))
+    config = AddTiles(output=output, shard_rows=5)
+    grown = join(parts["last"], config)
+    before = ids_found(Index.open(output), "exact")
+    last = tuple(f"{number:07d}" for number in range(16, 24))
+    delete(DeleteTiles(output=output, ids=("0000003", *last)))
+    again = join(parts["last"], config)
+    assert (again["shards"], again["ann"]) == (grown["shards"], grown["ann"])
+    index = Index.open(output, deep=True)
+    assert list(index.dead) == [3]
+    for mode in ("exact", "two-stage"):
+        assert ids_found(index, mode) == [[n for n in own if n != "0000003"] for own in before]
+
+    # Five of them are a shard that is there, the others a new one.
+    delete(DeleteTiles(output=output, ids=last))
+    rows = tiny.rows(26)
+    more = tiny.parts(rows.take([*range(16, 21), 24, 25]), model, str(tmp_path / "more"))
+    info = join(more, config)
+    assert [one["rows"] for one in info["shards"][4:]] == [5, 3, 2]
+    index = Index.open(output, deep=True)
+    assert list(index.dead) == [3, 21, 22, 23]
+    assert {"0000020", "0000024"} <= set(ids_found(index, "two-stage")[0])
+    compact(Compact(output=output))
+    assert verify(Verify(index=output, deep=True))["tiles"] == 22
+
+
 def test_delete_of_unknown_or_deleted_ids_changes_nothing(model, parts, output):
     publish(parts["first"], BuildIndex(model=model, output=output))
     delete(DeleteTiles(output=output, ids=("0000003",)))

@@ -89,6 +89,8 @@ def join(
 ) -> dict[str, Any]:
     """Add the rows of Parquet files (see `build.publish`) to the current version.
 
+    A shard of just those tiles that were deleted is there still: its rows live again.
+
     Raises:
         ValueError: an id is there already; as `build.publish`; or see `versions.commit`.
     """
@@ -107,16 +109,18 @@ def join(
         work.seconds["embed"] = seconds
         work.files |= _lasting(info)
         maker = {"tile": info["parts"]["tile"]}
-        width, size = info["hidden"], config.shard_rows
-        added = work.shards(parts, tiles, width, maker, size, info["rows"])
+        given = work.shards(parts, tiles, info["hidden"], maker, config.shard_rows)
+        added, back = _sorted_out(work, given, info)
         added = work.codes(added, info["coarse"], info["model"])
         shards, pieces = [*info["shards"], *added], info["ann"]["parts"]
-        if len(pieces) < PIECES:
+        if added and len(pieces) < PIECES:
             pieces = [*pieces, work.merged(added, info["coarse"])]
-        else:
+        elif added:
             work.files = {n: f for n, f in work.files.items() if not n.startswith("ann/")}
             pieces = [work.merged(shards, info["coarse"])]
         new = _changed(info, shards, pieces) | {"rejected": len(rejected)}
+        if len(back):
+            new["deleted"] = _store_dead(work, np.setdiff1d(index.dead, back))
         queries = split_queries(config.queries, index.heads, config.sample, config.seed)
         new["recall"] = build.recalled(work, new, queries)
         return build.finished(work, new, queries, rejected)
@@ -230,6 +234,16 @@ def _rewrite(task: _Rewrite) -> tuple[str, int, versions.Files]:
 def _numbered(index: Index) -> pa.Table:
     """pair_id and row of the living tiles."""
     return pa.table({schema.PAIR_ID: index.living_ids, _ROW: index.living})
+
+
+def _sorted_out(
+    work: Draft, given: Sequence[Entry], info: dict[str, Any]
+) -> tuple[list[Entry], np.ndarray]:
+    """Shards that are new, behind the others; and the rows of those that are there already."""
+    there = {one["sha"]: one["row_start"] for one in info["shards"]}
+    new = [(one["sha"], one["rows"], {}) for one in given if one["sha"] not in there]
+    rows = [there[one["sha"]] + np.arange(one["rows"]) for one in given if one["sha"] in there]
+    return work.placed(new, info["rows"]), np.concatenate([np.empty(0, np.int64), *rows])
 
 
 def _lasting(info: dict[str, Any]) -> versions.Files:
