@@ -2,6 +2,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
@@ -209,6 +210,7 @@ def test_collect_removes_what_only_old_versions_need(model, parts, output):
     join(parts["last"], AddTiles(output=output))
     compact(Compact(output=output))
     reader = Index.open(output, version="v000001")
+    age(output)
     gone = change.collect(Collect(output=output, keep=1))
     assert gone["versions"] == 2
     assert gone["bytes"] > 0
@@ -216,6 +218,35 @@ def test_collect_removes_what_only_old_versions_need(model, parts, output):
     assert ids_found(reader, "exact")[0]  # goes on with what it opened
     with pytest.raises(FileNotFoundError, match="v000001, found"):
         Index.open(output, version="v000001")
+
+
+def test_collect_during_a_publication_leaves_the_files_that_it_put_into_place(
+    model, parts, output, tmp_path
+):
+    publish(parts["last"], BuildIndex(model=model, output=output))
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    unused = os.path.join(output, "shards", "unused")
+    versions.write(unused, b"of a publication that was killed")
+    age(output)
+    removed = []
+
+    def run(function, tasks):
+        done = serially(function, tasks)
+        removed.append(change.collect(Collect(output=output, keep=1))["files"])
+        return done
+
+    # The shards of the version that goes are old files, which this publication takes again.
+    publish(parts["last"], BuildIndex(model=model, output=output), run)
+    assert not os.path.exists(unused)
+    assert removed[0] > 1
+    assert len(Index.open(output, deep=True)) == 8
+
+
+def age(output, days=2):
+    """Make all files of an index so much older."""
+    then = time.time() - days * 86_400
+    for path in versions.walk(output):
+        os.utime(path, (then, then))
 
 
 def test_delete_during_an_addition_is_not_lost(model, parts, output):

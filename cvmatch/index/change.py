@@ -52,7 +52,8 @@ class Compact:
 
 @dataclass(frozen=True, kw_only=True)
 class Collect:
-    """Remove old versions and the files that no other one needs."""
+    """Remove old versions, and the files that no other one needs once they are a day old: until
+    then a job that is running may have put them there."""
 
     output: str = "data/index"
     """Directory of the index."""
@@ -205,15 +206,20 @@ def collect(config: Collect) -> dict[str, int]:
         shutil.rmtree(os.path.join(root, "versions", name))
     for name in os.listdir(root):  # of publications that were killed
         path = os.path.join(root, name)
-        if name.startswith(ASIDE) and time.time() - os.path.getmtime(path) > _DAY_S:
+        if name.startswith(ASIDE) and _is_old(path):
             shutil.rmtree(path)
     for kind in ("shards", "codes", "coarse", "ann", "heads", "probes", "deleted"):
         for file in versions.walk(os.path.join(root, kind)):
-            if os.path.relpath(file, root) not in kept:
+            if os.path.relpath(file, root) not in kept and _is_old(file):
                 gone["files"] += 1
                 gone["bytes"] += os.path.getsize(file)
                 os.remove(file)
     return gone
+
+
+def _is_old(path: str) -> bool:
+    """Whether no publication that still runs put it there."""
+    return time.time() - os.path.getmtime(path) > _DAY_S
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,19 @@ def place(root: str, aside: str, name: str) -> Files:
     """Move a finished file or directory to `root/name`, a name of its content; gives its files.
 
     What stands there under that name already is kept if it is whole, else put right.
+    Either way they are of this moment, by which `change.collect` spares what a manifest will list.
     """
     target = os.path.join(root, name)
     files = files_of(aside, name)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.exists(target):
+        for path in walk(target):
+            os.utime(path)
         if files_of(target, name) == files:
             return files
         os.replace(target, f"{aside}.damaged")
     for path in walk(aside):
+        os.utime(path)
         _sync(path)
     os.replace(aside, target)
     _sync(os.path.dirname(target))
