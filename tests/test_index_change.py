@@ -141,8 +141,7 @@ def test_deleted_tiles_are_given_by_no_search_and_may_come_again(model, parts, o
     index = Index.open(output, deep=True)
     for mode in ("exact", "two-stage"):
         assert ids_found(index, mode) == [[n for n in own if n not in gone] for own in before]
-    assert [list(row[row >= 0]) for row in index.nearest(queries(), 24)] != []
-    assert (index.nearest(queries(), 10) >= 0).all()  # others take their place
+    assert [sorted(row) for row in index.nearest(queries(), 22)] == [list(index.living)] * 3
     rows = tiny.rows(24).filter(pa.compute.field(schema.PAIR_ID) == gone[0])
     again = tiny.parts(pa.concat_tables([rows]), model, f"{output}-again")
     join(again, AddTiles(output=output))
@@ -174,6 +173,29 @@ def test_shards_of_deleted_tiles_that_are_added_again_live_again(model, parts, o
     assert {"0000020", "0000024"} <= set(ids_found(index, "two-stage")[0])
     compact(Compact(output=output))
     assert verify(Verify(index=output, deep=True))["tiles"] == 22
+
+
+def test_shortlist_is_full_although_the_nearest_tiles_were_deleted(model, parts, output):
+    publish(parts["all"], BuildIndex(model=model, output=output, shortlist=4))
+    index = Index.open(output)
+    near = index.nearest(queries(1), 24)[0]
+    names = index.tiles[schema.PAIR_ID].take(pa.array(near)).to_pylist()
+    delete(DeleteTiles(output=output, ids=tuple(names[:9])))
+    index = Index.open(output)
+    np.testing.assert_array_equal(index.nearest(queries(1)), [near[9:13]])
+    assert (index.nearest(queries()) >= 0).all()
+    # Fewer than asked are left: all of them, and nothing behind.
+    np.testing.assert_array_equal(index.nearest(queries(1), 20), [[*near[9:], *[-1] * 5]])
+
+
+def test_shortlist_of_lists_that_hold_few_living_tiles_ends(model, parts, output):
+    key = {"key": "IVF4,Flat", "probes": 1, "shortlist": 6}
+    publish(parts["all"], BuildIndex(model=model, output=output, **key))
+    whole = Index.open(output).nearest(queries(), 24)
+    delete(DeleteTiles(output=output, ids=tuple(f"{number:07d}" for number in range(20))))
+    living = [[row for row in own if row >= 20] for own in whole]
+    found = Index.open(output).nearest(queries(), 6)
+    assert [[row for row in own if row >= 0] for own in found] == living
 
 
 def test_delete_of_unknown_or_deleted_ids_changes_nothing(model, parts, output):

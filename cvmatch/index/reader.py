@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float, Float16, Int64
+from jaxtyping import Bool, Float, Float16, Float32, Int64
 from torch import Tensor
 
 from cvmatch import geography, hardware, manifest, schema
@@ -120,7 +120,7 @@ class Index:
             vectors = self.head.query(query).float().cpu().numpy()
         if not len(self.dead):
             return ann.search(self.ann, vectors, count)
-        rows = ann.search(self.ann, vectors, min(len(self), count + min(len(self.dead), count)))
+        rows = self._with_dead(vectors, count)
         rows[self._is_dead(rows)] = -1
         behind = np.argsort(rows < 0, axis=1, kind="stable")[:, :count]
         return np.take_along_axis(rows, behind, axis=1)
@@ -130,6 +130,19 @@ class Index:
         places = (self.tiles[name].to_numpy() for name in (schema.LATITUDE, schema.LONGITUDE))
         rows = np.flatnonzero(area.holds(*places))
         return rows[~self._is_dead(rows)]
+
+    def _with_dead(
+        self, vectors: Float32[np.ndarray, "query width"], count: int
+    ) -> Int64[np.ndarray, "query found"]:
+        """Rows of the shortlist of which `count` are living, or all that FAISS finds."""
+        most, asked = min(len(self), count + len(self.dead)), count
+        while True:
+            asked = min(2 * asked, most)
+            rows = ann.search(self.ann, vectors, asked)
+            living = (rows >= 0) & ~self._is_dead(rows)
+            more = (living.sum(axis=1) < count) & (rows >= 0).all(axis=1)  # -1: its lists are empty
+            if asked == most or not more.any():
+                return rows
 
     def _parts(
         self, rows: Int64[np.ndarray, " row"] | None
