@@ -439,3 +439,20 @@ def test_index_in_an_object_store_is_searched_from_a_copy_and_grows(
     copy = os.path.join(remote.root(uri), "shards", info["shards"][0]["sha"], "u.npy")
     os.remove(copy)
     assert len(Index.open(uri, deep=True)) == 16
+
+
+def test_index_in_an_object_store_is_opened_by_many_at_once(model, parts, bucket, tmp_path):
+    uri = f"{bucket}/index"
+    info = publish(parts["first"], BuildIndex(model=model, output=uri))
+    remote.pushed(uri, info["version"])
+    readers = 4
+    together = threading.Barrier(readers)
+
+    def count(_):
+        together.wait()
+        return [len(Index.open(uri)) for _ in range(5)]
+
+    with ThreadPoolExecutor(readers) as pool:
+        assert list(pool.map(count, range(readers))) == [[16] * 5] * readers
+    left = [path for path in versions.walk(remote.root(uri)) if ".part" in path]
+    assert left == []

@@ -5,6 +5,7 @@ stores of pyarrow have no conditional writes: publish from one process at a time
 """
 
 import os
+import uuid
 
 from pyarrow import fs
 
@@ -68,7 +69,7 @@ def _copy(source: str, target: str) -> None:
     """Copy a file here, whole or not at all."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
     filesystem, path = storage.resolve(source)
-    aside = f"{target}.part"
+    aside = f"{target}.{uuid.uuid4().hex}.part"  # a name that no other process copies to
     fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
     os.replace(aside, target)
 
