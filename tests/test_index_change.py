@@ -336,6 +336,31 @@ def changed(output, info, **fields):
     versions.commit(output, info | fields | {"parent": versions.current(output)}, {})
 
 
+def test_verify_deep_asks_no_probe_of_a_tile_that_was_deleted(model, parts, output, tmp_path):
+    rows = tiny.rows(24)
+    config = BuildIndex(model=model, output=output)
+    publish(parts["all"], config, probes=probes_of(rows.slice(0, 3)))
+
+    # One goes for good; another comes again with another picture, as a row of its own.
+    delete(DeleteTiles(output=output, ids=("0000000", "0000001")))
+    column = rows.column_names.index(schema.AERIAL)
+    other = rows.set_column(column, schema.AERIAL, rows[schema.AERIAL].take([23, *range(23)]))
+    join(tiny.parts(other.slice(1, 1), model, str(tmp_path / "o")), AddTiles(output=output))
+    assert verify(Verify(index=output, deep=True))["probes"] == 3  # their rows are still there
+    compact(Compact(output=output))
+    assert verify(Verify(index=output, deep=True))["probes"] == 1
+
+    delete(DeleteTiles(output=output, ids=("0000002",)))
+    assert compact(Compact(output=output))["probes"] is None
+    assert verify(Verify(index=output, deep=True))["probes"] == 0
+
+
+def test_verify_deep_of_probes_whose_tiles_are_gone_says_that_there_are_none(model, parts, output):
+    probes = probes_of(tiny.rows(24).slice(20))
+    publish(parts["first"], BuildIndex(model=model, output=output), probes=probes)
+    assert verify(Verify(index=output, deep=True))["probes"] == 0
+
+
 def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
     model, parts, output, monkeypatch
 ):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cvmatch import engine, schema, storage
-from cvmatch.index import ann, build, gallery, remote, shard, versions
+from cvmatch.index import ann, build, gallery, remote, shard, verify, versions
 from cvmatch.index.draft import ASIDE, Draft, Entry, Run, draft, place_shard, serially
 from cvmatch.index.queries import split_queries
 from cvmatch.index.reader import Index
@@ -174,13 +174,15 @@ def compact(config: Compact, run: Run = serially) -> dict[str, Any]:
         for at in range(0, len(rows), size)
     ]
     with draft(root, run) as work:
-        kept = ("heads/", "coarse/", "probes/")
+        kept = ("heads/", "coarse/")
         work.files |= {n: f for n, f in info["files"].items() if n.startswith(kept)}
         with work.timed("shards"):
             shards = work.placed(run(_rewrite, tasks), 0)
         shards = work.codes(shards, info["coarse"], info["model"])
         new = _changed(info, shards, [work.merged(shards, info["coarse"])])
-        done = build.finished(work, new | {"rejected": 0, "deleted": None}, None, [])
+        new |= {"rejected": 0, "deleted": None}
+        new["probes"] = verify.store_probes(work, verify.living_probes(root, index))
+        done = build.finished(work, new, None, [])
     remote.pushed(config.output, done["version"])
     return done
 

@@ -12,6 +12,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Int64
 from pyarrow import parquet
 
 from cvmatch import schema
@@ -91,6 +92,14 @@ def probes_of(rows: pa.Table) -> pa.Table:
     return good.select([schema.PAIR_ID, schema.AERIAL]).slice(0, PROBES)
 
 
+def living_probes(root: str, index: Index) -> pa.Table | None:
+    """Probes of tiles that were not deleted; of one that came again, the picture may be another."""
+    if not index.manifest["probes"]:
+        return None
+    kept, rows = _probes(root, index)
+    return kept.filter(pa.array(~np.isin(rows, index.dead)))
+
+
 def store_probes(work: Draft, probes: pa.Table | None) -> str | None:
     """Put them into place; gives the name of the file."""
     if probes is None or not len(probes):
@@ -126,24 +135,31 @@ def _check_codes(root: str, info: dict[str, Any], entry: dict[str, Any]) -> None
 def _check_probes(root: str, index: Index) -> dict[str, Any]:
     if not index.manifest["probes"]:
         return {"probes": 0}
-    kept = parquet.read_table(os.path.join(root, index.manifest["probes"]))
-    ids = index.tiles[schema.PAIR_ID]
-    rows = [ids.index(pair_id).as_py() for pair_id in kept[schema.PAIR_ID]]
-    there = [at for at, row in enumerate(rows) if row >= 0]
-    batch = {name: kept[name].to_numpy()[there] for name in (schema.PAIR_ID, schema.AERIAL)}
-    batch[schema.ERROR] = np.full(len(there), None)
-    size = (index.manifest["made_from"] or {}).get("batch", len(there))
+    kept, rows = _probes(root, index)
+    if not len(kept):
+        return {"probes": 0}
+    batch = {name: kept[name].to_numpy() for name in (schema.PAIR_ID, schema.AERIAL)}
+    batch[schema.ERROR] = np.full(len(kept), None)
+    size = (index.manifest["made_from"] or {}).get("batch", len(kept))
     again = EmbedTile(index.heads, size)(batch)
-    wanted = index.u.take(np.array([rows[at] for at in there])).astype(np.float64)
+    wanted = index.u.take(rows).astype(np.float64)
     apart = np.linalg.norm(again[shard.U] - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     if not (apart <= TOLERANCE).all():
         raise ValueError(
-            f"index {root}: of {len(there)} stored pictures {(apart > TOLERANCE).sum()} give other "
+            f"index {root}: of {len(kept)} stored pictures {(apart > TOLERANCE).sum()} give other "
             f"numbers than when the index was built (apart by up to {apart.max():.3g} of their "
             f"norm, at most {TOLERANCE} is rounding): this machine decodes, resizes or computes "
             f"in another way. Install the versions of constraints.txt. {_again(root)}"
         )
-    return {"probes": len(there), "probes_apart": float(apart.max())}
+    return {"probes": len(kept), "probes_apart": float(apart.max())}
+
+
+def _probes(root: str, index: Index) -> tuple[pa.Table, Int64[np.ndarray, " probe"]]:
+    """Probes whose row is there, and this row: the first of that id, since additions follow."""
+    kept = parquet.read_table(os.path.join(root, index.manifest["probes"]))
+    ids = index.tiles[schema.PAIR_ID]
+    rows = np.array([ids.index(pair_id).as_py() for pair_id in kept[schema.PAIR_ID]], np.int64)
+    return kept.filter(pa.array(rows >= 0)), rows[rows >= 0]
 
 
 def _again(root: str) -> str:
