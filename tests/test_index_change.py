@@ -198,6 +198,17 @@ def test_shortlist_of_lists_that_hold_few_living_tiles_ends(model, parts, output
     assert [[row for row in own if row >= 0] for own in found] == living
 
 
+def test_delete_reads_one_id_a_line(model, output, tmp_path):
+    rows = tiny.rows(6)
+    ids = pa.array(["a b", "a", "b", "c", "d", "e"])
+    rows = rows.set_column(rows.column_names.index(schema.PAIR_ID), schema.PAIR_ID, ids)
+    found = tiny.parts(rows, model, str(tmp_path / "parts"))
+    publish(found, BuildIndex(model=model, output=output))
+    (tmp_path / "gone.txt").write_bytes(b"a b\r\n\n c \n")
+    delete(DeleteTiles(output=output, file=str(tmp_path / "gone.txt")))
+    assert Index.open(output).living_ids.to_pylist() == ["a", "b", "d", "e"]
+
+
 def test_delete_of_unknown_or_deleted_ids_changes_nothing(model, parts, output):
     publish(parts["first"], BuildIndex(model=model, output=output))
     delete(DeleteTiles(output=output, ids=("0000003",)))

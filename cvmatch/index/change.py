@@ -135,7 +135,8 @@ def delete(config: DeleteTiles) -> dict[str, Any]:
     """
     root = remote.fetched(config.output)
     index = Index.open(root)
-    wanted = {*config.ids, *(storage.read_text(config.file).split() if config.file else ())}
+    lines = storage.read_text(config.file).splitlines() if config.file else ()
+    wanted = {*config.ids, *(line.strip() for line in lines if line.strip())}
     numbered = _numbered(index)
     there = numbered.filter(pc.field(schema.PAIR_ID).isin(pa.array(sorted(wanted), pa.string())))
     if len(there) != len(wanted) or not wanted:
