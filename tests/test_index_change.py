@@ -400,6 +400,23 @@ def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
         verify(Verify(index=output, deep=True))
 
 
+def test_version_stays_whole_when_equal_weights_come_without_a_file_or_with_one_more(
+    parts, output, tmp_path
+):
+    model = tiny.matcher(str(tmp_path / "model"))
+    config = BuildIndex(model=model, output=output)
+    readme, more = (tmp_path / "model" / name for name in ("README.md", "more.txt"))
+    readme.write_text("What it is.")
+    publish(parts["first"], config)
+    readme.unlink()
+    publish(parts["first"], config)
+    readme.write_text("What it is.")
+    more.write_text("What else it is.")
+    publish(parts["first"], config)
+    for version in versions.names(output):
+        assert len(Index.open(output, model=model, version=version, deep=True)) == 16
+
+
 def test_identity_names_the_part_that_changed(model, tmp_path):
     own = identity(model)
     changes = {"tile": "candidate_tile", "tail": "candidate_rest.last", "query": "query_first"}

@@ -35,7 +35,7 @@ Files = dict[str, dict[str, Any]]
 def place(root: str, aside: str, name: str) -> Files:
     """Move a finished file or directory to `root/name`, a name of its content; gives its files.
 
-    What stands there under that name already is kept if it is whole, else put right.
+    What stands there under that name already is kept if these files are whole, else put right.
     Either way they are of this moment, by which `change.collect` spares what a manifest will list.
     """
     target = os.path.join(root, name)
@@ -44,7 +44,7 @@ def place(root: str, aside: str, name: str) -> Files:
     if os.path.exists(target):
         for path in walk(target):
             os.utime(path)
-        if files_of(target, name) == files:
+        if files.items() <= files_of(target, name).items():
             return files
         os.replace(target, f"{aside}.damaged")
     for path in walk(aside):
