@@ -274,6 +274,28 @@ def test_fit_with_an_order_goes_on_from_where_it_stopped(ray_session, fit):
 
 
 @pytest.mark.ray
+def test_fit_of_rows_made_anew_at_their_place_is_another_run(ray_session, fit):
+    run = named(fit, "rows", epochs=1)
+    first = training.fit(LINE, rows(19), None, run, made_from="one")
+    assert training.fit(LINE, rows(19), None, run, made_from="one").metrics == first.metrics
+    with pytest.raises(ValueError, match="rows made from: 'one' before, now 'two'"):
+        training.fit(LINE, rows(19), None, run, made_from="two")
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_epoch_whose_measure_is_nan_is_never_the_best(tmp_path, mode):
+    directory = runs.RunDirectory(location=str(tmp_path), keep=1, best="val/loss", mode=mode)
+    for epoch, value in enumerate([math.nan, 0.5, 0.7, math.nan], start=1):
+        os.makedirs(directory.checkpoint(epoch).path)
+        directory.add({"epoch": epoch, "val/loss": value})
+    best = 2 if mode == "min" else 3
+    assert directory.result().metrics["epoch"] == best
+    directory.prune()
+    left = [epoch for epoch in range(1, 5) if os.path.isdir(directory.checkpoint(epoch).path)]
+    assert left == [best, 4]
+
+
+@pytest.mark.ray
 def test_fit_validates_all_rows_at_epoch_zero_with_a_partial_batch(ray_session, fit):
     metrics = trained(LINE, rows(19), rows(13, seed=1), fit).metrics
     data = rows(13, seed=1).take_batch(13)

@@ -9,7 +9,7 @@ from ray.data import Dataset
 from ray.train import Result
 from safetensors.torch import load_file
 
-from cvmatch import engine, hub, storage, towers, tracking, training
+from cvmatch import engine, hub, manifest, storage, towers, tracking, training
 from cvmatch.generate import parts
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.encode import Encode, encode
@@ -20,7 +20,7 @@ from cvmatch.generate.perceptual import Lpips
 from cvmatch.generate.rays_task import FILE, RaysTask
 from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.task import GeneratorTask
-from cvmatch.ingest import Ingest, apart, ingest
+from cvmatch.ingest import Ingest, apart, fingerprint, ingest
 
 Way = Literal["once", "live"]
 """When the frozen networks see a pair: before training, or in every step."""
@@ -95,11 +95,12 @@ def train(config: TrainGenerator) -> Result:
     with tracking.start("generate", config) as run:
         data = training_rows(config, config.data, sizes, config.turns, config.mirror)
         val = config.val and training_rows(config, config.val, sizes, turns=False, mirror=False)
+        made_from = manifest.digest([fingerprint(one) for one in (config.data, config.val) if one])
         rays = ""
         if config.pretrain_rays and config.conditioning.geometry:
-            rays = _pretrain(config, data, val, sizes)
+            rays = _pretrain(config, data, val, sizes, made_from)
         build = functools.partial(build_task, config, rays)
-        result = training.fit(build, data, val, config.fit, run)
+        result = training.fit(build, data, val, config.fit, run, made_from=made_from)
         training.publish(result, config.output)
     return result
 
@@ -138,7 +139,11 @@ def training_rows(
 
 
 def _pretrain(
-    config: TrainGenerator, data: Dataset, val: Dataset | None, sizes: parts.Sizes
+    config: TrainGenerator,
+    data: Dataset,
+    val: Dataset | None,
+    sizes: parts.Sizes,
+    made_from: str,
 ) -> str:
     """Train the rays alone; gives the local directory of their weights."""
     name = f"{config.fit.name}-rays" if config.fit.name else ""
@@ -149,6 +154,7 @@ def _pretrain(
         data,
         val,
         fit,
+        made_from=made_from,
     )
     return storage.absolute(training.publish(result, f"{config.output}-rays"))
 

@@ -6,7 +6,7 @@ import functools
 from ray.data import Dataset
 from ray.train import Result
 
-from cvmatch import draws, engine, towers, tracking, training
+from cvmatch import draws, engine, manifest, towers, tracking, training
 from cvmatch.match.mine import mined
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, View
 from cvmatch.match.pairs import decode, pair_ids, synthesized
@@ -85,7 +85,9 @@ def train(config: TrainMatcher) -> Result:
     order = _order(config, rows) if config.mine_every else None
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
-        result = training.fit(build, decoded(rows), val, config.fit, run, order)
+        models = [manifest.read(place)["models"] for place in (config.pairs, config.val) if place]
+        made_from = manifest.digest(models)
+        result = training.fit(build, decoded(rows), val, config.fit, run, order, made_from)
         training.publish(result, config.output)
     return result
 

@@ -15,7 +15,7 @@ from ray.train import Result
 from torch import Tensor, nn
 
 from cvmatch import draws, hub, images, manifest, metrics, schema, storage, tracking, training
-from cvmatch.ingest import Ingest, apart, ingest
+from cvmatch.ingest import Ingest, apart, fingerprint, ingest
 from cvmatch.segment.model import Segmenter, enlarge
 from cvmatch.segment.pairs import Preprocess, decode, decode_synthesized
 
@@ -143,7 +143,8 @@ def train(config: TrainSegmenter) -> Result:
         weights = class_weights(np.stack(masks), config.num_classes)
     build = functools.partial(_build, config, hub.anywhere(config.base), preprocess, weights)
     with tracking.start("segment", config) as run:
-        result = training.fit(build, rows, val, config.fit, run)
+        made_from = _made_from(config, held_out)
+        result = training.fit(build, rows, val, config.fit, run, made_from=made_from)
         training.publish(result, config.output)
         run.image("masks", sheet(Segmenter.load(config.output), (val or rows).take(SHOWN)))
     return result
@@ -266,6 +267,13 @@ def _held_out(config: TrainSegmenter) -> Ingest | None:
     if config.val is None and config.fit.schedule == "plateau":
         return replace(config.data, split="val")
     return config.val
+
+
+def _made_from(config: TrainSegmenter, held_out: Ingest | None) -> str:
+    """Hash of the data, and of the models that drew the synthetic aerials."""
+    data = [fingerprint(one) for one in (config.data, held_out) if one]
+    drawn = manifest.read(config.synthesized)["models"] if config.synthesized else {}
+    return manifest.digest([data, drawn])
 
 
 def _build(

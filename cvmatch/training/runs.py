@@ -10,6 +10,7 @@ ledger, and it gets there after its checkpoint is whole.
 """
 
 import logging
+import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,13 +120,16 @@ class RunDirectory:
     def _ranked(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not self.best:
             return entries[::-1]
-        judged = [e for e in entries if self.best in e]
-        others = [e for e in entries if self.best not in e]
-        if any(e["epoch"] % self.every == 0 for e in others):  # they ended with a validation
+        if any(
+            self.best not in e and e["epoch"] % self.every == 0 for e in entries
+        ):  # they ended with a validation
             raise ValueError(
                 f"{self.location}: expected the metric {self.best!r} (--fit.best), got "
                 f"{sorted(entries[0])}. Name one of those, or pass validation rows."
             )
+        # NaN compares with nothing: an epoch of it would stand wherever the sorting left it.
+        judged = [e for e in entries if not math.isnan(e.get(self.best, math.nan))]
+        others = [e for e in entries if e not in judged]
         sign = 1 if self.mode == "min" else -1
         return sorted(judged, key=lambda e: (sign * e[self.best], -e["epoch"])) + others[::-1]
 

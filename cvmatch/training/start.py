@@ -48,11 +48,13 @@ def fit(
     fit: Fit,
     run: tracking.Run | None = None,
     order: Order | None = None,
+    made_from: str = "",
 ) -> Result:
     """Train what `build` gives, or go on where a run of that name stopped.
 
     With `order`, its rows take the place of `train` from the first epoch on, unshuffled, and are
-    asked for again every few epochs.
+    asked for again every few epochs. `made_from` is a hash of what the rows hold, which their
+    location does not tell: with another one it is another run.
 
     The rows hold numeric tensor columns and `key` (int64, `draws.key` of the id). A finished run
     that is started again gives its result at once. The result's checkpoint (`model/`, `state.pt`)
@@ -72,7 +74,7 @@ def fit(
         every=fit.validate_every,
     )
     _check(train, val, fit)
-    directory.claim(_identity(build, fit))
+    directory.claim(_identity(build, fit) | ({"rows made from": made_from} if made_from else {}))
     done = directory.latest()
     if done >= fit.epochs:
         _log.info("%s is finished: %d epochs", location, done)
