@@ -120,9 +120,8 @@ class RunDirectory:
     def _ranked(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not self.best:
             return entries[::-1]
-        if any(
-            self.best not in e and e["epoch"] % self.every == 0 for e in entries
-        ):  # they ended with a validation
+        validated = [e for e in entries if e["epoch"] % self.every == 0]
+        if any(self.best not in e for e in validated):
             raise ValueError(
                 f"{self.location}: expected the metric {self.best!r} (--fit.best), got "
                 f"{sorted(entries[0])}. Name one of those, or pass validation rows."
