@@ -268,8 +268,12 @@ def test_collect_during_a_publication_leaves_the_files_that_it_put_into_place(
         removed.append(change.collect(Collect(output=output, keep=1))["files"])
         return done
 
-    # The shards of the version that goes are old files, which this publication takes again.
-    publish(parts["last"], BuildIndex(model=model, output=output), run)
+    # It takes the old shards of the version that goes again, and copies old files of a model.
+    net = JointFeatureLearningNet.load(model)
+    net.candidate_rest.last.weight.data += 1
+    net.save(str(tmp_path / "other"))
+    age(str(tmp_path / "other"))
+    publish(parts["last"], BuildIndex(model=str(tmp_path / "other"), output=output), run)
     assert not os.path.exists(unused)
     assert removed[0] > 1
     assert len(Index.open(output, deep=True)) == 8
@@ -296,6 +300,28 @@ def test_delete_during_an_addition_is_not_lost(model, parts, output):
     assert (index.manifest["version"], list(index.dead)) == ("v000002", [3])
     info = join(parts["last"], AddTiles(output=output))
     assert (info["parent"], list(Index.open(output).dead)) == ("v000002", [3])
+
+
+def test_tiles_of_another_tower_than_the_current_version_has_are_refused(model, parts, output):
+    tile = publish(parts["first"], BuildIndex(model=model, output=output))["parts"]["tile"]
+    with pytest.raises(ValueError, match=r"by the tower 0123.*, but v000001 was built"):
+        join(parts["last"], AddTiles(output=output), tile="0123")
+    assert versions.names(output) == ["v000001"]
+    assert join(parts["last"], AddTiles(output=output), tile=tile)["rows"] == 24
+
+
+@pytest.mark.ray
+def test_addition_that_was_refused_goes_on_with_what_it_embedded(
+    ray_session, model, parts, output, tmp_path
+):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    config = AddTiles(output=output, rows=tiny.write(tiny.rows(24).slice(15), str(tmp_path / "r")))
+    with pytest.raises(ValueError, match="1 of 9 tiles are there already"):
+        change.add(config)
+    delete(DeleteTiles(output=output, ids=("0000015",)))
+    change.add(config)
+    assert len(Index.open(output, deep=True).living) == 24
+    assert os.listdir(os.path.join(output, "building")) == []  # there was no second one
 
 
 def test_of_changes_that_end_at_once_one_is_published(tmp_path):

@@ -75,29 +75,41 @@ def add(config: AddTiles) -> dict[str, Any]:
     engine.start()
     root = remote.fetched(config.output)
     info = versions.read(root)
-    made_from = {"tile": info["parts"]["tile"], "add to": info["version"]}
-    made_from["tiles"] = gallery.source(config)
+    tile = info["parts"]["tile"]
+    # Of no version: an addition that was refused goes on to another one with what it embedded.
+    made_from = {"job": "add", "tile": tile, "tiles": gallery.source(config)}
     heads = os.path.join(root, "heads", info["model"])
     parts, seconds = gallery.embed(config, heads, made_from)
-    new = join(parts, config, gallery.spread(config.output), seconds)
+    new = join(parts, config, gallery.spread(config.output), seconds, tile)
     remote.pushed(config.output, new["version"])
     storage.remove(gallery.work_of(config.output, made_from))
     return new
 
 
 def join(
-    parts: str, config: gallery.Gallery, run: Run = serially, seconds: float = 0.0
+    parts: str,
+    config: gallery.Gallery,
+    run: Run = serially,
+    seconds: float = 0.0,
+    tile: str = "",
 ) -> dict[str, Any]:
     """Add the rows of Parquet files (see `build.publish`) to the current version.
 
-    A shard of just those tiles that were deleted is there still: its rows live again.
+    A shard of just those tiles that were deleted is there still: its rows live again. `tile`: the
+    tower (`identity`) that embedded the rows, which has to be the version's.
 
     Raises:
-        ValueError: an id is there already; as `build.publish`; or see `versions.commit`.
+        ValueError: an id is there already, or another tower; as `build.publish`; or see
+            `versions.commit`.
     """
     root = remote.root(config.output)
     index = Index.open(root)
     info = index.manifest
+    if tile and tile != info["parts"]["tile"]:
+        raise ValueError(
+            f"index {root}: the tiles were embedded by the tower {tile}, but {info['version']} was "
+            f"built meanwhile with {info['parts']['tile']}. Nothing was added. Run it again."
+        )
     tiles, rejected = shard.accepted(parts, config.max_rejected)
     both = tiles.filter(pc.field(schema.PAIR_ID).isin(index.living_ids))[schema.PAIR_ID]
     if len(both):
