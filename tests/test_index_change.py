@@ -279,6 +279,22 @@ def test_collect_during_a_publication_leaves_the_files_that_it_put_into_place(
     assert len(Index.open(output, deep=True)) == 8
 
 
+def test_build_whose_older_shards_are_collected_meanwhile_is_not_published(model, parts, output):
+    config = BuildIndex(model=model, output=output)
+    old = publish(parts["last"], config)
+    publish(parts["first"], config)
+    age(output)
+
+    def run(function, tasks):
+        done = serially(function, tasks)
+        change.collect(Collect(output=output, keep=1))
+        return done
+
+    with pytest.raises(FileNotFoundError, match=r"shards/.* was removed .* Run it again"):
+        publish("", config, run, kept=old)
+    assert len(Index.open(output, deep=True)) == 16
+
+
 def age(output, days=2):
     """Make all files of an index so much older."""
     then = time.time() - days * 86_400

@@ -70,6 +70,8 @@ def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> d
 
     Raises:
         ValueError: the parent is not the current version any more. Nothing was published.
+        FileNotFoundError: a file was removed meanwhile (of an older version, whose shards a build
+            takes again). Nothing was published.
     """
     with _alone(root):
         now = current(root)
@@ -79,6 +81,12 @@ def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> d
                 "current one: something else changed the index meanwhile, and would be undone. "
                 "Nothing was published. Run it again."
             )
+        for name in info["files"]:
+            if not os.path.exists(os.path.join(root, name)):
+                raise FileNotFoundError(
+                    f"index {root}: {name} was removed while this version was made, by collect "
+                    "perhaps. Nothing was published. Run it again."
+                )
         return _commit(root, {**info, "parent": now}, beside)
 
 
