@@ -256,7 +256,8 @@ def _tiles(
 ) -> Iterator[dict[str, Any]]:
     kept = rows[rows >= 0]
     columns = (schema.PAIR_ID, schema.LATITUDE, schema.LONGITUDE)
-    tiles = index.tiles.select(columns).take(kept).to_pylist()
+    table = index.tiles.select(columns)
+    tiles = [table.slice(row, 1).to_pylist()[0] for row in kept.tolist()]  # `take` joins all ids
     for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1):
         yield {
             "query": place,

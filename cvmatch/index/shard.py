@@ -70,7 +70,9 @@ def accepted(parts: str, limit: float) -> tuple[pa.Table, list[dict[str, str]]]:
         ValueError: no good row, more than the share `limit` of the rows failed, or an id is there
             twice.
     """
-    columns = pa.schema([*TILES, schema.PAIRS.field(ERROR)])
+    # Large strings: sorting joins all ids, and a string column of over 2 GiB cannot be.
+    ids = pa.field(PAIR_ID, pa.large_string())
+    columns = pa.schema([ids, *list(TILES)[1:], schema.PAIRS.field(ERROR)])
     whole = pa.concat_tables(
         _placed(table.cast(columns)) for table in tables.batches(parts, columns.names, CHUNK)
     )
