@@ -44,7 +44,11 @@ class DeleteTiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Compact:
-    """Leave deleted tiles out and merge what was added: as if all had been built at once."""
+    """Leave deleted tiles out and merge what was added.
+
+    Ranks are those of a build of all that is left; the shortlist keeps the head and the code that
+    the first build chose, so that an index which grew much is better built again.
+    """
 
     output: str = "data/index"
     """Directory of the index."""
