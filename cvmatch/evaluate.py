@@ -260,8 +260,7 @@ def _planes(pictures: list[bytes], size: tuple[int, int]) -> Float[Tensor, "n 3 
 def _per_query(
     ids: list[str], index: Index, view: View, level: Level, found: retrieval.Found
 ) -> pa.Table:
-    names = index.tiles[schema.PAIR_ID]
-    best = [names.take(rows[:5]).to_pylist() for rows in found.best.numpy()]
+    best = [[tile[schema.PAIR_ID] for tile in index.about(rows[:5])] for rows in found.best.numpy()]
     distance = pa.array(found.distance.numpy(), from_pandas=True)  # NaN -> null
     return pa.table(
         {

@@ -112,7 +112,7 @@ def apart(data: Ingest, val: Ingest | None) -> None:
     if val and (storage.absolute(data.root), data.split) == (storage.absolute(val.root), val.split):
         raise ValueError(
             f"validation: expected other rows than in training, got the split {val.split!r} of "
-            f"{val.root} as both --data and --val. Pass --val.split val."
+            f"{val.root} for both. Pass another one with --val.root and --val.split."
         )
 
 

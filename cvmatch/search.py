@@ -254,10 +254,7 @@ def _made(batch: dict[str, np.ndarray], row: int) -> dict[str, bytes | None]:
 def _tiles(
     index: Index, place: str, level: Level, rows: np.ndarray, scores: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    kept = rows[rows >= 0]
-    columns = (schema.PAIR_ID, schema.LATITUDE, schema.LONGITUDE)
-    table = index.tiles.select(columns)
-    tiles = [table.slice(row, 1).to_pylist()[0] for row in kept.tolist()]  # `take` joins all ids
+    tiles = index.about(rows[rows >= 0])
     for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1):
         yield {
             "query": place,

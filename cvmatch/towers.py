@@ -15,6 +15,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cvmatch import hub
+
 MEAN = (0.485, 0.456, 0.406)
 """Mean (R, G, B) of ImageNet in [0, 1]: what torchvision's weights expect subtracted."""
 
@@ -123,8 +125,7 @@ def located(name: str, weights: str) -> tuple[str, str]:
 
     A directory, and a file, that are there become absolute: Ray's workers change directory.
     """
-    directory = os.path.abspath(name) if os.path.isdir(name) else name
-    return directory, os.path.abspath(weights) if os.path.isfile(weights) else weights
+    return hub.anywhere(name), os.path.abspath(weights) if os.path.isfile(weights) else weights
 
 
 def save_tower(model: Tower, directory: str) -> None:

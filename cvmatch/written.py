@@ -26,6 +26,17 @@ Part = tuple[int, list[Failed]]
 """Rows of a part, and those that failed."""
 
 
+def made_from(output: str) -> dict[str, Any]:
+    """What finished rows were made from; where no stream wrote them, the models in their manifest.
+
+    Raises:
+        FileNotFoundError, ValueError: as `manifest.read`.
+    """
+    models = manifest.read(output)["models"]
+    place = storage.join(output, SOURCE)
+    return storage.read_json(place) if storage.exists(place) else models
+
+
 class Written:
     """What is in the parts of the directory `output` so far; each part is read once."""
 

@@ -350,6 +350,9 @@ def test_build_needs_no_more_of_its_rows_than_ids_and_pictures(
     tiles = Index.open(output).tiles
     assert tiles[schema.PAIR_ID].to_pylist() == rows[schema.PAIR_ID].to_pylist()
     assert tiles[schema.LATITUDE].null_count == 8
+    ids = tiny.write(rows.select([schema.PAIR_ID]), str(tmp_path / "ids"))
+    with pytest.raises(ValueError, match=r"expected columns \['aerial'\], got only \['pair_id'\]"):
+        build(BuildIndex(rows=ids, model=model, output=f"{output}-none"))
 
 
 def test_shard_names_its_files_and_maker(model, parts, output):

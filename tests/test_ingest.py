@@ -206,10 +206,12 @@ def test_ingest_second_run_trusts_the_check_and_recheck_does_not(ray_session, su
 def test_training_validated_by_its_own_rows_is_refused(stage):
     data = Ingest(root="pairs")
     for own in (data, Ingest(root="./pairs", limit=5)):
-        with pytest.raises(ValueError, match=r"split 'train' of .*pairs as both.*--val.split val"):
+        with pytest.raises(ValueError, match=r"split 'train' of .*pairs for both.*--val.split"):
             stage(data=data, val=own)
     for other in (Ingest(root="pairs", split="val"), Ingest(root="others")):
         assert stage(data=data, val=other).val == other
+    with pytest.raises(ValueError, match=r"split .val. of .*pairs for both"):
+        TrainSegmenter(data=Ingest(root="pairs", split="val"))  # its schedule looks at that split
 
 
 @pytest.mark.ray

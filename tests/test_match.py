@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from cvmatch import config as configs
-from cvmatch import draws, geometry, images, manifest, schema
+from cvmatch import draws, geometry, images, manifest, schema, storage
 from cvmatch.colour import jittered
 from cvmatch.engine import Pool
 from cvmatch.match import loss
@@ -31,6 +31,7 @@ from cvmatch.match.task import IDS, MatcherTask, training_ids
 from cvmatch.match.train import TrainMatcher, build_task, train
 from cvmatch.towers import Tower, TowerSpec, save_tower
 from cvmatch.training import Fit
+from cvmatch.written import SOURCE
 
 SIZE, HIGH, WIDE = 16, 8, 32
 SPEC = TowerSpec(arch="vgg", layers=(4, "M", 8), grid=(2, 4), dim=12)
@@ -788,6 +789,10 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     found = tiles.take_all()
     assert [item["error"] is None for item in found].count(False) == 1
     assert found[0]["u"].shape == (16,)
+    assert train(config).metrics == result.metrics  # a finished run is taken as it is
+    storage.write_json(storage.join(config.pairs, SOURCE), {"sampling": {"steps": 50}})
+    with pytest.raises(ValueError, match="rows made from"):
+        train(config)
 
 
 @pytest.mark.slow

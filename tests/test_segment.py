@@ -664,7 +664,7 @@ def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
         size=SIZE,
         class_weights=True,
         dice=0.5,
-        fit=Fit(epochs=1, batch=2, schedule="plateau", cache=True),
+        fit=Fit(epochs=1, batch=2, schedule="plateau", cache=True, name="segmenter"),
     )
     result = train(config)
     assert 0 <= result.metrics["val/miou"] <= 1
@@ -677,6 +677,10 @@ def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
     assert experiment
     run = client.search_runs([experiment.experiment_id], "tags.stage = 'segment'", max_results=1)[0]
     assert "masks.png" in [file.path for file in client.list_artifacts(run.info.run_id)]
+    with open("pairs/bingmap/input0000001.png", "wb") as stream:
+        stream.write(images.encode(picture(1, 96, 96)))
+    with pytest.raises(ValueError, match="rows made from"):  # of the same name and place
+        train(config)
 
 
 def write_synthesized(output: str, count: int, split: str) -> None:

@@ -66,11 +66,7 @@ class Average(nn.Module):
 
     @torch.no_grad()
     def update(self, weights: Iterable[Tensor]) -> None:
-        """Count the weights if they moved; the first ones are forgotten sooner than later ones."""
-        weights = list(weights)
-        # The loop drops gradients when it moves the weights: these wait for more (accumulate).
-        if any(weight.grad is not None for weight in weights):
-            return
+        """Count the weights after a move; the first ones are forgotten sooner than later ones."""
         now = [weight.detach() for weight in weights]
         if not self.values:
             self.values = [weight.clone() for weight in now]

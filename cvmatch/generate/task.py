@@ -70,7 +70,10 @@ class GeneratorTask(nn.Module):
         if not self.training:
             return self._validate(latent, seen, pairs, batch["key"])
         if self.average:
-            self.average.update(adapt.trained_weights(self.generator))
+            weights = adapt.trained_weights(self.generator)
+            # The loop drops gradients when it moves weights; these wait for more (accumulate).
+            if all(weight.grad is None for weight in weights):
+                self.average.update(weights)
         condition = self.generator.condition(seen)
         known = self.rivals.known(batch["key"])
         named = self._diffuse(latent, condition, pairs.tile, batch, known)

@@ -95,12 +95,12 @@ def train(config: TrainGenerator) -> Result:
     with tracking.start("generate", config) as run:
         data = training_rows(config, config.data, sizes, config.turns, config.mirror)
         val = config.val and training_rows(config, config.val, sizes, turns=False, mirror=False)
-        made_from = manifest.digest([fingerprint(one) for one in (config.data, config.val) if one])
+        rows_of = _rows_of(config)
         rays = ""
         if config.pretrain_rays and config.conditioning.geometry:
-            rays = _pretrain(config, data, val, sizes, made_from)
+            rays = _pretrain(config, data, val, sizes, rows_of)
         build = functools.partial(build_task, config, rays)
-        result = training.fit(build, data, val, config.fit, run, made_from=made_from)
+        result = training.fit(build, data, val, config.fit, run, made_from=rows_of)
         training.publish(result, config.output)
     return result
 
@@ -138,12 +138,18 @@ def training_rows(
     return training.cached(encoded(directory), config.fit)
 
 
+def _rows_of(config: TrainGenerator) -> str:
+    """Hash of the data, whose pictures were checked just now, and need no `recheck` again."""
+    both = [one for one in (config.data, config.val) if one]
+    return manifest.digest([fingerprint(dataclasses.replace(one, recheck=False)) for one in both])
+
+
 def _pretrain(
     config: TrainGenerator,
     data: Dataset,
     val: Dataset | None,
     sizes: parts.Sizes,
-    made_from: str,
+    rows_of: str,
 ) -> str:
     """Train the rays alone; gives the local directory of their weights."""
     name = f"{config.fit.name}-rays" if config.fit.name else ""
@@ -154,7 +160,7 @@ def _pretrain(
         data,
         val,
         fit,
-        made_from=made_from,
+        made_from=rows_of,
     )
     return storage.absolute(training.publish(result, f"{config.output}-rays"))
 

@@ -194,7 +194,7 @@ def compact(config: Compact, run: Run = serially) -> dict[str, Any]:
         kept = ("heads/", "coarse/")
         work.files |= {n: f for n, f in info["files"].items() if n.startswith(kept)}
         with work.timed("shards"):
-            shards = work.placed(run(_rewrite, tasks), 0)
+            shards = work.placed(run(_rewrite, tasks))
         shards = work.codes(shards, info["coarse"], info["model"])
         new = _changed(info, shards, [work.merged(shards, info["coarse"])])
         new |= {"rejected": 0, "deleted": None}
@@ -213,10 +213,15 @@ def collect(config: Collect) -> dict[str, int]:
     if remote.is_remote(config.output):
         raise ValueError(f"collect: expected a local index, got {config.output}.")
     root = remote.root(config.output)
+    with versions.alone(root):
+        return _collected(root, config.keep)
+
+
+def _collected(root: str, keep: int) -> dict[str, int]:
     names = versions.names(root)
     current = versions.read(root)["version"]
     old = [name for name in names if name != current]
-    old = old[: max(0, len(names) - config.keep)]
+    old = old[: max(0, len(names) - keep)]
     kept = {
         file for name in names if name not in old for file in versions.read(root, name)["files"]
     }

@@ -63,7 +63,7 @@ class Draft:
         return maker
 
     def shards(
-        self, parts: str, tiles: pa.Table, width: int, maker: Maker, size: int, begin: int = 0
+        self, parts: str, tiles: pa.Table, width: int, maker: Maker, size: int
     ) -> list[Entry]:
         """Write the accepted `tiles` of embedded `parts` as shards of `size` rows.
 
@@ -76,10 +76,12 @@ class Draft:
             for at in cuts
         ]
         with self.timed("shards"):
-            return self.placed(self.run(write_shard, tasks), begin)
+            return self.placed(self.run(write_shard, tasks))
 
-    def placed(self, found: Sequence[tuple[str, int, versions.Files]], begin: int) -> list[Entry]:
-        """Entries of shards (sha, rows, files), one behind the other."""
+    def placed(
+        self, found: Sequence[tuple[str, int, versions.Files]], begin: int = 0
+    ) -> list[Entry]:
+        """Entries of shards (sha, rows, files), one behind the other from the row `begin` on."""
         entries = []
         for sha, rows, files in found:
             self.files |= files

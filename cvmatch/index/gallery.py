@@ -68,6 +68,7 @@ def dataset(gallery: Gallery) -> ray.data.Dataset:
         return first.union(*rest) if rest else first
     filesystem, path = storage.resolve(gallery.rows)
     have = tables.columns(gallery.rows)
+    schema.require(have, (schema.PAIR_ID, schema.AERIAL), gallery.rows)
     rows: Any = ray.data.read_parquet(
         path,
         filesystem=filesystem,

@@ -81,6 +81,13 @@ class Index:
         """Rows that were not deleted."""
         return np.setdiff1d(np.arange(len(self)), self.dead, assume_unique=True)
 
+    def about(self, rows: Int64[np.ndarray, " row"]) -> list[dict[str, Any]]:
+        """pair_id, latitude and longitude of some tiles.
+
+        Not by `take`, which joins all ids for each answer: at 10 million 125 MB and 4.5 ms.
+        """
+        return [self.tiles.slice(row, 1).to_pylist()[0] for row in rows.tolist()]
+
     @property
     def living_ids(self) -> pa.Array:
         """pair_id of each of the `living`."""

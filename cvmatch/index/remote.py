@@ -70,8 +70,13 @@ def _copy(source: str, target: str) -> None:
     os.makedirs(os.path.dirname(target), exist_ok=True)
     filesystem, path = storage.resolve(source)
     aside = f"{target}.{uuid.uuid4().hex}.part"  # a name that no other process copies to
-    fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
-    os.replace(aside, target)
+    try:
+        fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
+        os.replace(aside, target)
+    except BaseException:
+        if os.path.exists(aside):
+            os.remove(aside)
+        raise
 
 
 def _push(source: str, target: str) -> None:

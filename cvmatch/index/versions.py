@@ -73,7 +73,7 @@ def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> d
         FileNotFoundError: a file was removed meanwhile (of an older version, whose shards a build
             takes again). Nothing was published.
     """
-    with _alone(root):
+    with alone(root):
         now = current(root)
         if info.get("parent", now) != now:
             raise ValueError(
@@ -213,7 +213,7 @@ def walk(path: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _alone(root: str) -> Iterator[None]:
+def alone(root: str) -> Iterator[None]:
     """While no other process publishes there. The lock of one that is killed is gone with it."""
     with open(os.path.join(root, _LOCK), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

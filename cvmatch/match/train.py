@@ -12,6 +12,7 @@ from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, View
 from cvmatch.match.pairs import decode, pair_ids, synthesized
 from cvmatch.match.recipe import Recipe
 from cvmatch.match.task import MatcherTask
+from cvmatch.written import made_from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,8 @@ def train(config: TrainMatcher) -> Result:
     order = _order(config, rows) if config.mine_every else None
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
-        models = [manifest.read(place)["models"] for place in (config.pairs, config.val) if place]
-        made_from = manifest.digest(models)
-        result = training.fit(build, decoded(rows), val, config.fit, run, order, made_from)
+        rows_of = manifest.digest([made_from(one) for one in (config.pairs, config.val) if one])
+        result = training.fit(build, decoded(rows), val, config.fit, run, order, rows_of)
         training.publish(result, config.output)
     return result
 

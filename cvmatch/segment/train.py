@@ -18,6 +18,7 @@ from cvmatch import draws, hub, images, manifest, metrics, schema, storage, trac
 from cvmatch.ingest import Ingest, apart, fingerprint, ingest
 from cvmatch.segment.model import Segmenter, enlarge
 from cvmatch.segment.pairs import Preprocess, decode, decode_synthesized
+from cvmatch.written import made_from
 
 JITTER = 0.3
 """Brightness, contrast and saturation are scaled by factors in 1 +- JITTER in training."""
@@ -143,8 +144,8 @@ def train(config: TrainSegmenter) -> Result:
         weights = class_weights(np.stack(masks), config.num_classes)
     build = functools.partial(_build, config, hub.anywhere(config.base), preprocess, weights)
     with tracking.start("segment", config) as run:
-        made_from = _made_from(config, held_out)
-        result = training.fit(build, rows, val, config.fit, run, made_from=made_from)
+        rows_of = _rows_of(config, held_out)
+        result = training.fit(build, rows, val, config.fit, run, made_from=rows_of)
         training.publish(result, config.output)
         run.image("masks", sheet(Segmenter.load(config.output), (val or rows).take(SHOWN)))
     return result
@@ -269,11 +270,11 @@ def _held_out(config: TrainSegmenter) -> Ingest | None:
     return config.val
 
 
-def _made_from(config: TrainSegmenter, held_out: Ingest | None) -> str:
-    """Hash of the data, and of the models that drew the synthetic aerials."""
-    data = [fingerprint(one) for one in (config.data, held_out) if one]
-    drawn = manifest.read(config.synthesized)["models"] if config.synthesized else {}
-    return manifest.digest([data, drawn])
+def _rows_of(config: TrainSegmenter, held_out: Ingest | None) -> str:
+    """Hash of the data, and of what the synthetic aerials were made from."""
+    # With recheck: their pictures were decoded just now.
+    data = [fingerprint(replace(one, recheck=False)) for one in (config.data, held_out) if one]
+    return manifest.digest([data, config.synthesized and made_from(config.synthesized)])
 
 
 def _build(
