@@ -1105,10 +1105,10 @@ def test_validation_judges_its_first_rows_and_shows_them(generator: Generator):
 def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root: str, tmp_path):
     tower = towers.Tower(towers.TowerSpec(arch="vgg", layers=(8, "M", 16, "M"), grid=(1, 1), dim=8))
     towers.save_tower(tower, str(tmp_path / "tower"))
-    data = Ingest(root=world_root, split="val")
+    held_out = Ingest(root=world_root, split="val")
     config = TrainGenerator(
-        data=data,
-        val=data,
+        data=Ingest(root=world_root, limit=12),
+        val=held_out,
         diffusion=os.path.join(toy, "diffusion"),
         clip=os.path.join(toy, "clip"),
         perceptual=str(tmp_path / "tower"),
@@ -1131,7 +1131,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     assert all(np.isfinite(found[name]) and found[name] > 0 for name in [*names, "val/lpips"])
     assert 0 <= found["val/recall_at_10_percent"] <= 1
     assert os.path.exists(os.path.join(result.checkpoint.path, "samples.png"))
-    rows = ingest(data)
+    rows = ingest(held_out)
     drawn = infer.generate(
         rows, infer.Generate(model=config.output, steps=2, pool=Pool(batch=8))
     ).take_all()
