@@ -60,7 +60,7 @@ class TrainSegmenter:
     augment: bool = True
     """Quarter turns, mirrors and colour jitter."""
     output: str = "models/segmenter"
-    """URI where the model is published."""
+    """Directory of the published model."""
     fit: training.Fit = field(
         default_factory=lambda: training.Fit(epochs=60, batch=6, schedule="plateau")
     )

@@ -24,4 +24,4 @@ TOWER = os.path.join(MODELS, "tower")
 """A VGG-type tower: convolutions for panoramas and polar views of 64 x 256."""
 
 SPACE = os.path.join(_HERE, "space.yaml")
-"""What the demo's search varies: the matcher's margin."""
+"""What the demo's search varies: the weight of the matcher's joint term."""
