@@ -105,6 +105,7 @@ def search_rows(config: SearchRows) -> dict[str, Any]:
         ):
             found.write_parquet(path, filesystem=filesystem)
     written.update()
+    written.require(source["rows"])
     models = {"matcher": index.manifest["model"], "index": version}
     manifest.write(output, rows=written.rows, config=config, models=models, source=config.rows)
     storage.remove(written.partial)

@@ -65,6 +65,7 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
     with tracking.start("synthesize", config) as run:
         with engine.resumable(storage.join(written.partial, "checkpoint")):
             _stream(config, written, flow)
+        written.require(accepted(config.data))
         written.judge(written.rows, config.max_rejected)
         place = written.name_failed()
         if written.failed:

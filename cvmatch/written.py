@@ -114,6 +114,21 @@ class Written:
                 "keeps the failed rows."
             )
 
+    def require(self, total: int) -> None:
+        """Check that a stream that ended wrote each of its `total` rows once.
+
+        A worker of a run that was killed may write a moment longer, when the next run has begun to
+        make the same rows (seen once, at four times as much work as cores).
+
+        Raises:
+            ValueError: there are more rows, or fewer.
+        """
+        if self.rows != total:
+            raise ValueError(
+                f"{self.output}: expected {total} rows, got {self.rows}: some are there twice, or "
+                f"lack. Delete it and {self.partial}, and give the command again."
+            )
+
     def name_failed(self) -> str:
         """Write rejected.jsonl; gives its location."""
         place = storage.join(self.output, REJECTED)

@@ -65,6 +65,18 @@ def test_written_judges_the_share_of_all_rows_not_of_those_so_far(tmp_path):
     assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 2
 
 
+def test_written_requires_each_row_once(tmp_path):
+    part(tmp_path, "a", [None, "no picture"])
+    written = Written(str(tmp_path))
+    written.update()
+    written.require(2)
+    part(tmp_path, "b", [None])
+    written.update()
+    for total in (2, 4):
+        with pytest.raises(ValueError, match=rf"expected {total} rows, got 3: .* twice, or lack"):
+            written.require(total)
+
+
 def test_judge_ends_a_stream_with_too_many_failed_rows(tmp_path):
     written = Written(str(tmp_path))
     judge = Judge(written, total=30, max_share=0.05)

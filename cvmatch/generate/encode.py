@@ -138,7 +138,8 @@ def encode(config: Encode) -> str:
     if not written.claim(depends):
         with engine.resumable(storage.join(written.partial, "checkpoint")):
             _stream(config, written)
-        written.judge(accepted(config.data), config.data.max_rejected)
+        written.require(accepted(config.data))
+        written.judge(written.rows, config.data.max_rejected)
         written.name_failed()
         models = {"encoders": depends["encoders"]}
         source = config.data.root
