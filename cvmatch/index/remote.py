@@ -4,6 +4,7 @@ Names of files are names of their content, so a copy never grows stale. CURRENT 
 stores of pyarrow have no conditional writes: publish from one process at a time.
 """
 
+import contextlib
 import os
 import uuid
 
@@ -73,10 +74,9 @@ def _copy(source: str, target: str) -> None:
     try:
         fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
         os.replace(aside, target)
-    except BaseException:
-        if os.path.exists(aside):
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it is in place, or no copy was begun
             os.remove(aside)
-        raise
 
 
 def _push(source: str, target: str) -> None:
