@@ -118,6 +118,69 @@ def test_parse_flag_beats_file_beats_default_in_any_order(file, form, before):
     assert read == Train(name="filed", fit=Fit(lr=0.125, ks=(8, 9)))
 
 
+def test_parse_later_file_beats_earlier_field_by_field(tmp_path):
+    first, second = tmp_path / "base.yaml", tmp_path / "best.yaml"
+    first.write_text("fit: {lr: 0.25, ks: [3]}\nval: {root: x}\ntest: null\n")
+    second.write_text("fit: {lr: 0.5}\nval: null\ntest: {root: y}\n")
+    read = config.parse(Train, ["--config", str(first), f"--config={second}"])
+    assert read == Train(fit=Fit(lr=0.5, ks=(3,)), val=None, test=Data(root="y"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Two fields that are judged together, and whose defaults are fit for no use."""
+
+    start: int = 0
+    """First."""
+    stop: int = 0
+    """Last."""
+
+    def __post_init__(self) -> None:
+        if self.start >= self.stop:
+            raise ValueError(f"expected start < stop, got {self.start} and {self.stop}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """A part and an outer config that are judged whole."""
+
+    train: Data = Data()
+    """Always there."""
+    val: Data | None = None
+    """Maybe."""
+    window: Window | None = None
+    """Maybe."""
+
+    def __post_init__(self) -> None:
+        if self.train == self.val:
+            raise ValueError("expected other rows than in training")
+
+
+@pytest.mark.parametrize("filed", [True, False])
+def test_parse_judges_fields_against_each_other_when_all_are_set(file, filed):
+    words = ["--val.root", "data", "--val.max-rejected", "0.5", "--window.start", "3"]
+    path = file("window: {stop: 5}\nval: {root: data}\n")
+    given_file = ["--config", path] if filed else ["--window.stop", "5"]
+    read = config.parse(Windows, [*words, *given_file])
+    assert read == Windows(val=Data(max_rejected=0.5), window=Window(start=3, stop=5))
+
+
+@pytest.mark.parametrize("words", [["--val.root", "data"], ["--window.start", "3"]])
+def test_parse_still_refuses_fields_that_do_not_fit_together(words):
+    with pytest.raises((SystemExit, ValueError)):
+        config.parse(Windows, words)
+
+
+def test_override_judges_fields_against_each_other_when_all_are_set():
+    before = Window(start=1, stop=2)
+    assert config.override(before, {"start": 5, "stop": 7}) == Window(start=5, stop=7)
+    outer = Windows(val=Data(root="x"), window=before)
+    moved = config.override(outer, {"window.start": 5, "window.stop": 7, "val.root": "y"})
+    assert (moved.window, moved.val) == (Window(start=5, stop=7), Data(root="y"))
+    with pytest.raises(ValueError, match="expected start < stop, got 9 and 7"):
+        config.override(moved, {"window.start": 9})
+
+
 def test_parse_default_of_a_nested_part_survives_flags_on_its_neighbours():
     assert config.parse(Train, ["--fit.ks", "3"]).fit == Fit(lr=0.5, ks=(3,))
 
