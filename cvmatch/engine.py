@@ -155,8 +155,16 @@ def preflight(*pools: Pool) -> None:
     require(cpus + spare, gpus, f"Pools of {cpus:g} CPUs and {spare:g} more to read and write")
 
 
-def require(cpus: float, gpus: float | int, what: str) -> None:
+def require(
+    cpus: float,
+    gpus: float | int,
+    what: str,
+    cpus_flag: str = "--pool.cpus",
+    gpus_flag: str = "--pool.gpus",
+) -> None:
     """Check that the cluster, as large as its autoscaler may make it, has the resources.
+
+    The flags are those of the caller's job, for the advice.
 
     Raises:
         ValueError: it has not; says how many, and what to change.
@@ -165,13 +173,13 @@ def require(cpus: float, gpus: float | int, what: str) -> None:
     if cpus > have_cpus + 1e-6:
         raise ValueError(
             f"{what} need {cpus:g} CPUs, the cluster has {have_cpus:g}: it would hang. Use smaller "
-            "pools or fewer workers, or less CPU for each (--pool.cpus, --fit.cpus-per-worker); "
+            f"pools or fewer workers, or less CPU for each ({cpus_flag}); "
             "a local Ray counts logical CPUs (engine.start)."
         )
     if gpus > have_gpus + 1e-6:
         raise ValueError(
             f"{what} need {gpus:g} GPUs, the cluster has {have_gpus:g}: it would wait for ever. "
-            "Use a share of a GPU for each actor (--pool.gpus 0.25), or none."
+            f"Use fewer GPUs ({gpus_flag}), or none: {gpus_flag} 0."
         )
 
 

@@ -86,7 +86,8 @@ _current: ContextVar[Run | None] = ContextVar("cvmatch_run", default=None)
 
 @contextlib.contextmanager
 def start(stage: str, config: Any, parent: Run | None = None) -> Iterator[Run]:
-    """A run of `stage` while the block lasts: FINISHED at its end, FAILED if it raises.
+    """A run of `stage` while the block lasts: FINISHED at its end, KILLED by Ctrl-C,
+    FAILED if it raises.
 
     `config` becomes its params (dotted names) and its file config.yaml. `parent` defaults to the
     run of the surrounding `start` or `inside` block.
@@ -108,6 +109,10 @@ def start(stage: str, config: Any, parent: Run | None = None) -> Iterator[Run]:
         with inside(run):
             yield run
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        run.tag("reason", "interrupted")
+        raise
     finally:
         client.set_terminated(run.run_id, status)
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import ray
 import ray.tune
-import yaml
 from ray._private import worker
 from ray.train import Checkpoint, Result, UserCallback
 from ray.tune import ResultGrid, Tuner
@@ -37,7 +36,8 @@ class Tune:
     base: str = ""
     """YAML file of the settings that all trials share, for the stage's job; empty: defaults."""
     space: str = ""
-    """YAML file of what is searched, in the form of `spaces.SPACES`; empty: the stage's default."""
+    """YAML file of what is searched, a line a field: `margin: {uniform: [0.1, 0.5]}` (or
+    loguniform), `fit.batch: {choice: [8, 16]}`; empty: the stage's default."""
     trials: int = 16
     """Settings tried."""
     concurrent: int = 2
@@ -156,9 +156,11 @@ def search(config: Tune, base: Any = None) -> TuneResult:
         ):
             grid = tuner.fit()
         result = _result(grid, config)
-        _write(result, config.output)
+        # All settings: the file alone trains the best again. A name would be that of another run.
+        best = configs.dump(configs.override(base, {**result.params, "fit.name": ""}))
+        _write(result, best, config.output)
         parent.metrics({f"best/{metric}": result.value})
-        parent.text(yaml.safe_dump(spaces.nested(result.params)), BEST)
+        parent.text(best, BEST)
     return result
 
 
@@ -219,6 +221,8 @@ def _preflight(config: Tune, fit: training.Fit) -> None:
         shares * fit.cpus_per_worker + engine.READERS,
         shares * fit.gpus_per_worker,
         f"{config.concurrent} trials at a time and {engine.READERS:g} CPU to read",
+        "fit.cpus_per_worker of --base",
+        "fit.gpus_per_worker of --base",
     )
     if fit.workers and not worker.get_dashboard_url():
         raise ValueError(
@@ -274,6 +278,6 @@ def _is_ours(name: str, value: Any) -> bool:
     return ours and isinstance(value, int | float)
 
 
-def _write(result: TuneResult, output: str) -> None:
-    storage.write_text(storage.join(output, BEST), yaml.safe_dump(spaces.nested(result.params)))
+def _write(result: TuneResult, best: str, output: str) -> None:
+    storage.write_text(storage.join(output, BEST), best)
     storage.write_json(storage.join(output, TRIALS), result.trials)

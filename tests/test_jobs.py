@@ -167,8 +167,11 @@ def test_tune_writes_settings_that_the_training_job_takes(place):
     )
     assert 0.1 <= found["params"]["margin"] <= 0.2
     best = yaml.safe_load((place / "tuned" / "best.yaml").read_text())
-    assert best == {"margin": found["params"]["margin"]}
-    last("train_matcher.py", f"--config {place}/tuned/best.yaml {matcher(place, 'tuned-model')}")
+    assert best["margin"] == found["params"]["margin"]
+    assert (best["val"], best["hidden"], best["fit"]["name"]) == (f"{place}/val", 32, "")
+    # The file alone: towers and validation rows are the trials'.
+    made = last("train_matcher.py", f"--config {place}/tuned/best.yaml")
+    assert "val/loss" in made
 
 
 def _grouped(words: list[str]) -> list[list[str]]:

@@ -45,6 +45,13 @@ def test_start_of_a_failing_block_ends_as_failed():
     assert record(run).info.status == "FAILED"
 
 
+def test_start_of_an_interrupted_block_ends_as_killed():
+    with pytest.raises(KeyboardInterrupt), tracking.start("matcher", Settings()) as run:
+        raise KeyboardInterrupt
+    assert record(run).info.status == "KILLED"
+    assert record(run).data.tags["reason"] == "interrupted"
+
+
 def test_start_with_a_long_and_with_many_params_keeps_them_all():
     many = dataclasses.make_dataclass("Many", [(f"f{n}", int, n) for n in range(230)], frozen=True)
     with tracking.start("matcher", many()) as run:

@@ -132,7 +132,8 @@ def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, 
     assert epochs[0] < 4  # ASHA stopped some
 
     best = configs.parse(TrainLine, ["--config", str(tmp_path / "tuned" / "best.yaml")])
-    assert best == configs.override(TrainLine(), result.params)
+    changes = {**result.params, "fit.epochs": 4, "fit.name": ""}
+    assert best == configs.override(base, changes)
     assert json.loads((tmp_path / "tuned" / "trials.json").read_text()) == result.trials
 
     # A trial's metrics are those of an ordinary training with its settings.

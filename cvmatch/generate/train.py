@@ -88,6 +88,7 @@ def train(config: TrainGenerator) -> Result:
     Raises:
         ValueError: a base model or the data is not there, or sizes do not fit.
     """
+    training.preflight(config.fit)
     config = located(config)
     sizes = parts.sizes(
         config.diffusion, config.clip, config.conditioning.panorama_width, config.revision

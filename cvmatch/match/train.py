@@ -73,6 +73,7 @@ def train(config: TrainMatcher) -> Result:
         ValueError: a backbone is not there, no row is without error, or validation pairs are
             among the training pairs.
     """
+    training.preflight(config.fit)
     config = located(config)
     rows = synthesized(config.pairs, config.joint)
     decoded = functools.partial(_decoded, config)

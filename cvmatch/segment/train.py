@@ -134,6 +134,7 @@ def train(config: TrainSegmenter) -> Result:
         ValueError: no row has a class map, the synthesized rows are of another split, or the base
             model cannot be had.
     """
+    training.preflight(config.fit)
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
     held_out = _held_out(config)
     rows = training_rows(config, preprocess)

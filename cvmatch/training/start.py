@@ -127,6 +127,22 @@ def cached(rows: Dataset, fit: Fit) -> Dataset:
     return rows.materialize() if fit.cache else rows
 
 
+def preflight(fit: Fit) -> None:
+    """Check that the cluster has what the workers need; for a stage to ask before it reads data.
+
+    Raises:
+        ValueError: it has not; says which flags to change.
+    """
+    if fit.workers:
+        engine.require(
+            fit.workers * fit.cpus_per_worker + engine.READERS,
+            fit.workers * fit.gpus_per_worker,
+            f"{fit.workers} training workers and {engine.READERS:g} CPU to read",
+            "--fit.cpus-per-worker",
+            "--fit.gpus-per-worker",
+        )
+
+
 def publish(result: Result, output: str) -> str:
     """Put the model of the result's checkpoint at `output`, whole or not at all; gives `output`.
 
@@ -211,11 +227,7 @@ def _trainer(
     job: loop.Job, datasets: dict[str, Dataset], callbacks: list[UserCallback], name: str
 ) -> TorchTrainer:
     fit = job.fit
-    engine.require(
-        fit.workers * fit.cpus_per_worker + engine.READERS,
-        fit.workers * fit.gpus_per_worker,
-        f"{fit.workers} training workers and {engine.READERS:g} CPU to read",
-    )
+    preflight(fit)
     resources = {"CPU": fit.cpus_per_worker, "GPU": fit.gpus_per_worker}
     scaling = ScalingConfig(
         num_workers=fit.workers,
