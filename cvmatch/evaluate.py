@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from pyarrow import parquet
 from torch import Tensor
 
-from cvmatch import draws, images, manifest, retrieval, schema, storage, tables, tracking
+from cvmatch import draws, images, manifest, progress, retrieval, schema, storage, tables, tracking
 from cvmatch.fidelity import Distance, generation, segmentation
 from cvmatch.frechet import distance
 from cvmatch.index.reader import Index
@@ -100,13 +100,18 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no finished output of queries there.
-        ValueError: they are of another schema version, the matcher was trained on some of them, or
-            the index lacks their tiles.
+        ValueError: all of them failed, they are of another schema version, the matcher was trained
+            on some of them, or the index lacks their tiles.
     """
     manifest.read(config.queries)
     index = Index.open(config.index)
     ids = _query_ids(config.queries)
     failed = sum(tables.rows(config.queries)) - len(ids)
+    if not ids:
+        raise ValueError(
+            f"evaluate: all {failed} rows of {config.queries} failed in synthesis, such as "
+            f"{_reasons(config.queries)}. Mend what they name and run jobs/synthesize.py again."
+        )
     check_unseen(ids, index.heads)
     truth = true_rows(ids, index)
     model = JointFeatureLearningNet.load(index.heads, index.device)
@@ -115,7 +120,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         results: dict[str, Any] = {"index": _about(index), "queries": len(ids), "failed": failed}
         results["retrieval"] = {}
         parts = []
-        for (view, level), query in queries.items():
+        for (view, level), query in progress.each("search", len(queries), queries.items()):
             found = retrieval.exhaustive(index, query, truth, config.near_m, config.seed)
             numbers: dict[str, Any] = dict(
                 retrieval.summary(found, len(index.living), config.bootstrap, config.seed)
@@ -125,10 +130,10 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
             numbers["ms"] = {m: retrieval.milliseconds(index, query, m) for m in config.modes}
             results["retrieval"].setdefault(view.name, {})[level] = numbers
             parts.append(_per_query(ids, index, view, level, found))
-        results["generation"] = generation(
-            _rows(config.queries), config.bootstrap, config.seed, _distance(config)
-        )
-        results["segmentation"] = segmentation(_rows(config.queries), config.num_classes)
+        rows = progress.each("compare pictures", len(ids), _rows(config.queries))
+        results["generation"] = generation(rows, config.bootstrap, config.seed, _distance(config))
+        rows = progress.each("compare class maps", len(ids), _rows(config.queries))
+        results["segmentation"] = segmentation(rows, config.num_classes)
         results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # NaN, inf
         found = pa.concat_tables(parts)
         _write(config.output, results, found)
@@ -186,7 +191,8 @@ def embedded(config: Evaluate, model: JointFeatureLearningNet) -> dict[tuple[Vie
     parts: dict[tuple[View, Level], list[Query]] = {key: [] for key in wanted}
     letters = set("".join(config.levels)) - {"+"}
     device = model.device
-    for rows in _batches(config.queries):
+    total = -(-sum(tables.rows(config.queries)) // _BATCH)
+    for rows in progress.each("embed batches of queries", total, _batches(config.queries)):
         side = (model.config.square, model.config.square)
         _require(rows, letters)
         ground = _planes(rows[schema.GROUND], model.config.panorama).to(device)
@@ -221,6 +227,12 @@ def flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def _query_ids(location: str) -> list[str]:
     return [row for rows in _batches(location, [schema.PAIR_ID]) for row in rows[schema.PAIR_ID]]
+
+
+def _reasons(location: str) -> list[str]:
+    for table in tables.batches(location, [schema.ERROR], 3):
+        return table[schema.ERROR].to_pylist()
+    return []
 
 
 def _batches(location: str, columns: Iterable[str] = ()) -> Iterator[dict[str, list]]:

@@ -19,6 +19,9 @@ PREPROCESS = "pillow-bicubic-1"
 MAX_PIXELS = 64 * 2**20
 """Largest picture that is decoded, in pixels (64 Mi: a 8192 x 8192 tile)."""
 
+WIDEST_OTHER = 2.5
+"""Pictures that are less wide for their height are no panoramas of a band: a sphere is 2:1."""
+
 FORMATS = ("PNG", "JPEG")
 """The formats that are decoded: Pillow's others are more code for a hostile file to reach."""
 
@@ -56,6 +59,22 @@ def open_image(data: bytes) -> Image.Image:
         raise BadImage("not a PNG or JPEG picture") from None  # Pillow's text holds an address
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImage(f"cannot be decoded: {error}") from error
+    return image
+
+
+def open_panorama(data: bytes) -> Image.Image:
+    """Decode a 360-degree panorama.
+
+    Raises:
+        BadImage: as `open_image`; or a picture of another shape, which resizing would squash.
+    """
+    image = open_image(data)
+    if image.width < WIDEST_OTHER * image.height:
+        raise BadImage(
+            f"{image.width} x {image.height} pixels, expected a 360-degree panorama at least "
+            f"{WIDEST_OTHER} times as wide as high (CVUSA: 1232 x 224). Crop a whole sphere (2:1) "
+            "to the band that the models were trained on, 65 degrees high"
+        )
     return image
 
 

@@ -224,7 +224,7 @@ def _ready(config: Ingest, found: layout.Layout, cache: str) -> None:
         except OSError as error:
             raise ValueError(
                 f"{state}: expected a place to keep the checked rows, got {error}. Where the data "
-                "set is read-only, pass a directory as --data.cache."
+                "set is read-only, pass a directory with this job's flag that ends in .cache."
             ) from error
         counts = _verify(found, rows[: config.limit or None], cache, f"check {config.split}")
         storage.write_json(state, {"fingerprint": fingerprint, **counts})  # vouches for the others
@@ -289,7 +289,10 @@ def _judge(config: Ingest, table: str, cache: str, counts: dict[str, int]) -> No
         f"All are in {storage.join(cache, REJECTED)}."
     )
     if _share(counts) > config.max_rejected or not counts["accepted"]:
-        raise ValueError(f"{text} Mend the files, or raise --data.max-rejected.")
+        raise ValueError(
+            f"{text} Mend the files, or allow more (this job's flag of the data set that ends in "
+            ".max-rejected)."
+        )
     _log.warning(text)
 
 

@@ -28,6 +28,11 @@ _PICTURES = ("bingmap", "polarmap", "segmap", "sky_mask", "streetview")  # big; 
 
 MISSING = "no such file"
 
+_TILES_ALONE = (
+    " Pictures of tiles alone come into an index as Parquet rows of pair_id and aerial (the bytes "
+    "of a PNG or JPEG): jobs/build_index.py --rows DIRECTORY."
+)
+
 Reject = dict[str, str | None]
 """A row that cannot be used: `pair_id` (None where the line names none), `file`, `reason`."""
 
@@ -67,16 +72,19 @@ def find(root: str) -> Layout:
         if len(found) > 1:
             raise ValueError(
                 f"{root}: expected one CVUSA data set, got {[layout.root for layout in found]}. "
-                "Pass the one you mean as --data.root."
+                "Pass the one you mean as the root (this job's flag that ends in .root)."
             )
         if found:
             return found[0]
         if depth < _SEARCHED:
             level = [below for place in level for below in _directories(place)]
+    names = storage.names(root)
+    alone = any(map(_is_picture, names))
     raise ValueError(
         f"{root}: expected train-19zl.csv or val-19zl.csv (CVUSA subset), or the same in splits/ "
-        f"(CVUSA), there or at most {_SEARCHED} levels below; got {storage.names(root)[:12]}. "
-        "Pass the directory that holds bingmap/ and streetview/ as --data.root."
+        f"(CVUSA), there or at most {_SEARCHED} levels below; got {names[:12]}. "
+        "Pass the directory that holds bingmap/ and streetview/ as the root (this job's flag that "
+        f"ends in .root).{_TILES_ALONE if alone else ''}"
     )
 
 

@@ -6,7 +6,8 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +24,8 @@ LINE_S = 10.0
 
 BAR_S = 0.5
 """Seconds between updates of the bar."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +60,15 @@ def watch(
     finally:
         finished.set()
         thread.join()
+
+
+def each(label: str, total: int, items: Iterable[T]) -> Iterator[T]:
+    """The items, showing how many of `total` were worked on by whoever takes them."""
+    done = 0
+    with watch(label, total, lambda: done):
+        for item in items:
+            yield item
+            done += 1
 
 
 def line(label: str, total: int, done: int, seconds: float, note: str = "", before: int = 0) -> str:

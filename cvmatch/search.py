@@ -4,6 +4,7 @@ The pictures go through the same actors as in the offline stages, so that decodi
 noise are the same; but one query must not wait for Ray to start.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Level, Query
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
 from cvmatch.segment.infer import SegmentAerial
+
+_log = logging.getLogger(__name__)
 
 _BATCH = 16  # panoramas a step
 _PICTURES = (".jpg", ".jpeg", ".png")
@@ -113,12 +116,11 @@ def search(config: SearchFiles) -> Iterator[Answer]:
     """An answer for each panorama.
 
     Raises:
-        ValueError: panoramas that cannot be read, all named, before any work; a generator or
+        ValueError: no panorama can be searched (a warning names some that cannot); a generator or
             segmenter that did not make the queries of the index; no tile in the area; or see
             `Index.open`.
     """
-    places = _places(config.panorama)
-    pictures = _pictures(places)
+    places, pictures = _pictures(_places(config.panorama))
     index = Index.open(config.index)
     _check_models(config, index)
     inside = _inside(config, index)
@@ -211,22 +213,25 @@ def _places(given: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _pictures(places: list[str]) -> list[bytes]:
-    """Content of the files, each of which decodes."""
-    found, bad = [], []
+def _pictures(places: list[str]) -> tuple[list[str], list[bytes]]:
+    """The files that hold a panorama, and their content; names the others in a warning."""
+    found, good, bad = [], [], []
     for place in places:
         try:
-            found.append(storage.read_bytes(place))
-            images.open_image(found[-1])
+            data = storage.read_bytes(place)
+            images.open_panorama(data)
+            found.append(data)
+            good.append(place)
         except (OSError, images.BadImage) as error:
             bad.append(f"{place}: {error}")
-    if bad:
-        raise ValueError(
-            f"search: {len(bad)} of {len(places)} panoramas cannot be read, nothing was done.\n  "
-            + "\n  ".join(bad)
-            + "\nMend these files, or leave them out."
-        )
-    return found
+    if not bad:
+        return good, found
+    text = f"search: {len(bad)} of {len(places)} panoramas cannot be searched.\n  "
+    text += "\n  ".join(bad) + "\nMend these files, or leave them out."
+    if not good:
+        raise ValueError(text)
+    _log.warning("%s The others are searched.", text)
+    return good, found
 
 
 def _rows(places: list[str], pictures: list[bytes]) -> dict[str, np.ndarray]:

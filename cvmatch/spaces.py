@@ -46,7 +46,7 @@ SPACES: dict[str, dict[str, dict[str, list]]] = {
 METRICS = {
     "generator": ("val/loss", "min"),
     "segmenter": ("val/miou", "max"),
-    "matcher": ("val/recall_at_1", "max"),
+    "matcher": ("val/batch_recall_at_1", "max"),
 }
 """What trials are compared by, and whether small or large values are good.
 

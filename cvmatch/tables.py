@@ -33,6 +33,14 @@ def rows(location: str) -> list[int]:
     return found
 
 
+def sizes(location: str) -> list[tuple[str, int]]:
+    """Name and bytes of each of its `files`: they stand for the content."""
+    filesystem, path = storage.resolve(location)
+    names = files(location)
+    infos = filesystem.get_file_info([storage.join(path, name) for name in names])
+    return [(name, one.size) for name, one in zip(names, infos, strict=True)]
+
+
 def columns(location: str) -> list[str]:
     """Columns of the first of its `files`."""
     filesystem, path = storage.resolve(location)

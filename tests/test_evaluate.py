@@ -492,6 +492,14 @@ def test_evaluate_on_unfinished_synthesis_is_refused(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluate_of_rows_that_all_failed_says_why(folder, tmp_path):
+    rows = [row | {schema.ERROR: "generate: broken"} for row in tiny.rows(3).to_pylist()]
+    table = pa.Table.from_pylist(rows, schema.SYNTHESIZED)
+    location = tiny.write(table, str(tmp_path / "queries"))
+    with pytest.raises(ValueError, match=r"all 3 rows .* failed .*generate: broken"):
+        evaluate(Evaluate(queries=location, index=os.path.join(folder, "index")))
+
+
 def test_evaluate_counts_the_queries_that_failed_and_says_so(folder, tmp_path):
     rows = tiny.rows(10).to_pylist()
     for row in rows[:3]:

@@ -209,14 +209,43 @@ def test_delete_reads_one_id_a_line(model, output, tmp_path):
     assert Index.open(output).living_ids.to_pylist() == ["a", "b", "d", "e"]
 
 
-def test_delete_of_unknown_or_deleted_ids_changes_nothing(model, parts, output):
+def test_delete_of_ids_of_which_some_are_gone_deletes_the_rest(model, parts, output, caplog):
     publish(parts["first"], BuildIndex(model=model, output=output))
-    delete(DeleteTiles(output=output, ids=("0000003",)))
-    with pytest.raises(ValueError, match=r"2 ids of which 1 are not, such as \['0000003'\]"):
-        delete(DeleteTiles(output=output, ids=("0000003", "0000004")))
-    with pytest.raises(ValueError, match="0 ids"):
+    assert delete(DeleteTiles(output=output, ids=("0000003",)))["missing"] == 0
+    found = delete(DeleteTiles(output=output, ids=("0000003", "0000004", "x")))
+    assert (found["version"], found["missing"]) == ("v000003", 2)
+    assert "2 of 3 ids are not in the index, such as ['0000003', 'x']" in caplog.text
+    assert sorted(Index.open(output).dead) == [3, 4]
+    assert "missing" not in versions.read(output)
+
+
+def test_delete_of_nothing_that_is_there_changes_nothing(model, parts, output):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    with pytest.raises(ValueError, match=r"got 2, of which none is, such as \['x', 'y'\]"):
+        delete(DeleteTiles(output=output, ids=("x", "y")))
+    with pytest.raises(ValueError, match=r"--ids or --file\), got 0"):
         delete(DeleteTiles(output=output))
-    assert versions.names(output)[-1] == "v000002"
+    assert versions.names(output) == ["v000001"]
+
+
+@pytest.mark.parametrize("shard_rows", [100, 9])
+def test_compact_of_a_compact_index_publishes_nothing(model, parts, output, caplog, shard_rows):
+    caplog.set_level("INFO", "cvmatch.index.change")
+    built = publish(parts["first"], BuildIndex(model=model, output=output, shard_rows=shard_rows))
+    assert compact(Compact(output=output)) == built
+    assert "v000001 is compact already" in caplog.text
+    join(parts["last"], AddTiles(output=output))
+    merged = compact(Compact(output=output))
+    assert compact(Compact(output=output)) == merged
+    delete(DeleteTiles(output=output, ids=("0000023",)))  # the last row: the others stay in order
+    assert compact(Compact(output=output))["rows"] == 23
+    assert versions.names(output)[-1] == "v000005"
+
+
+def test_collect_of_nothing_removes_nothing(model, parts, output):
+    publish(parts["first"], BuildIndex(model=model, output=output))
+    assert change.collect(Collect(output=output)) == {"versions": 0, "files": 0, "bytes": 0}
+    assert len(Index.open(output, deep=True)) == 16
 
 
 def test_compacted_index_has_the_shards_of_one_that_was_built_at_once(

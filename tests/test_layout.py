@@ -54,16 +54,36 @@ def test_find_root_above_the_data_set_finds_it(subset, above):
 def test_find_two_data_sets_names_both(subset, tmp_path):
     write_tables(tmp_path / "x" / "one", [], [])
     write_tables(tmp_path / "x" / "two", [], [])
-    with pytest.raises(ValueError, match=r"one CVUSA data set.*/one.*/two.*--data\.root"):
+    with pytest.raises(ValueError, match=r"one CVUSA data set.*/one.*/two.*ends in \.root"):
         layout.find(str(tmp_path / "x"))
 
 
 def test_find_nothing_says_what_was_expected_and_found(tmp_path):
     put(tmp_path / "holiday.jpg", b"")
-    with pytest.raises(ValueError, match=r"train-19zl\.csv.*holiday\.jpg.*--data\.root"):
+    with pytest.raises(ValueError, match=r"train-19zl\.csv.*holiday\.jpg.*ends in \.root"):
         layout.find(str(tmp_path))
     with pytest.raises(ValueError, match=r"absent: expected train-19zl\.csv"):
         layout.find(str(tmp_path / "absent"))
+
+
+def test_find_plain_tiles_says_how_they_come_into_an_index(tmp_path):
+    put(tmp_path / "tiles" / "a.png", picture())
+    with pytest.raises(ValueError, match=r"Parquet rows of pair_id and aerial .*--rows"):
+        layout.find(str(tmp_path / "tiles"))
+    put(tmp_path / "texts" / "a.txt", b"")
+    with pytest.raises(ValueError, match="expected train-19zl") as told:
+        layout.find(str(tmp_path / "texts"))
+    assert "--rows" not in str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "two"])
+def test_find_error_names_no_flag_of_another_job(tmp_path, kind):
+    if kind == "two":
+        write_tables(tmp_path / "one", [], [])
+        write_tables(tmp_path / "two", [], [])
+    with pytest.raises(ValueError, match=r"this job's flag that ends in \.root") as told:
+        layout.find(str(tmp_path))
+    assert not any(flag in str(told.value) for flag in ("--data", "--val", "--tiles"))
 
 
 def test_plan_capitalised_folders_and_endings_are_found(tmp_path):

@@ -158,13 +158,29 @@ def test_rank_cut_between_equal_tiles_takes_the_first_rows(index, query):
         assert (part.scores == whole.scores[:, :few]).all()
 
 
-def test_search_unreadable_panoramas_are_all_named_before_any_work(tmp_path):
+def test_search_names_the_panoramas_that_it_cannot_search_and_searches_the_others(
+    index, tmp_path, caplog
+):
     good = images.encode(tiny.picture(np.random.default_rng(0), 16, 64))
     (tmp_path / "good.png").write_bytes(good)
     (tmp_path / "cut.png").write_bytes(good[:50])
-    places = tuple(str(tmp_path / name) for name in ("good.png", "cut.png", "absent.png"))
-    with pytest.raises(ValueError, match=r"(?s)2 of 3.*cut\.png: cannot be decoded.*absent\.png"):
-        search.search(SearchFiles(panorama=places, index=str(tmp_path / "no index")))
+    places = tuple(str(tmp_path / name) for name in ("cut.png", "good.png", "absent.png"))
+    folder = index.heads.split("/heads/")[0]
+    found = list(search.search(SearchFiles(panorama=places, index=folder)))
+    assert [answer.query for answer in found] == [places[1]]
+    for text in ("2 of 3", "cut.png: cannot be decoded", "absent.png"):
+        assert text in caplog.text
+    with pytest.raises(ValueError, match=r"(?s)2 of 2.*cut\.png: cannot be decoded.*absent\.png"):
+        search.search(SearchFiles(panorama=(places[0], places[2]), index=folder))
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_search_of_a_tile_or_a_whole_sphere_is_refused(tmp_path, width):
+    data = images.encode(tiny.picture(np.random.default_rng(0), 16, width))
+    (tmp_path / "other.png").write_bytes(data)
+    config = SearchFiles(panorama=(str(tmp_path / "other.png"),), index=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=rf"{width} x 16 pixels, expected .*2\.5 times as wide"):
+        search.search(config)
 
 
 def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from cvmatch import config as configs
-from cvmatch import engine, storage, tracking
+from cvmatch import engine, manifest, storage, tables, tracking
 from cvmatch.images import PREPROCESS
 from cvmatch.index import ann, coarse, remote, shard, verify, versions
 from cvmatch.index.draft import Draft, Entry, Run, draft, drawn, matcher, serially
@@ -53,7 +53,8 @@ def build(config: BuildIndex) -> dict[str, Any]:
     """Embed the tiles in a Ray pool and publish the index; gives its manifest.
 
     The same command goes on where a killed one stopped, and ends in the same files. Tiles that an
-    earlier version holds, embedded by the same tower, are not embedded again.
+    earlier version holds, embedded by the same tower, are not embedded again. Where the current
+    version is what is asked for, and whole, it stays, and none is published.
 
     Raises:
         ValueError: see `publish`; or the pool does not fit the cluster.
@@ -61,9 +62,13 @@ def build(config: BuildIndex) -> dict[str, Any]:
     engine.start()
     config = replace(config, model=os.path.abspath(os.path.expanduser(config.model)))
     made_from = _made_from(config)
+    root = remote.fetched(config.output)
+    kept = _kept(root, made_from)
+    if kept and _is_whole(root, kept, config):
+        _log.info("version %s is this index already: nothing to do", kept["version"])
+        remote.pushed(config.output, kept["version"])  # that of a killed build may lack files there
+        return kept
     with tracking.start("index", config) as run:
-        root = remote.fetched(config.output)
-        kept = _kept(root, made_from)
         if kept:
             _log.info("tiles are those of version %s: not embedded again", kept["version"])
             info = publish("", config, spread(config.output), made_from, kept=kept)
@@ -115,6 +120,7 @@ def publish(
             "model": maker,
             "parts": parts_of,
             "made_from": made_from,
+            "asked": _asked(config),
             "rejected": len(rejected) if not kept else kept["rejected"],
             "queries": {},
         }
@@ -235,6 +241,22 @@ def _made_from(config: BuildIndex) -> dict[str, Any]:
         "batch": config.pool.batch,  # the last bits of u depend on it
         "tiles": source(config),
     }
+
+
+def _asked(config: BuildIndex) -> str:
+    """Fingerprint of all that a build depends on but for its tiles: settings, matcher, queries."""
+    seen = tables.sizes(config.queries) if config.queries else []
+    return manifest.digest([configs.plain(config), identity(config.model), seen])
+
+
+def _is_whole(root: str, info: dict[str, Any], config: BuildIndex) -> bool:
+    """Whether a version with the right shards is the current one, as asked for and undamaged."""
+    if info["version"] != versions.current(root) or info.get("asked") != _asked(config):
+        return False
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        versions.check(root, info["files"], deep=True)
+        return True
+    return False
 
 
 def _kept(root: str, made_from: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Tiles join an index, leave it, and its pieces become one again; each makes a new version."""
 
+import logging
 import os
 import shutil
 import time
@@ -17,6 +18,8 @@ from cvmatch.index.draft import ASIDE, Draft, Entry, Run, draft, place_shard, se
 from cvmatch.index.queries import split_queries
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import Store
+
+_log = logging.getLogger(__name__)
 
 _ROW = "row"
 _DAY_S = 86_400.0
@@ -144,10 +147,10 @@ def join(
 
 
 def delete(config: DeleteTiles) -> dict[str, Any]:
-    """Delete tiles; gives the new manifest.
+    """Delete tiles; returns the new manifest, and as `missing` how many of the ids were not there.
 
     Raises:
-        ValueError: no such tile; or see `versions.commit`.
+        ValueError: none of the ids is there; these are all tiles; or see `versions.commit`.
     """
     root = remote.fetched(config.output)
     index = Index.open(root)
@@ -155,12 +158,17 @@ def delete(config: DeleteTiles) -> dict[str, Any]:
     wanted = {*config.ids, *(line.strip() for line in lines if line.strip())}
     numbered = _numbered(index)
     there = numbered.filter(pc.field(schema.PAIR_ID).isin(pa.array(sorted(wanted), pa.string())))
-    if len(there) != len(wanted) or not wanted:
-        missing = sorted(wanted - set(there[schema.PAIR_ID].to_pylist()))
+    missing = sorted(wanted - set(there[schema.PAIR_ID].to_pylist()))
+    if not len(there):
         raise ValueError(
-            f"index {root}: expected ids of tiles that are there, got {len(wanted)} ids of which "
-            f"{len(missing)} are not, such as {missing[:3]}. Nothing was deleted."
+            f"index {root}: expected ids of tiles that are there (--ids or --file), got "
+            f"{len(wanted)}, of which none is, such as {missing[:3]}. Nothing was deleted."
         )
+    if missing:
+        _log.warning(
+            "%d of %d ids are not in the index, such as %s: the other %d are deleted",
+            len(missing), len(wanted), missing[:3], len(there),
+        )  # fmt: skip
     dead = np.union1d(index.dead, there[_ROW].to_numpy())
     if len(dead) == len(index):
         raise ValueError(f"index {root}: these are all its tiles. Remove the directory instead.")
@@ -170,11 +178,13 @@ def delete(config: DeleteTiles) -> dict[str, Any]:
         new["deleted"] = _store_dead(work, dead)
         info = build.finished(work, new | {"rejected": 0}, None, [])
     remote.pushed(config.output, info["version"])
-    return info
+    return info | {"missing": len(missing)}
 
 
 def compact(config: Compact, run: Run = serially) -> dict[str, Any]:
-    """Write the living tiles as new shards by pair_id, with the same head; gives the manifest.
+    """Write the living tiles as new shards by pair_id, with the same head; returns the manifest.
+
+    Where they are so already, it is that of the current version, and none is published.
 
     Raises:
         ValueError: see `versions.commit`.
@@ -184,6 +194,9 @@ def compact(config: Compact, run: Run = serially) -> dict[str, Any]:
     info = index.manifest
     rows = _numbered(index).sort_by(schema.PAIR_ID)[_ROW].to_numpy()
     size = info["config"]["shard_rows"]
+    if _is_compact(index, rows, size):
+        _log.info("version %s is compact already: nothing to do", info["version"])
+        return info
     shas = tuple(one["sha"] for one in info["shards"])
     maker = {"tile": info["parts"]["tile"]}
     tasks = [
@@ -215,6 +228,16 @@ def collect(config: Collect) -> dict[str, int]:
     root = remote.root(config.output)
     with versions.alone(root):
         return _collected(root, config.keep)
+
+
+def _is_compact(index: Index, rows: np.ndarray, size: int) -> bool:
+    """Whether `rows`, the living ones by pair_id, are all, in full shards and one shortlist."""
+    cuts = [min(size, len(index) - at) for at in range(0, len(index), size)]
+    return (
+        np.array_equal(rows, np.arange(len(index)))
+        and [one["rows"] for one in index.manifest["shards"]] == cuts
+        and len(index.manifest["ann"]["parts"]) == 1
+    )
 
 
 def _collected(root: str, keep: int) -> dict[str, int]:
@@ -294,6 +317,7 @@ def _changed(
         "ann": info["ann"] | {"parts": list(pieces)},
         "shortlist": min(rows, asked or ann.candidates(rows)),
         "made_from": None,
+        "asked": None,
         "recall": None,
     }
 

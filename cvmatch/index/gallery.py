@@ -62,13 +62,19 @@ class Gallery:
 
 
 def dataset(gallery: Gallery) -> ray.data.Dataset:
-    """The rows of the tiles, with their pictures."""
+    """The rows of the tiles, with their pictures.
+
+    Raises:
+        ValueError: there are none, or they lack a column; or see `ingest`.
+    """
     if not gallery.rows:
         first, *rest = [ingest.ingest(one, [schema.AERIAL]) for one in _ingests(gallery)]
         return first.union(*rest) if rest else first
     filesystem, path = storage.resolve(gallery.rows)
     have = tables.columns(gallery.rows)
     schema.require(have, (schema.PAIR_ID, schema.AERIAL), gallery.rows)
+    if not sum(tables.rows(gallery.rows)):
+        raise ValueError(f"{gallery.rows}: expected rows of tiles, got none. Nothing was done.")
     rows: Any = ray.data.read_parquet(
         path,
         filesystem=filesystem,
@@ -111,10 +117,7 @@ def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str,
 def source(gallery: Gallery) -> str:
     """Fingerprint of the tiles: names and sizes of their files."""
     if gallery.rows:
-        filesystem, path = storage.resolve(gallery.rows)
-        names = tables.files(gallery.rows)
-        infos = filesystem.get_file_info([storage.join(path, name) for name in names])
-        return manifest.digest([[name, one.size] for name, one in zip(names, infos, strict=True)])
+        return manifest.digest(tables.sizes(gallery.rows))
     return manifest.digest([ingest.fingerprint(one) for one in _ingests(gallery)])
 
 

@@ -42,7 +42,11 @@ class MatcherTask(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log()) if learned else None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss and its parts; in evaluation mode also the recall among the batch's own tiles."""
+        """Loss and its parts; in evaluation mode also the recall among the batch's own tiles.
+
+        A batch is a small gallery: that recall compares epochs and trials. `evaluate` measures the
+        whole one.
+        """
         found = self.scores(batch)
         parts = {name: self._loss(score) for name, score in found.items()}
         weights = {"joint": self.recipe.w_joint, "direct": self.recipe.w_direct}
@@ -50,10 +54,10 @@ class MatcherTask(nn.Module):
         named = {"loss": total} | {name: value.detach() for name, value in parts.items()}
         if self.training:
             return named
-        recalls = {f"recall_at_1_{name}": _first(score) for name, score in found.items()}
+        recalls = {f"batch_recall_at_1_{name}": _first(score) for name, score in found.items()}
         # Of the fullest queries there are: what trials and epochs are compared by.
-        best = recalls["recall_at_1_joint" if "joint" in found else "recall_at_1_direct"]
-        return named | recalls | {"recall_at_1": best}
+        best = recalls[f"batch_recall_at_1_{'joint' if 'joint' in found else 'direct'}"]
+        return named | recalls | {"batch_recall_at_1": best}
 
     def scores(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, "all all"]]:
         """Scores of all queries (rows) and tiles (columns) of all workers: `direct`, and `joint`.
