@@ -5,8 +5,9 @@ Every row is keyed by `pair_id`. A failed row carries its reason in `error` and 
 Ray would drop its whole block or restart the actor for ever (Ray 2.60, measured).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
 
 VERSION = 1
@@ -60,18 +61,39 @@ IGNORE = 255
 def conform(table: pa.Table, wanted: pa.Schema = SYNTHESIZED) -> pa.Table:
     """The columns of `wanted` in its order and types; one that is absent is null.
 
-    A column without any value has no type in a stream, and would come back from disk as NaN.
+    A column without any value has no type in a stream; behind an actor it is one of NaN.
 
     Raises:
         pyarrow.ArrowInvalid: a column cannot be cast.
     """
     columns = [
-        table[field.name].cast(field.type)
+        _cast(table[field.name], field.type)
         if field.name in table.column_names
         else pa.nulls(len(table), field.type)
         for field in wanted
     ]
     return pa.table(columns, schema=wanted)
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    untyped = pa.types.is_floating(column.type) and not pa.types.is_floating(kind)
+    if untyped and np.isnan(column.to_numpy()).all():
+        return pa.chunked_array([pa.nulls(len(column), kind)])
+    return column.cast(kind)
+
+
+def read_errors(column: Iterable[object]) -> list[str | None]:
+    """Returns why each row of a batch failed; None for a good row.
+
+    The one way to read the column `error` of a batch: where no row failed it has no type in a
+    stream, and arrives as NaN, which is as true as a reason.
+    """
+    return [reason if isinstance(reason, str) else None for reason in column]
+
+
+def good_rows(batch: Mapping[str, Sequence[object] | np.ndarray]) -> list[int]:
+    """Returns the positions of a batch's rows that have not failed."""
+    return [row for row, reason in enumerate(read_errors(batch[ERROR])) if reason is None]
 
 
 def require(present: Iterable[str], needed: Iterable[str], where: str) -> None:

@@ -4,21 +4,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from cvmatch import config as configs
-from cvmatch import engine, manifest, progress, schema, storage
+from cvmatch import engine, manifest, schema, storage
 from cvmatch.engine import Pool
-from cvmatch.flow import Flow, each_step
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Level
 from cvmatch.match.infer import Embed, EmbedQuery, embed_queries
 from cvmatch.search import query_of
-from cvmatch.written import Written
+from cvmatch.stream import Stream, write_stream
 
 TILES, SCORES = "tiles", "scores"
 """Columns of the output: pair_ids of the best tiles, best first, and their exact scores."""
+
+ANSWERS = pa.schema(
+    [
+        schema.SYNTHESIZED.field(schema.PAIR_ID),
+        pa.field(TILES, pa.list_(pa.string())),
+        pa.field(SCORES, pa.list_(pa.float64())),
+        schema.SYNTHESIZED.field(schema.ERROR),
+    ]
+)
+"""Columns of the output; both lists are empty where a row failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +65,8 @@ class RankTiles:
         query = query_of(batch, self.index)
         ranked = rank(self.index, query, self.top_k, self.mode)
         tiles, scores = (np.empty(len(query.v), dtype=object) for _ in range(2))
-        for row, error in enumerate(batch[schema.ERROR]):
+        errors = schema.read_errors(batch[schema.ERROR])
+        for row, error in enumerate(errors):
             kept = 0 if error else int((ranked.rows[row] >= 0).sum())
             found = self.index.about(ranked.rows[row][:kept])
             tiles[row] = [tile[schema.PAIR_ID] for tile in found]
@@ -65,48 +76,52 @@ class RankTiles:
 
 
 def search_rows(config: SearchRows) -> dict[str, Any]:
-    """Write the answers and a manifest; gives the manifest. A whole output is left as it is.
+    """Write the answers and a manifest; returns the manifest. A whole output is left as it is.
 
     Raises:
-        ValueError: the output holds other answers, or the pools do not fit the cluster.
+        ValueError: the output holds other answers, the pools do not fit the cluster, or no row has
+            an answer.
     """
     output = storage.absolute(config.output).rstrip("/")
     index = Index.open(config.index)
     asked = {name: configs.plain(config)[name] for name in ("level", "top_k", "mode")}
     version = index.manifest["sha256"]
-    written, source = Written(output), manifest.read(config.rows)
-    if written.claim({"index": version, "rows": source, **asked}):
-        return manifest.read(output)
-    engine.start()
+    source = manifest.read(config.rows)
+    # The version that embeds: another may become the current one while this runs.
+    arguments = {
+        "index": config.index if "://" in config.index else storage.absolute(config.index),
+        "version": index.manifest["version"],
+        "top_k": config.top_k,
+        "mode": config.mode,
+    }
+    embed = Embed(model=index.heads, level=config.level, pool=config.embed)
+    stream = Stream(
+        label="search",
+        rows=lambda: engine.map_actors(
+            embed_queries(_read(config), embed), RankTiles, config.rank, **arguments
+        ),
+        total=lambda: source["rows"],
+        pools=(config.embed, config.rank),
+        operators={"embed": EmbedQuery.__name__, "rank": RankTiles.__name__},
+        columns=ANSWERS,
+        max_rejected=1.0,  # the rows that synthesis let pass
+    )
+    write_stream(
+        stream,
+        output,
+        {"index": version, "rows": source, **asked},
+        config=config,
+        models={"matcher": index.manifest["model"], "index": version},
+        source=config.rows,
+    )
+    return manifest.read(output)
+
+
+def _read(config: SearchRows) -> ray.data.Dataset:
     pictures = [schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES]
     columns = [schema.PAIR_ID, *pictures[: len(config.level.split("+"))], schema.ERROR]
-    flow = Flow({"embed": EmbedQuery.__name__, "rank": RankTiles.__name__, "write": "Write"})
-    with engine.resumable(storage.join(written.partial, "checkpoint")):
-        engine.preflight(config.embed, config.rank)
-        filesystem, path = storage.resolve(config.rows)
-        rows: Any = ray.data.read_parquet(
-            path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]
-        )
-        seen = embed_queries(rows, Embed(model=index.heads, level=config.level, pool=config.embed))
-        place = config.index if "://" in config.index else storage.absolute(config.index)
-        # The version that embeds: another may become the current one while this runs.
-        arguments = {
-            "index": place,
-            "version": index.manifest["version"],
-            "top_k": config.top_k,
-            "mode": config.mode,
-        }
-        found = engine.map_actors(seen, RankTiles, config.rank, **arguments)
-        written.update(running=True)
-        filesystem, path = storage.resolve(output)
-        with (
-            progress.watch("search", source["rows"], lambda: written.rows),
-            each_step(found, flow.update, lambda _: written.update(running=True)),
-        ):
-            found.write_parquet(path, filesystem=filesystem)
-    written.update()
-    written.require(source["rows"])
-    models = {"matcher": index.manifest["model"], "index": version}
-    manifest.write(output, rows=written.rows, config=config, models=models, source=config.rows)
-    storage.remove(written.partial)
-    return manifest.read(output)
+    filesystem, path = storage.resolve(config.rows)
+    rows: Any = ray.data.read_parquet(
+        path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]
+    )
+    return rows

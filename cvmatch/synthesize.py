@@ -4,17 +4,16 @@ ingest -> generate -> segment -> Parquet: each picture is read once, and lives i
 until its row is written. A row that failed stays in the output with its reason in `error`.
 """
 
-import logging
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from cvmatch import engine, images, manifest, progress, schema, storage, tracking
-from cvmatch.flow import Flow, each_step
+from cvmatch import images, manifest, schema, storage, tracking
 from cvmatch.generate import sampling
 from cvmatch.generate.infer import Generate, GenerateAerial, generate
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
-from cvmatch.written import Judge, Written
+from cvmatch.stream import Stream, write_stream
+from cvmatch.written import REJECTED, Written
 
 OPERATORS = {
     "read": read_pictures.__name__,
@@ -23,8 +22,6 @@ OPERATORS = {
     "write": "Write",
 }
 """Stages that the progress shows, as `Flow` takes them."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,58 +41,51 @@ class Synthesize:
 
 
 def synthesize(config: Synthesize) -> dict[str, Any]:
-    """Write the rows of `schema.SYNTHESIZED` and a manifest; gives the manifest.
+    """Write the rows of `schema.SYNTHESIZED` and a manifest; returns the manifest.
 
     An output that is whole already is left as it is.
 
     Raises:
         ValueError: the output holds rows of other data, models or settings, the data cannot be
-            used (`ingest`), the pools do not fit the cluster, or more than `max_rejected` of the
-            rows failed (at once, when so many did).
+            used (`ingest`), the pools do not fit the cluster, more than `max_rejected` of the
+            rows failed (at once, when so many did), or all.
     """
     output = storage.absolute(config.output).rstrip("/")
-    written, flow = Written(output), Flow(OPERATORS)
     models = {
         "generator": manifest.fingerprint(config.generate.model),
         "segmenter": manifest.fingerprint(config.segment.model),
     }
-    if written.claim(_made_from(config, models)):
+    inputs = _made_from(config, models)
+    if Written(output).claim(inputs):
         return manifest.read(output)
-    engine.start()
     with tracking.start("synthesize", config) as run:
-        with engine.resumable(storage.join(written.partial, "checkpoint")):
-            _stream(config, written, flow)
-        written.require(accepted(config.data))
-        written.judge(written.rows, config.max_rejected)
-        place = written.name_failed()
-        if written.failed:
-            _log.warning("%d of %d rows failed; see %s", len(written.failed), written.rows, place)
-        manifest.write(
-            output, rows=written.rows, config=config, models=models, source=config.data.root
+        source = config.data.root
+        flow = write_stream(
+            _stream(config), output, inputs, config=config, models=models, source=source
         )
-        storage.remove(written.partial)
-        run.metrics({"rows": written.rows, "rejected": len(written.failed)})
-        run.metrics({f"rate/{name}": stage.rate for name, stage in flow.stages.items()})
-        run.tag("slowest", flow.slowest)
-    return manifest.read(output)
+        made = manifest.read(output)
+        run.metrics({"rows": made["rows"], "rejected": _count_rejected(output)})
+        if flow:
+            run.metrics({f"rate/{name}": stage.rate for name, stage in flow.stages.items()})
+            run.tag("slowest", flow.slowest)
+    return made
 
 
-def _stream(config: Synthesize, written: Written, flow: Flow) -> None:
-    """Run the pass to its end, or until too many rows have failed."""
-    engine.preflight(config.generate.pool, config.segment.pool)
-    rows = ingest(replace(config.data, recheck=False))  # the fingerprint was of checked pictures
-    rows = segment(generate(rows, config.generate), config.segment)
-    rows = rows.map_batches(schema.conform, batch_format="pyarrow", batch_size=None)
-    total = accepted(config.data)
-    written.update(running=True)  # what was written before
-    judge = Judge(written, total, config.max_rejected)
-    filesystem, path = storage.resolve(written.output)
-    with (
-        progress.watch("synthesize", total, lambda: written.rows, flow.note),
-        each_step(rows, flow.update, judge),
-    ):
-        rows.write_parquet(path, filesystem=filesystem)
-        written.update()
+def _stream(config: Synthesize) -> Stream:
+    data = replace(config.data, recheck=False)  # the fingerprint was of checked pictures
+    return Stream(
+        label="synthesize",
+        rows=lambda: segment(generate(ingest(data), config.generate), config.segment),
+        total=lambda: accepted(data),
+        pools=(config.generate.pool, config.segment.pool),
+        operators=OPERATORS,
+        columns=schema.SYNTHESIZED,
+        max_rejected=config.max_rejected,
+    )
+
+
+def _count_rejected(output: str) -> int:
+    return storage.read_text(storage.join(output, REJECTED)).count("\n")
 
 
 def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import compute, parquet
 
-from cvmatch import manifest, schema, storage
+from cvmatch import manifest, schema, storage, tables
 
 SOURCE = "source.json"
 """Beside the parts: what they are made from."""
@@ -24,6 +24,8 @@ Failed = dict[str, str]
 
 Part = tuple[int, list[Failed]]
 """Rows of a part, and those that failed."""
+
+_IDS = 65_536  # rows whose ids are read at a time
 
 
 def made_from(output: str) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class Written:
             ValueError: it holds rows that were made from something else.
         """
         place = storage.join(self.output, SOURCE)
+        made_from = json.loads(json.dumps(made_from))  # as it is read again: no tuples
         before = storage.read_json(place) if storage.exists(place) else None
         if before not in (None, made_from) or (before is None and self._names()):
             raise ValueError(
@@ -121,13 +124,49 @@ class Written:
         make the same rows (seen once, at four times as much work as cores).
 
         Raises:
-            ValueError: there are more rows, or fewer.
+            ValueError: some are there twice, or lack.
         """
+        counts = self._count_ids()
+        twice = counts.filter(compute.field("counts") > 1)["values"].to_pylist()
+        if twice:
+            raise ValueError(
+                f"{self.output}: expected each {schema.PAIR_ID} once, got {len(twice)} again, such "
+                f"as {twice[:3]}. If what is read has them twice, remove the copies. {self._again}"
+            )
         if self.rows != total:
             raise ValueError(
-                f"{self.output}: expected {total} rows, got {self.rows}: some are there twice, or "
-                f"lack. Delete it and {self.partial}, and give the command again."
+                f"{self.output}: expected {total} rows, got {self.rows}: some lack, or are of "
+                f"another input. {self._again}"
             )
+
+    @property
+    def _again(self) -> str:
+        return f"Delete {self.output} and {self.partial}, and give the command again."
+
+    def require_good(self) -> None:
+        """Check that some row has not failed.
+
+        Raises:
+            ValueError: there is no row, or all failed; they are named in rejected.jsonl.
+        """
+        if len(self.failed) < self.rows:
+            return
+        if not self.rows:
+            raise ValueError(f"{self.output}: expected at least one row, got none.")
+        raise ValueError(
+            f"{self.output}: expected some rows that do not fail, but all {self.rows} did, such as "
+            f"{self.failed[0]}. All are named in {self.name_failed()}. Mend the cause, and delete "
+            "this output, which keeps the failed rows."
+        )
+
+    def _count_ids(self) -> pa.Table:
+        """Returns `values` and `counts` of the pair_ids in the parts."""
+        chunks: list[pa.Array] = []
+        if self.rows:
+            for batch in tables.batches(self.output, [schema.PAIR_ID], _IDS):
+                chunks += batch[schema.PAIR_ID].chunks
+        ids = pa.chunked_array(chunks, pa.string())
+        return pa.Table.from_struct_array(ids.value_counts())
 
     def name_failed(self) -> str:
         """Write rejected.jsonl; gives its location."""

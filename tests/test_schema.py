@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -20,6 +21,22 @@ def test_pairs_failed_row_fits_without_pictures_but_not_without_an_id():
 def test_palette_has_a_colour_of_its_own_for_each_label():
     assert len(set(schema.PALETTE)) == len(schema.PALETTE) == len(schema.LABELS)
     assert len(schema.LABELS) <= schema.IGNORE
+
+
+def test_conform_types_a_column_without_any_value_and_no_other():
+    rows = pa.table({"pair_id": ["a", "b"], "error": [float("nan")] * 2, "ground": pa.nulls(2)})
+    found = schema.conform(rows, schema.PAIRS)
+    assert found.schema == schema.PAIRS
+    assert found["error"].to_pylist() == found["ground"].to_pylist() == [None, None]
+    with pytest.raises(pa.ArrowNotImplementedError):
+        schema.conform(pa.table({"pair_id": ["a"], "ground": [0.5]}), schema.PAIRS)
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), np.float64("nan")])
+def test_rows_without_a_reason_have_not_failed(nothing):
+    batch = {"error": np.array([nothing, "no picture", nothing], dtype=object)}
+    assert schema.read_errors(batch["error"]) == [None, "no picture", None]
+    assert schema.good_rows(batch) == [0, 2]
 
 
 def test_require_missing_columns_says_where_expected_and_got():

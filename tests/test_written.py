@@ -73,8 +73,26 @@ def test_written_requires_each_row_once(tmp_path):
     part(tmp_path, "b", [None])
     written.update()
     for total in (2, 4):
-        with pytest.raises(ValueError, match=rf"expected {total} rows, got 3: .* twice, or lack"):
+        with pytest.raises(ValueError, match=rf"expected {total} rows, got 3: some lack"):
             written.require(total)
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "b.parquet").read_bytes())
+    written.update()
+    for total in (3, 4):  # as many as there are, or one that lacks in place of one that is twice
+        with pytest.raises(ValueError, match=r"pair_id once, got 1 again, such as \['b-0'\]"):
+            written.require(total)
+
+
+def test_written_without_a_good_row_is_refused(tmp_path):
+    written = Written(str(tmp_path))
+    with pytest.raises(ValueError, match="at least one row, got none"):
+        written.require_good()
+    part(tmp_path, "a", ["no picture", "too large"])
+    written.update()
+    with pytest.raises(ValueError, match=r"all 2 did, such as .*no picture.*rejected\.jsonl"):
+        written.require_good()
+    part(tmp_path, "b", [None])
+    written.update()
+    written.require_good()
 
 
 def test_judge_ends_a_stream_with_too_many_failed_rows(tmp_path):

@@ -15,15 +15,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cvmatch import engine, geometry, hardware, images, manifest, progress, schema, storage
-from cvmatch.flow import Flow, each_step
+from cvmatch import engine, geometry, hardware, images, manifest, schema, storage
 from cvmatch.generate import parts, variants
 from cvmatch.generate.condition import Conditioning
 from cvmatch.generate.encoded import ROWS, npy
 from cvmatch.generate.frozen import Frozen
 from cvmatch.generate.pairs import Sizes, decode_batch
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
-from cvmatch.written import REJECTED, Judge, Written
+from cvmatch.stream import Stream, write_stream
+from cvmatch.written import REJECTED
 
 VERSION = 5  # 1 had no class maps, 2 arrays as lists, 3 pictures as files, 4 no mirrored views
 """Version of the rows on disk."""
@@ -112,7 +112,7 @@ class EncodePairs:
 
 def _decoded(batch: Batch, sizes: Sizes) -> tuple[Batch, list[str | None]]:
     """`decode_batch` of the good rows, and of each row why it failed, or None."""
-    errors = [error or None for error in batch[schema.ERROR]]
+    errors = schema.read_errors(batch[schema.ERROR])
     found = [decode_batch({name: values[:0] for name, values in batch.items()}, sizes)]
     for row in range(len(errors)):
         try:
@@ -134,21 +134,12 @@ def encode(config: Encode) -> str:
     """
     depends = made_from(config)
     name = f"{config.data.split}-{manifest.digest(depends)[:12]}"
-    written = Written(storage.join(storage.absolute(config.output), name))
-    if not written.claim(depends):
-        with engine.resumable(storage.join(written.partial, "checkpoint")):
-            _stream(config, written)
-        written.require(accepted(config.data))
-        written.judge(written.rows, config.data.max_rejected)
-        written.name_failed()
-        models = {"encoders": depends["encoders"]}
-        source = config.data.root
-        manifest.write(
-            written.output, rows=written.rows, config=config, models=models, source=source
-        )
-        storage.remove(written.partial)
-    _tell_failed(written.output)
-    return written.output
+    output = storage.join(storage.absolute(config.output), name)
+    models = {"encoders": depends["encoders"]}
+    source = config.data.root
+    write_stream(_stream(config), output, depends, config=config, models=models, source=source)
+    _tell_failed(output)
+    return output
 
 
 def _tell_failed(output: str) -> None:
@@ -164,22 +155,21 @@ def _tell_failed(output: str) -> None:
         )
 
 
-def _stream(config: Encode, written: Written) -> None:
-    engine.preflight(config.pool)
+def _stream(config: Encode) -> Stream:
     looks = config.conditioning
     sizes = parts.sizes(config.diffusion, config.clip, looks.panorama_width, config.revision)
-    rows = ingest(dataclasses.replace(config.data, recheck=False))  # as `made_from` checked them
-    total = accepted(config.data)
-    written.update(running=True)  # what was written before
-    rows = engine.map_actors(rows, EncodePairs, config.pool, config=config, sizes=sizes)
-    filesystem, path = storage.resolve(written.output)
-    flow = Flow({"read": read_pictures.__name__, "encode": EncodePairs.__name__, "write": "Write"})
-    with (
-        progress.watch(f"encode {config.data.split}", total, lambda: written.rows, flow.note),
-        each_step(rows, flow.update, Judge(written, total, config.data.max_rejected)),
-    ):
-        rows.write_parquet(path, filesystem=filesystem)
-    written.update()
+    data = dataclasses.replace(config.data, recheck=False)  # as `made_from` checked them
+    return Stream(
+        label=f"encode {config.data.split}",
+        rows=lambda: engine.map_actors(
+            ingest(data), EncodePairs, config.pool, config=config, sizes=sizes
+        ),
+        total=lambda: accepted(data),
+        pools=(config.pool,),
+        operators={"read": read_pictures.__name__, "encode": EncodePairs.__name__},
+        columns=ROWS,
+        max_rejected=config.data.max_rejected,
+    )
 
 
 def made_from(config: Encode) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class GenerateAerial:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One batch; the failed rows keep the reason in `error`."""
-        errors = np.array(batch[schema.ERROR], dtype=object)
+        errors = np.array(schema.read_errors(batch[schema.ERROR]), dtype=object)
         keyed: dict[int, Keyed] = {}
         for row, data in enumerate(batch[schema.GROUND]):
             if errors[row]:

@@ -8,19 +8,19 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray
 
-from cvmatch import engine, ingest, manifest, progress, schema, storage, tables
+from cvmatch import engine, ingest, manifest, schema, storage, tables
 from cvmatch.engine import Pool
-from cvmatch.flow import Flow, each_step
 from cvmatch.index import remote
 from cvmatch.index.draft import Run
 from cvmatch.ingest import Ingest
 from cvmatch.match.infer import Embed, EmbedTile, embed_tiles
-from cvmatch.written import Judge, Written
+from cvmatch.stream import Stream, write_stream
 
 _COLUMNS = pa.schema(
     schema.SYNTHESIZED.field(name)
     for name in (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
 )
+_EMBEDDED = pa.schema(field for field in _COLUMNS if field.name != schema.AERIAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,28 +90,24 @@ def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str,
     """u of all tiles by a pool of actors, as Parquet files: their location, and seconds.
 
     Raises:
-        ValueError: the pool does not fit the cluster, or too many tiles fail (at once, when they
-            do).
+        ValueError: the pool does not fit the cluster, too many tiles fail (at once, when they do),
+            or some are twice in the files or lack.
     """
     begin = time.monotonic()
-    work = work_of(gallery.output, made_from)
-    written = Written(storage.join(work, "parts"))
-    flow = Flow(
-        {"read": ingest.read_pictures.__name__, "embed": EmbedTile.__name__, "write": "Write"}
+    output = storage.join(work_of(gallery.output, made_from), "parts")
+    stream = Stream(
+        label="embed tiles",
+        rows=lambda: embed_tiles(dataset(gallery), Embed(model=model, pool=gallery.pool)),
+        total=lambda: _count(gallery),
+        pools=(gallery.pool,),
+        operators={"read": ingest.read_pictures.__name__, "embed": EmbedTile.__name__},
+        columns=_EMBEDDED,
+        max_rejected=gallery.max_rejected,
     )
-    with engine.resumable(storage.join(work, "checkpoint")):
-        engine.preflight(gallery.pool)
-        rows = embed_tiles(dataset(gallery), Embed(model=model, pool=gallery.pool))
-        filesystem, path = storage.resolve(storage.make_directory(written.output))
-        written.update(running=True)
-        total = _count(gallery)
-        judge = Judge(written, total, gallery.max_rejected)
-        with (
-            progress.watch("embed tiles", total, lambda: written.rows, flow.note),
-            each_step(rows, flow.update, judge),
-        ):
-            rows.write_parquet(path, filesystem=filesystem)
-    return written.output, time.monotonic() - begin
+    # The tower's fingerprint is in `made_from`; another directory may hold the same.
+    source = gallery.rows or gallery.tiles.root
+    write_stream(stream, output, made_from, config=gallery, models={}, source=source)
+    return output, time.monotonic() - begin
 
 
 def source(gallery: Gallery) -> str:

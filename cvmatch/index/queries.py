@@ -80,7 +80,8 @@ def _embedded(location: str, model: str, level: Level, ids: list[str]) -> Query:
     for table in tables.batches(location, columns):
         rows = table.filter(pc.field(schema.PAIR_ID).isin(ids))
         parts.append(embed({name: rows[name].to_numpy() for name in columns}))
-    good = np.concatenate([part[schema.ERROR] == None for part in parts])  # noqa: E711
+    errors = schema.read_errors(np.concatenate([part[schema.ERROR] for part in parts]))
+    good = np.array([error is None for error in errors])
     if not good.any():
         raise ValueError(
             f"build_index: expected {pictures} in some rows of {location}, got none. "

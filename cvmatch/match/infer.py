@@ -129,7 +129,7 @@ def _decoded(
 ) -> tuple[list[int], np.ndarray, tuple[list[np.ndarray], ...]]:
     """Rows that are whole, every row's error, and the whole rows' pictures of each column."""
     schema.require(batch, [*decoders, schema.ERROR], stage)
-    errors = np.array(batch[schema.ERROR], dtype=object)
+    errors = np.array(schema.read_errors(batch[schema.ERROR]), dtype=object)
     good: list[int] = []
     pictures: dict[str, list[np.ndarray]] = {column: [] for column in decoders}
     for index in range(len(errors)):

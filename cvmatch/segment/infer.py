@@ -68,7 +68,7 @@ class SegmentAerial:
     def __call__(self, batch: Batch) -> Batch:
         """Segment the pictures of one batch of rows."""
         schema.require(batch, (schema.PAIR_ID, self.source, schema.ERROR), "segment")
-        errors = [error if isinstance(error, str) else None for error in batch[schema.ERROR]]
+        errors = schema.read_errors(batch[schema.ERROR])
         size = self.segmenter.preprocess.size
         tiles, found = {}, {}
         for row, picture in self._pictures(batch[self.source], errors):

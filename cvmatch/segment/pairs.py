@@ -89,10 +89,11 @@ def decode(batch: dict[str, np.ndarray], preprocess: Preprocess) -> dict[str, np
     Raises:
         images.BadImage: a picture of another row cannot be decoded, though ingest has passed it.
     """
-    columns = (schema.PAIR_ID, schema.ERROR, schema.AERIAL, schema.CLASSES)
+    columns = (schema.PAIR_ID, schema.AERIAL, schema.CLASSES)
     tiles, masks, keys = [], [], []
-    for name, error, aerial, classes in zip(*map(batch.__getitem__, columns), strict=True):
-        if error or not classes:
+    for row in schema.good_rows(batch):
+        name, aerial, classes = (batch[column][row] for column in columns)
+        if not classes:
             continue
         try:
             tiles.append(preprocess.tile(aerial))
