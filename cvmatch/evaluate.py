@@ -239,7 +239,7 @@ def _batches(location: str, columns: Iterable[str] = ()) -> Iterator[dict[str, l
     """Columns of the rows without error, in one order for all readers."""
     wanted = [*(columns or schema.SYNTHESIZED.names)]
     for table in tables.batches(location, sorted({*wanted, schema.ERROR}), _BATCH):
-        whole = table.filter(table[schema.ERROR].is_null())
+        whole = schema.good_rows(table)
         if len(whole):
             yield whole.to_pydict()
 

@@ -5,10 +5,12 @@ Every row is keyed by `pair_id`. A failed row carries its reason in `error` and 
 Ray would drop its whole block or restart the actor for ever (Ray 2.60, measured).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 VERSION = 1
 """Version of the rows on disk; a stage refuses rows of another version."""
@@ -59,15 +61,16 @@ IGNORE = 255
 
 
 def conform(table: pa.Table, wanted: pa.Schema = SYNTHESIZED) -> pa.Table:
-    """The columns of `wanted` in its order and types; one that is absent is null.
+    """The columns of `wanted` in its order and types; one that is absent is null, and so is NaN.
 
-    A column without any value has no type in a stream; behind an actor it is one of NaN.
+    A column without any value has no type in a stream: to the second stage it comes as NaN, which
+    a cast would make the text "nan". Tensors of Ray become plain lists.
 
     Raises:
-        pyarrow.ArrowInvalid: a column cannot be cast.
+        pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError: a column cannot be cast.
     """
     columns = [
-        _cast(table[field.name], field.type)
+        _typed(table[field.name], field.type)
         if field.name in table.column_names
         else pa.nulls(len(table), field.type)
         for field in wanted
@@ -75,25 +78,41 @@ def conform(table: pa.Table, wanted: pa.Schema = SYNTHESIZED) -> pa.Table:
     return pa.table(columns, schema=wanted)
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    untyped = pa.types.is_floating(column.type) and not pa.types.is_floating(kind)
-    if untyped and np.isnan(column.to_numpy()).all():
-        return pa.chunked_array([pa.nulls(len(column), kind)])
-    return column.cast(kind)
+def read_errors(column: Any) -> list[str | None]:
+    """Why each row of a batch failed, from its column `error`; None for a good row.
 
+    Of arrays of numpy, pandas or Arrow. Where no row of a block has failed, the column has no type
+    in a stream, and comes to actors as NaN, which is true: `if error` takes it for a failure.
 
-def read_errors(column: Iterable[object]) -> list[str | None]:
-    """Returns why each row of a batch failed; None for a good row.
-
-    The one way to read the column `error` of a batch: where no row failed it has no type in a
-    stream, and arrives as NaN, which is as true as a reason.
+    Raises:
+        pyarrow.ArrowTypeError: it holds something else than text.
     """
-    return [reason if isinstance(reason, str) else None for reason in column]
+    values = np.asarray(column, dtype=object)  # its NaN are Python's, which Arrow knows as null
+    return pa.array(values, pa.string(), from_pandas=True).to_pylist()
 
 
-def good_rows(batch: Mapping[str, Sequence[object] | np.ndarray]) -> list[int]:
-    """Returns the positions of a batch's rows that have not failed."""
-    return [row for row, reason in enumerate(read_errors(batch[ERROR])) if reason is None]
+def with_nulls(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch of numpy's with None for NaN where text or bytes belong.
+
+    What an actor hands on as it came: another batch of the same block may have values there, and
+    Arrow joins them with nulls, but not with numbers.
+    """
+    kinds = {field.name: field.type for field in SYNTHESIZED if field.type != pa.float64()}
+    found = dict(batch)
+    for name, values in batch.items():
+        if name in kinds and np.issubdtype(values.dtype, np.floating):
+            found[name] = np.full(len(values), None, dtype=object)
+    return found
+
+
+def good_rows(table: pa.Table) -> pa.Table:
+    """The rows of a table that have not failed: as `read_errors`, of millions of rows."""
+    return table.filter(pc.field(ERROR).is_null(nan_is_null=True))
+
+
+def failed_rows(table: pa.Table) -> pa.Table:
+    """The other rows."""
+    return table.filter(~pc.field(ERROR).is_null(nan_is_null=True))
 
 
 def require(present: Iterable[str], needed: Iterable[str], where: str) -> None:
@@ -109,3 +128,15 @@ def require(present: Iterable[str], needed: Iterable[str], where: str) -> None:
             f"{where}: expected columns {missing}, got only {sorted(have)}. "
             "Run the stage that adds them first (see the table of stages in README.md)."
         )
+
+
+def _typed(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
+    if isinstance(column.type, pa.ExtensionType):
+        stored = [chunk.storage for chunk in column.chunks]
+        column = pa.chunked_array(stored, column.type.storage_type)
+    if pa.types.is_floating(column.type):
+        numbers = pa.array(column.to_numpy(), from_pandas=True)  # NaN -> null
+        if numbers.null_count == len(numbers):
+            return pa.nulls(len(numbers), kind)
+        return numbers.cast(kind)
+    return column.cast(kind)

@@ -148,7 +148,7 @@ def _search(
             batch = actor(batch)
         made = [_made(batch, row) for row in range(len(places))]
         batch = actors[-1](batch)  # drops the pictures
-        failed = [error for error in schema.read_errors(batch[schema.ERROR]) if error]
+        failed = [error for error in schema.read_errors(batch[schema.ERROR]) if error is not None]
         if failed:
             raise ValueError(f"search: {len(failed)} panoramas failed: {'; '.join(failed)}")
         query = query_of(batch, index)

@@ -1,11 +1,13 @@
 """Synthesized rows + an index -> the best tiles of each row, in a stream on Ray that resumes."""
 
+import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
+import ray.data
 
 from cvmatch import config as configs
 from cvmatch import engine, manifest, schema, storage
@@ -28,7 +30,12 @@ ANSWERS = pa.schema(
         schema.SYNTHESIZED.field(schema.ERROR),
     ]
 )
-"""Columns of the output; both lists are empty where a row failed."""
+"""Columns on disk; a row with an `error` has empty lists."""
+
+VERSION = 2  # 1 had no answer in blocks of rows none of which had failed
+"""Version of the answers: those of another one are not gone on with."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,61 +74,60 @@ class RankTiles:
         tiles, scores = (np.empty(len(query.v), dtype=object) for _ in range(2))
         errors = schema.read_errors(batch[schema.ERROR])
         for row, error in enumerate(errors):
-            kept = 0 if error else int((ranked.rows[row] >= 0).sum())
+            kept = int((ranked.rows[row] >= 0).sum()) if error is None else 0
             found = self.index.about(ranked.rows[row][:kept])
             tiles[row] = [tile[schema.PAIR_ID] for tile in found]
             scores[row] = ranked.scores[row][:kept].tolist()
-        ids = {name: batch[name] for name in (schema.PAIR_ID, schema.ERROR)}
+        ids = {
+            schema.PAIR_ID: batch[schema.PAIR_ID],
+            schema.ERROR: np.array(errors, dtype=object),
+        }
         return {**ids, TILES: tiles, SCORES: scores}
 
 
 def search_rows(config: SearchRows) -> dict[str, Any]:
     """Write the answers and a manifest; returns the manifest. A whole output is left as it is.
 
+    Rows that had failed before pass through, without an answer; but not if all have.
+
     Raises:
-        ValueError: the output holds other answers, the pools do not fit the cluster, or no row has
-            an answer.
+        ValueError: no row could be searched, or see `write_stream`.
     """
-    output = storage.absolute(config.output).rstrip("/")
-    index = Index.open(config.index)
+    stream = _stream(config, Index.open(config.index), manifest.read(config.rows))
+    done = write_stream(stream)
+    if done and done.failed:
+        _log.warning("%d of %d rows have no answer; see %s", done.failed, done.rows, done.rejected)
+    return manifest.read(stream.output)
+
+
+def _stream(config: SearchRows, index: Index, source: dict[str, Any]) -> Stream:
     asked = {name: configs.plain(config)[name] for name in ("level", "top_k", "mode")}
     version = index.manifest["sha256"]
-    source = manifest.read(config.rows)
-    # The version that embeds: another may become the current one while this runs.
-    arguments = {
-        "index": config.index if "://" in config.index else storage.absolute(config.index),
-        "version": index.manifest["version"],
-        "top_k": config.top_k,
-        "mode": config.mode,
-    }
-    embed = Embed(model=index.heads, level=config.level, pool=config.embed)
-    stream = Stream(
+    models = {"matcher": index.manifest["model"], "index": version}
+    return Stream(
         label="search",
-        rows=lambda: engine.map_actors(
-            embed_queries(_read(config), embed), RankTiles, config.rank, **arguments
-        ),
+        output=storage.absolute(config.output).rstrip("/"),
+        made_from={"answers": VERSION, "index": version, "rows": source, **asked},
+        rows=partial(_rows, config, index),
         total=lambda: source["rows"],
+        columns=ANSWERS,
         pools=(config.embed, config.rank),
         operators={"embed": EmbedQuery.__name__, "rank": RankTiles.__name__},
-        columns=ANSWERS,
-        max_rejected=1.0,  # the rows that synthesis let pass
+        max_rejected=1.0,
+        about={"config": config, "models": models, "source": config.rows},
     )
-    write_stream(
-        stream,
-        output,
-        {"index": version, "rows": source, **asked},
-        config=config,
-        models={"matcher": index.manifest["model"], "index": version},
-        source=config.rows,
-    )
-    return manifest.read(output)
 
 
-def _read(config: SearchRows) -> ray.data.Dataset:
+def _rows(config: SearchRows, index: Index) -> ray.data.Dataset:
     pictures = [schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES]
     columns = [schema.PAIR_ID, *pictures[: len(config.level.split("+"))], schema.ERROR]
     filesystem, path = storage.resolve(config.rows)
     rows: Any = ray.data.read_parquet(
         path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]
     )
-    return rows
+    seen = embed_queries(rows, Embed(model=index.heads, level=config.level, pool=config.embed))
+    place = config.index if "://" in config.index else storage.absolute(config.index)
+    # The version that embeds: another may become the current one while this runs.
+    version = index.manifest["version"]
+    arguments = {"version": version, "top_k": config.top_k, "mode": config.mode}
+    return engine.map_actors(seen, RankTiles, config.rank, index=place, **arguments)

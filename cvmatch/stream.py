@@ -1,7 +1,9 @@
-"""The one way in which a stream of rows becomes a directory of Parquet files."""
+"""The one way in which a job writes rows: a stream on Ray that resumes, checked at its end.
 
-import functools
-import logging
+What the rows are made from is said first, the manifest comes last. Between them each row is written
+once, good or with its reason in `error`; more, fewer or no good rows are an error.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,53 +16,58 @@ from cvmatch.engine import Pool
 from cvmatch.flow import Flow, each_step
 from cvmatch.written import Judge, Written
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """A pass over rows by pools of actors, whose results are written."""
+    """Rows that a job is going to write."""
 
     label: str
     """What the progress calls it."""
+    output: str
+    """Directory of the Parquet files; what is needed to resume lies beside it."""
+    made_from: Mapping[str, Any]
+    """All that the rows depend on."""
     rows: Callable[[], Dataset]
-    """Makes the lazy rows, keyed by `pair_id`, with an `error`; a plan Read -> ... -> Write."""
+    """Makes the rows, from a Read on; called where they can resume."""
     total: Callable[[], int]
-    """Counts the rows that it reads; called after `rows`."""
-    pools: Sequence[Pool]
-    """All pools that it holds at once."""
-    operators: Mapping[str, str]
-    """Stages that the progress shows, as `Flow` takes them, but for the write."""
+    """How many rows there are to write; called after `rows`."""
     columns: pa.Schema
-    """Columns to write; others that the rows have are written as they are."""
+    """On disk."""
+    pools: Sequence[Pool]
+    """Of actors that make the rows."""
+    operators: Mapping[str, str]
+    """Stages that the progress shows, as `Flow` takes them; the write is added."""
     max_rejected: float
-    """Largest share of rows, in [0, 1], that may fail."""
+    """Largest share of rows that may fail, in [0, 1]; never all of them."""
+    about: Mapping[str, Any] | None = None
+    """What `manifest.write` takes beside the output and its rows; None: there is no manifest, and
+    what is needed to resume stays."""
 
 
-def write_stream(
-    stream: Stream,
-    output: str,
-    inputs: Mapping[str, Any],
-    *,
-    config: Any,
-    models: Mapping[str, str],
-    source: str,
-) -> Flow | None:
-    """Write each row once, then the names of the failed ones, then the manifest.
+@dataclass(frozen=True)
+class Done:
+    """What a stream has written."""
 
-    A pass that was killed goes on where it stopped. `inputs` is all that the rows depend on;
-    `config`, `models` and `source` go to the manifest (`manifest.write`).
+    rows: int
+    """Rows, failed or not."""
+    failed: int
+    """Rows that failed."""
+    rejected: str
+    """Location of the file that names them."""
+    flow: Flow
+    """Rates of its stages."""
 
-    Returns:
-        What the stages did; None where the output is whole already, which is left as it is.
+
+def write_stream(stream: Stream) -> Done | None:
+    """Write each row once, going on where a killed run stopped; None: the output is whole already.
 
     Raises:
-        ValueError: the output holds rows made from other inputs, the pools do not fit the cluster,
-            more than the allowed share of the rows failed (at once, when so many did), all failed,
-            there is none, or some are twice in the output or lack.
+        ValueError: the output holds rows made from something else, the pools do not fit the
+            cluster, there is no row, a row lacks or is there twice, more than `max_rejected` of the
+            rows failed (at once, when so many did), or all did.
     """
-    written = Written(output)
-    if written.claim(dict(inputs)):
+    written = Written(stream.output)
+    if written.claim(dict(stream.made_from)):
         return None
     engine.start()
     flow = Flow({**stream.operators, "write": "Write"})
@@ -69,36 +76,33 @@ def write_stream(
     written.require(total)
     written.judge(total, stream.max_rejected)
     written.require_good()
-    place = written.name_failed()
-    if written.failed:
-        _log.warning("%d of %d rows failed; see %s", len(written.failed), total, place)
-    manifest.write(output, rows=total, config=config, models=models, source=source)
-    storage.remove(written.partial)
-    return flow
+    done = Done(written.rows, len(written.failed), written.name_failed(), flow)
+    if stream.about is not None:
+        manifest.write(stream.output, rows=done.rows, **stream.about)
+        storage.remove(written.partial)
+    return done
 
 
 def _run(stream: Stream, written: Written, flow: Flow) -> int:
-    """Run the pass to its end, or until too many rows have failed; returns the number of rows."""
+    """Run the stream to its end, or until too many rows have failed; returns the rows expected."""
     engine.preflight(*stream.pools)
-    typed: Any = functools.partial(_conform, wanted=stream.columns)
-    rows = stream.rows().map_batches(typed, batch_format="pyarrow", batch_size=None)
+    # In the task that writes: a column without any value has a type there again.
+    rows = stream.rows().map_batches(
+        schema.conform,
+        fn_kwargs={"wanted": stream.columns},
+        batch_format="pyarrow",
+        batch_size=None,
+    )
     total = stream.total()
+    if not total:
+        raise ValueError(f"{stream.label}: expected rows to make {stream.output} of, got none.")
     written.update(running=True)  # what was written before
     judge = Judge(written, total, stream.max_rejected)
-    filesystem, path = storage.resolve(storage.make_directory(written.output))
+    filesystem, path = storage.resolve(stream.output)
     with (
         progress.watch(stream.label, total, lambda: written.rows, flow.note),
         each_step(rows, flow.update, judge),
     ):
         rows.write_parquet(path, filesystem=filesystem)
-    written.update()
+        written.update()
     return total
-
-
-def _conform(table: pa.Table, wanted: pa.Schema) -> pa.Table:
-    """The columns of `wanted`, typed, and behind them the others."""
-    typed = schema.conform(table, wanted)
-    for name in table.column_names:
-        if name not in wanted.names:
-            typed = typed.append_column(name, table[name])
-    return typed

@@ -4,16 +4,20 @@ ingest -> generate -> segment -> Parquet: each picture is read once, and lives i
 until its row is written. A row that failed stays in the output with its reason in `error`.
 """
 
+import logging
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
+
+from ray.data import Dataset
 
 from cvmatch import images, manifest, schema, storage, tracking
 from cvmatch.generate import sampling
 from cvmatch.generate.infer import Generate, GenerateAerial, generate
 from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
-from cvmatch.stream import Stream, write_stream
-from cvmatch.written import REJECTED, Written
+from cvmatch.stream import Done, Stream, write_stream
+from cvmatch.written import Written
 
 OPERATORS = {
     "read": read_pictures.__name__,
@@ -22,6 +26,8 @@ OPERATORS = {
     "write": "Write",
 }
 """Stages that the progress shows, as `Flow` takes them."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,46 +52,48 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
     An output that is whole already is left as it is.
 
     Raises:
-        ValueError: the output holds rows of other data, models or settings, the data cannot be
-            used (`ingest`), the pools do not fit the cluster, more than `max_rejected` of the
-            rows failed (at once, when so many did), or all.
+        ValueError: the data cannot be used (`ingest`), or see `write_stream`.
     """
-    output = storage.absolute(config.output).rstrip("/")
+    stream = _stream(config)
+    if Written(stream.output).claim(dict(stream.made_from)):
+        return manifest.read(stream.output)  # whole: it is no run to track
+    with tracking.start("synthesize", config) as run:
+        done = write_stream(stream)
+        if done:
+            _tell(run, done)
+    return manifest.read(stream.output)
+
+
+def _stream(config: Synthesize) -> Stream:
     models = {
         "generator": manifest.fingerprint(config.generate.model),
         "segmenter": manifest.fingerprint(config.segment.model),
     }
-    inputs = _made_from(config, models)
-    if Written(output).claim(inputs):
-        return manifest.read(output)
-    with tracking.start("synthesize", config) as run:
-        source = config.data.root
-        flow = write_stream(
-            _stream(config), output, inputs, config=config, models=models, source=source
-        )
-        made = manifest.read(output)
-        run.metrics({"rows": made["rows"], "rejected": _count_rejected(output)})
-        if flow:
-            run.metrics({f"rate/{name}": stage.rate for name, stage in flow.stages.items()})
-            run.tag("slowest", flow.slowest)
-    return made
-
-
-def _stream(config: Synthesize) -> Stream:
-    data = replace(config.data, recheck=False)  # the fingerprint was of checked pictures
     return Stream(
         label="synthesize",
-        rows=lambda: segment(generate(ingest(data), config.generate), config.segment),
-        total=lambda: accepted(data),
+        output=storage.absolute(config.output).rstrip("/"),
+        made_from=_made_from(config, models),
+        rows=partial(_rows, config),
+        total=partial(accepted, config.data),
+        columns=schema.SYNTHESIZED,
         pools=(config.generate.pool, config.segment.pool),
         operators=OPERATORS,
-        columns=schema.SYNTHESIZED,
         max_rejected=config.max_rejected,
+        about={"config": config, "models": models, "source": config.data.root},
     )
 
 
-def _count_rejected(output: str) -> int:
-    return storage.read_text(storage.join(output, REJECTED)).count("\n")
+def _rows(config: Synthesize) -> Dataset:
+    rows = ingest(replace(config.data, recheck=False))  # the fingerprint was of checked pictures
+    return segment(generate(rows, config.generate), config.segment)
+
+
+def _tell(run: tracking.Run, done: Done) -> None:
+    if done.failed:
+        _log.warning("%d of %d rows failed; see %s", done.failed, done.rows, done.rejected)
+    run.metrics({"rows": done.rows, "rejected": done.failed})
+    run.metrics({f"rate/{name}": stage.rate for name, stage in done.flow.stages.items()})
+    run.tag("slowest", done.flow.slowest)
 
 
 def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 from pyarrow import parquet
 
-from cvmatch import storage
+from cvmatch import schema, storage
 
 
 def files(location: str) -> list[str]:
@@ -66,5 +66,10 @@ def batches(
             for batch in content.iter_batches(size, columns=have):
                 table = pa.Table.from_batches([batch])
                 for column in set(columns) - set(have):
-                    table = table.append_column(column, pa.nulls(len(table)))
+                    table = table.append_column(column, pa.nulls(len(table), _type(column)))
                 yield table.select(list(columns))
+
+
+def _type(column: str) -> pa.DataType:
+    known = column in schema.SYNTHESIZED.names
+    return schema.SYNTHESIZED.field(column).type if known else pa.null()

@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import compute, parquet
+import pyarrow.compute as pc
+from pyarrow import parquet
 
-from cvmatch import manifest, schema, storage, tables
+from cvmatch import manifest, schema, storage
 
 SOURCE = "source.json"
 """Beside the parts: what they are made from."""
@@ -24,8 +25,6 @@ Failed = dict[str, str]
 
 Part = tuple[int, list[Failed]]
 """Rows of a part, and those that failed."""
-
-_IDS = 65_536  # rows whose ids are read at a time
 
 
 def made_from(output: str) -> dict[str, Any]:
@@ -61,7 +60,6 @@ class Written:
             ValueError: it holds rows that were made from something else.
         """
         place = storage.join(self.output, SOURCE)
-        made_from = json.loads(json.dumps(made_from))  # as it is read again: no tuples
         before = storage.read_json(place) if storage.exists(place) else None
         if before not in (None, made_from) or (before is None and self._names()):
             raise ValueError(
@@ -124,49 +122,39 @@ class Written:
         make the same rows (seen once, at four times as much work as cores).
 
         Raises:
-            ValueError: some are there twice, or lack.
+            ValueError: there are more rows, or fewer, or a `pair_id` is there twice.
         """
-        counts = self._count_ids()
-        twice = counts.filter(compute.field("counts") > 1)["values"].to_pylist()
-        if twice:
+        counts = pa.Table.from_struct_array(self._ids().value_counts())
+        if self.rows != total or len(counts) != total:
+            twice = counts.filter(pc.field("counts") > 1)["values"]
+            such = f" (such as {twice[:3].to_pylist()})" if len(twice) else ""
             raise ValueError(
-                f"{self.output}: expected each {schema.PAIR_ID} once, got {len(twice)} again, such "
-                f"as {twice[:3]}. If what is read has them twice, remove the copies. {self._again}"
+                f"{self.output}: expected {total} rows, got {self.rows}: of {len(counts)} ids, "
+                f"some are there twice{such}, or lack. Delete it and {self.partial}, and give the "
+                "command again; if the source itself holds an id twice, remove its copies first."
             )
-        if self.rows != total:
-            raise ValueError(
-                f"{self.output}: expected {total} rows, got {self.rows}: some lack, or are of "
-                f"another input. {self._again}"
-            )
-
-    @property
-    def _again(self) -> str:
-        return f"Delete {self.output} and {self.partial}, and give the command again."
 
     def require_good(self) -> None:
-        """Check that some row has not failed.
+        """Check that not all rows of a stream that ended have failed.
 
         Raises:
-            ValueError: there is no row, or all failed; they are named in rejected.jsonl.
+            ValueError: all have; they are named in rejected.jsonl.
         """
-        if len(self.failed) < self.rows:
-            return
-        if not self.rows:
-            raise ValueError(f"{self.output}: expected at least one row, got none.")
-        raise ValueError(
-            f"{self.output}: expected some rows that do not fail, but all {self.rows} did, such as "
-            f"{self.failed[0]}. All are named in {self.name_failed()}. Mend the cause, and delete "
-            "this output, which keeps the failed rows."
-        )
+        failed = self.failed
+        if len(failed) == self.rows:
+            place = self.name_failed()
+            raise ValueError(
+                f"{self.output}: expected some good rows, but all {self.rows} failed, the first "
+                f"with {failed[:1]}. All are named in {place}. Mend the cause, and delete this "
+                "output, which keeps the failed rows."
+            )
 
-    def _count_ids(self) -> pa.Table:
-        """Returns `values` and `counts` of the pair_ids in the parts."""
-        chunks: list[pa.Array] = []
-        if self.rows:
-            for batch in tables.batches(self.output, [schema.PAIR_ID], _IDS):
-                chunks += batch[schema.PAIR_ID].chunks
-        ids = pa.chunked_array(chunks, pa.string())
-        return pa.Table.from_struct_array(ids.value_counts())
+    def _ids(self) -> pa.ChunkedArray:
+        """Ids of all rows. As large strings: to count them joins them, beyond 2 GiB perhaps."""
+        kind = pa.large_string()
+        places = [storage.join(self.output, name) for name in self._parts]
+        found = [_table(place, [schema.PAIR_ID])[schema.PAIR_ID].cast(kind) for place in places]
+        return pa.chunked_array([chunk for ids in found for chunk in ids.chunks], kind)
 
     def name_failed(self) -> str:
         """Write rejected.jsonl; gives its location."""
@@ -194,10 +182,14 @@ class Judge:
 
 
 def _read(location: str) -> Part:
-    filesystem, path = storage.resolve(location)
-    with filesystem.open_input_file(path) as file:
-        table = parquet.ParquetFile(file).read(columns=[schema.PAIR_ID, schema.ERROR])
-    failed = table.filter(compute.field(schema.ERROR).is_valid()).to_pylist()
+    table = _table(location, [schema.PAIR_ID, schema.ERROR])
+    failed = schema.failed_rows(table).to_pylist()
     return len(table), [
         {"pair_id": row[schema.PAIR_ID], "reason": row[schema.ERROR]} for row in failed
     ]
+
+
+def _table(location: str, columns: list[str]) -> pa.Table:
+    filesystem, path = storage.resolve(location)
+    with filesystem.open_input_file(path) as file:
+        return parquet.ParquetFile(file).read(columns=columns)

@@ -7,12 +7,14 @@ training adds. A row that failed has its reason in `error` alone. `encoded` read
 """
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from ray.data import Dataset
 from torch import Tensor
 
 from cvmatch import engine, geometry, hardware, images, manifest, schema, storage
@@ -124,22 +126,42 @@ def _decoded(batch: Batch, sizes: Sizes) -> tuple[Batch, list[str | None]]:
 
 
 def encode(config: Encode) -> str:
-    """Write the encoded rows, or find them there; gives their directory.
+    """Write the encoded rows, or find them there; returns their directory.
 
     A pass that was killed goes on where it stopped. Rows that failed are named in rejected.jsonl.
 
     Raises:
-        ValueError: a base model or the data is not there, the directory holds other rows, or more
-            than `data.max_rejected` of the rows failed (at once, when so many did).
+        ValueError: a base model or the data is not there, or see `write_stream`.
     """
+    stream = _stream(config)
+    write_stream(stream)
+    _tell_failed(stream.output)
+    return stream.output
+
+
+def _stream(config: Encode) -> Stream:
     depends = made_from(config)
     name = f"{config.data.split}-{manifest.digest(depends)[:12]}"
-    output = storage.join(storage.absolute(config.output), name)
     models = {"encoders": depends["encoders"]}
-    source = config.data.root
-    write_stream(_stream(config), output, depends, config=config, models=models, source=source)
-    _tell_failed(output)
-    return output
+    return Stream(
+        label=f"encode {config.data.split}",
+        output=storage.join(storage.absolute(config.output), name),
+        made_from=depends,
+        rows=functools.partial(_rows, config),
+        total=functools.partial(accepted, config.data),
+        columns=ROWS,
+        pools=[config.pool],
+        operators={"read": read_pictures.__name__, "encode": EncodePairs.__name__},
+        max_rejected=config.data.max_rejected,
+        about={"config": config, "models": models, "source": config.data.root},
+    )
+
+
+def _rows(config: Encode) -> Dataset:
+    looks = config.conditioning
+    sizes = parts.sizes(config.diffusion, config.clip, looks.panorama_width, config.revision)
+    rows = ingest(dataclasses.replace(config.data, recheck=False))  # as `made_from` checked them
+    return engine.map_actors(rows, EncodePairs, config.pool, config=config, sizes=sizes)
 
 
 def _tell_failed(output: str) -> None:
@@ -153,23 +175,6 @@ def _tell_failed(output: str) -> None:
             "its directory.",
             *(failed, rows, place),
         )
-
-
-def _stream(config: Encode) -> Stream:
-    looks = config.conditioning
-    sizes = parts.sizes(config.diffusion, config.clip, looks.panorama_width, config.revision)
-    data = dataclasses.replace(config.data, recheck=False)  # as `made_from` checked them
-    return Stream(
-        label=f"encode {config.data.split}",
-        rows=lambda: engine.map_actors(
-            ingest(data), EncodePairs, config.pool, config=config, sizes=sizes
-        ),
-        total=lambda: accepted(data),
-        pools=(config.pool,),
-        operators={"read": read_pictures.__name__, "encode": EncodePairs.__name__},
-        columns=ROWS,
-        max_rejected=config.data.max_rejected,
-    )
 
 
 def made_from(config: Encode) -> dict[str, Any]:

@@ -39,10 +39,10 @@ class GenerateAerial:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One batch; the failed rows keep the reason in `error`."""
-        errors = np.array(schema.read_errors(batch[schema.ERROR]), dtype=object)
+        errors = schema.read_errors(batch[schema.ERROR])
         keyed: dict[int, Keyed] = {}
         for row, data in enumerate(batch[schema.GROUND]):
-            if errors[row]:
+            if errors[row] is not None:
                 continue
             try:
                 panorama = images.decode(data or b"", self.generator.panorama_size)
@@ -56,7 +56,7 @@ class GenerateAerial:
                 errors[row] = f"generate: {reason(picture)}"
             else:
                 drawn[row] = images.encode(picture)
-        return {**batch, schema.SYNTHETIC: drawn, schema.ERROR: errors}
+        return {**batch, schema.SYNTHETIC: drawn, schema.ERROR: np.array(errors, dtype=object)}
 
     def _draw(self, rows: list[Keyed]) -> list[np.ndarray | Exception]:
         at = self.generator.device

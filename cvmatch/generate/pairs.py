@@ -40,7 +40,7 @@ def decode(rows: Dataset, sizes: Sizes) -> Dataset:
 
 def decode_batch(batch: dict[str, np.ndarray], sizes: Sizes) -> dict[str, np.ndarray]:
     """One batch of `decode`."""
-    good = schema.good_rows(batch)
+    good = [i for i, error in enumerate(schema.read_errors(batch[schema.ERROR])) if error is None]
     tile = (sizes.tile, sizes.tile)
     ground = [images.decode(batch[schema.GROUND][i], sizes.panorama) for i in good]
     aerial = [images.decode(batch[schema.AERIAL][i], tile) for i in good]

@@ -13,14 +13,16 @@ from cvmatch.engine import Pool
 from cvmatch.index import remote
 from cvmatch.index.draft import Run
 from cvmatch.ingest import Ingest
-from cvmatch.match.infer import Embed, EmbedTile, embed_tiles
+from cvmatch.match.infer import Embed, EmbedTile, U, embed_tiles
 from cvmatch.stream import Stream, write_stream
 
 _COLUMNS = pa.schema(
     schema.SYNTHESIZED.field(name)
     for name in (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
 )
-_EMBEDDED = pa.schema(field for field in _COLUMNS if field.name != schema.AERIAL)
+
+_PARTS = _COLUMNS.remove(1).append(pa.field(U, pa.large_list(pa.float16())))
+"""What is kept of each: u in place of its picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +92,22 @@ def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str,
     """u of all tiles by a pool of actors, as Parquet files: their location, and seconds.
 
     Raises:
-        ValueError: the pool does not fit the cluster, too many tiles fail (at once, when they do),
-            or some are twice in the files or lack.
+        ValueError: see `dataset` and `write_stream`.
     """
     begin = time.monotonic()
-    output = storage.join(work_of(gallery.output, made_from), "parts")
     stream = Stream(
         label="embed tiles",
+        output=storage.join(work_of(gallery.output, made_from), "parts"),
+        made_from=made_from,
         rows=lambda: embed_tiles(dataset(gallery), Embed(model=model, pool=gallery.pool)),
         total=lambda: _count(gallery),
-        pools=(gallery.pool,),
+        columns=_PARTS,
+        pools=[gallery.pool],
         operators={"read": ingest.read_pictures.__name__, "embed": EmbedTile.__name__},
-        columns=_EMBEDDED,
         max_rejected=gallery.max_rejected,
     )
-    # The tower's fingerprint is in `made_from`; another directory may hold the same.
-    source = gallery.rows or gallery.tiles.root
-    write_stream(stream, output, made_from, config=gallery, models={}, source=source)
-    return output, time.monotonic() - begin
+    write_stream(stream)
+    return stream.output, time.monotonic() - begin
 
 
 def source(gallery: Gallery) -> str:

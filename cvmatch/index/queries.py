@@ -50,7 +50,7 @@ def split_queries(location: str, model: str, sample: int, seed: int) -> Queries 
     ids = [
         pair_id
         for table in tables.batches(location, columns, CHUNK)
-        for pair_id in table.filter(pc.field(schema.ERROR).is_null())[schema.PAIR_ID].to_pylist()
+        for pair_id in schema.good_rows(table)[schema.PAIR_ID].to_pylist()
     ]
     drawn = np.random.default_rng(seed).permutation(ids).tolist()
     others = drawn[sample : sample + DISTIL]
@@ -80,8 +80,8 @@ def _embedded(location: str, model: str, level: Level, ids: list[str]) -> Query:
     for table in tables.batches(location, columns):
         rows = table.filter(pc.field(schema.PAIR_ID).isin(ids))
         parts.append(embed({name: rows[name].to_numpy() for name in columns}))
-    errors = schema.read_errors(np.concatenate([part[schema.ERROR] for part in parts]))
-    good = np.array([error is None for error in errors])
+    errors = [error for part in parts for error in schema.read_errors(part[schema.ERROR])]
+    good = np.array([error is None for error in errors], dtype=bool)
     if not good.any():
         raise ValueError(
             f"build_index: expected {pictures} in some rows of {location}, got none. "

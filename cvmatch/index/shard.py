@@ -77,8 +77,8 @@ def accepted(parts: str, limit: float) -> tuple[pa.Table, list[dict[str, str]]]:
         _placed(table.cast(columns)) for table in tables.batches(parts, columns.names, CHUNK)
     )
     whole = whole.append_column(AT, pa.array(np.arange(len(whole))))
-    bad = whole.filter(pc.field(ERROR).is_valid()).select([PAIR_ID, ERROR]).to_pylist()
-    tiles = whole.filter(pc.field(ERROR).is_null()).sort_by(PAIR_ID).combine_chunks()
+    bad = schema.failed_rows(whole).select([PAIR_ID, ERROR]).to_pylist()
+    tiles = schema.good_rows(whole).sort_by(PAIR_ID).combine_chunks()
     if not len(tiles) or len(bad) > limit * len(whole):
         raise ValueError(
             f"build_index: of {len(whole)} rows at most {limit:.1%} may fail, but {len(bad)} did, "

@@ -88,7 +88,7 @@ def about(config: Info) -> dict[str, Any]:
 
 def probes_of(rows: pa.Table) -> pa.Table:
     """What is kept of some rows of tiles."""
-    good = rows.filter(rows[schema.ERROR].is_null()) if schema.ERROR in rows.column_names else rows
+    good = schema.good_rows(rows) if schema.ERROR in rows.column_names else rows
     return good.select([schema.PAIR_ID, schema.AERIAL]).slice(0, PROBES)
 
 

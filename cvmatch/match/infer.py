@@ -133,7 +133,7 @@ def _decoded(
     good: list[int] = []
     pictures: dict[str, list[np.ndarray]] = {column: [] for column in decoders}
     for index in range(len(errors)):
-        if errors[index]:
+        if errors[index] is not None:
             continue
         column = ""
         try:

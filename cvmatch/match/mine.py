@@ -69,7 +69,7 @@ def nearest(
 
 def _by_place(rows: Dataset) -> tuple[list[str], np.ndarray]:
     columns = [schema.PAIR_ID, schema.LATITUDE, schema.LONGITUDE, schema.ERROR]
-    good = _take_good(rows.select_columns(columns))
+    good = _good(rows.select_columns(columns).take_all())
     ids = sorted(row[schema.PAIR_ID] for row in good)
     known = {row[schema.PAIR_ID]: (row[schema.LATITUDE], row[schema.LONGITUDE]) for row in good}
     angle = np.radians([[np.nan if x is None else x for x in known[name]] for name in ids])
@@ -97,7 +97,7 @@ def _by_model(rows: Dataset, model: str, pool: engine.Pool) -> tuple[list[str], 
     seen = engine.map_actors(
         pairs, _EmbedPair, pool, model=os.path.abspath(model), batch=pool.batch
     )
-    good = _take_good(seen)
+    good = _good(seen.take_all())
     good.sort(key=lambda row: row[schema.PAIR_ID])
     net = JointFeatureLearningNet.load(model)
     with torch.inference_mode():
@@ -105,12 +105,6 @@ def _by_model(rows: Dataset, model: str, pool: engine.Pool) -> tuple[list[str], 
         tile = net.shortlist(u).numpy()
     query = np.stack([row[EMBEDDING] for row in good])
     return [row[schema.PAIR_ID] for row in good], nearest(query, tile, _RANGE)
-
-
-def _take_good(rows: Dataset) -> list[dict[str, Any]]:
-    taken = rows.take_all()
-    errors = schema.read_errors(row[schema.ERROR] for row in taken)
-    return [row for row, error in zip(taken, errors, strict=True) if error is None]
 
 
 class _EmbedPair:
@@ -122,6 +116,11 @@ class _EmbedPair:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = self.query(batch)
         return self.tile({**batch, **found})
+
+
+def _good(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    errors = schema.read_errors([row[schema.ERROR] for row in rows])
+    return [row for row, error in zip(rows, errors, strict=True) if error is None]
 
 
 def _placed(rows: pa.Table, place: dict[str, int]) -> pa.Table:

@@ -45,7 +45,7 @@ def pair_ids(location: str) -> tuple[str, ...]:
         if info.path.endswith(".parquet"):
             columns = [schema.PAIR_ID, schema.ERROR]
             rows = parquet.read_table(info.path, columns=columns, filesystem=filesystem)
-            found += [row[schema.PAIR_ID] for row in rows.to_pylist() if row[schema.ERROR] is None]
+            found += schema.good_rows(rows)[schema.PAIR_ID].to_pylist()
     if not found:
         raise ValueError(
             f"{location}: expected Parquet rows without error, found none. Run jobs/synthesize.py, "
@@ -73,7 +73,8 @@ def decode_batch(
 
     Pictures are CHW, `classes` are ids, HW.
     """
-    good = schema.good_rows(batch)
+    errors = schema.read_errors(batch[schema.ERROR])
+    good = [index for index, error in enumerate(errors) if error is None]
     side = (square, square)
 
     def pictures(column: str, size: tuple[int, int]) -> np.ndarray:

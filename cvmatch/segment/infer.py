@@ -84,7 +84,7 @@ class SegmentAerial:
             else:
                 maps[row] = images.encode(ids)
         added = {schema.SYNTHETIC_CLASSES: _objects(maps), schema.ERROR: _objects(errors)}
-        return {**batch, **added}
+        return {**schema.with_nulls(batch), **added}
 
     def _pictures(
         self, column: np.ndarray, errors: list[str | None]

@@ -90,10 +90,11 @@ def decode(batch: dict[str, np.ndarray], preprocess: Preprocess) -> dict[str, np
         images.BadImage: a picture of another row cannot be decoded, though ingest has passed it.
     """
     columns = (schema.PAIR_ID, schema.AERIAL, schema.CLASSES)
+    errors = schema.read_errors(batch[schema.ERROR])
     tiles, masks, keys = [], [], []
-    for row in schema.good_rows(batch):
-        name, aerial, classes = (batch[column][row] for column in columns)
-        if not classes:
+    rows = zip(errors, *map(batch.__getitem__, columns), strict=True)
+    for error, name, aerial, classes in rows:
+        if error is not None or not classes:
             continue
         try:
             tiles.append(preprocess.tile(aerial))
