@@ -28,7 +28,6 @@ from cvmatch.match.augment import limited
 from cvmatch.match.fusion import LEVELS, Level, Query
 from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.match.task import IDS, training_ids
-from cvmatch.report import evaluation
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +138,6 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         _write(config.output, results, found)
         run.metrics(flat(results))
         run.text(json.dumps(results, indent=2, sort_keys=True), "results.json")
-        evaluation(results, found.to_pandas(), config.queries, config.output, config.seed)
     return results
 
 

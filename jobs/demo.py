@@ -1,6 +1,6 @@
 """Run the whole pipeline on an embedded data set: `python jobs/demo.py` (see the README)."""
 
-from cvmatch import config, engine, evaluate, progress, storage, synthesize, tune
+from cvmatch import config, engine, progress, storage, synthesize, tune
 from cvmatch.generate import train as generator
 from cvmatch.index.build import build
 from cvmatch.match import train as matcher
@@ -29,12 +29,11 @@ if __name__ == "__main__":
     with step("index"):
         build(plan.index)
     with step("evaluate"):
-        measured = evaluate.evaluate(plan.evaluate)
+        measured = demo.measure(plan)
     with step("search"):
         examples = demo.look_up(asked, plan)
     numbers = demo.results(counts, runs, tuned, measured, step.seconds)
     page = demo.write(asked, numbers, examples, runs, tuned)
     print(demo.table(numbers))
-    print(
-        f"results  {storage.absolute(asked.output)}/results.json\nreport   {storage.absolute(page)}"
-    )
+    print(f"results  {storage.absolute(asked.output)}/results.json")
+    print(f"report   {storage.absolute(page)}")

@@ -1,11 +1,18 @@
 """Measure a matcher, its index and the models behind its queries, on unseen pairs."""
 
 import json
+import sys
 
-from cvmatch import progress
+from cvmatch import progress, storage
 from cvmatch.config import parse
 from cvmatch.evaluate import Evaluate, evaluate
+from cvmatch.report import evaluation, score_table, scores
 
 if __name__ == "__main__":
     progress.to_console()
-    print(json.dumps(evaluate(parse(Evaluate))))
+    config = parse(Evaluate)
+    results = evaluate(config)
+    page = evaluation(config.output, config.queries, config.seed)
+    print(score_table(scores(results), "Evaluation"), file=sys.stderr)
+    print(f"page  {storage.absolute(page)}", file=sys.stderr)
+    print(json.dumps(results))

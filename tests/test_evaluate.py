@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from cvmatch.match.augment import limited
 from cvmatch.match.fusion import LEVELS, Fusion, Query
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.report import evaluation
 from cvmatch.towers import MEAN
 
 COUNT = 24
@@ -458,7 +460,7 @@ def test_evaluate_writes_results_that_agree_query_by_query(folder, tmp_path, mon
     own = [best[rank - 1] for best, rank in zip(near["best_score"], near["rank"], strict=True)]
     assert own
     np.testing.assert_allclose(own, near["score"], atol=1e-6)
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = Path(evaluation(config.output, config.queries)).read_text()
     assert page.count("<article>") == 10  # five best, five worst, and no other is left
     assert page.count("one of the best") == page.count("one of the worst") == 5
     assert results["generation"]["gallery"] == 10
@@ -511,5 +513,5 @@ def test_evaluate_counts_the_queries_that_failed_and_says_so(folder, tmp_path):
     )  # fmt: skip
     results = evaluate(config)
     assert (results["queries"], results["failed"]) == (7, 3)
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = Path(evaluation(config.output, config.queries)).read_text()
     assert "3 more failed in synthesis, and no number counts them" in page

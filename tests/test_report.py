@@ -70,7 +70,9 @@ def example(pair_id="0000007", top=("0000003", "0000007"), **changes):
         "classes": np.full((8, 8), 2, dtype=np.uint8),
         "aerial": plain((70, 80, 90)),
         "top": [
-            Tile(pair_id=name, picture=plain((9 * i, 0, 0)), score=1 - i / 10)
+            name
+            if isinstance(name, Tile)
+            else Tile(pair_id=name, picture=plain((9 * i, 0, 0)), score=1 - i / 10)
             for i, name in enumerate(top)
         ],
     }
@@ -104,10 +106,32 @@ def test_html_full_page_shows_every_part_and_is_well_formed():
         assert text in page.texts
 
 
-def test_html_empty_page_shows_only_its_limits():
+def test_html_empty_page_says_nothing_of_its_own():
     page = Document(html(Page(title="Nothing yet")))
-    assert page.attributes("section", "id") == ["limits"]
-    assert any("never results on CVUSA" in text for text in page.texts)
+    assert page.attributes("section", "id") == []
+    assert not any("CVUSA" in text or "Limits" in text for text in page.texts)
+
+
+def test_html_answers_without_pictures_are_a_table_of_ids_scores_and_places():
+    top = [
+        Tile(pair_id="0000003", picture=None, score=0.75, place=(46.9481234, 7.4474)),
+        Tile(pair_id="0000005", picture=None, score=0.5),
+    ]
+    page = Document(html(Page(title="t", examples=[example(top=top, aerial=None)])))
+    cells = [text for text in page.texts if text.strip()]
+    for text in ("0000003", "0.750", "46.948123", "7.447400", "0000005", "0.500"):
+        assert text in cells
+    assert cells.count("not known") == 3  # both coordinates of a tile, and the true tile
+    assert "answer" not in page.attributes("figure", "class")
+    assert not any("the true tile" in text or "a tick" in text for text in cells)
+
+
+def test_html_answers_with_pictures_have_a_table_where_their_places_are_known():
+    placed = Tile(pair_id="0000003", picture=plain((9, 9, 9)), score=0.75, place=(46.0, 7.0))
+    pages = [Document(html(Page(title="t", examples=[example(top=[placed])])))]
+    pages.append(Document(html(Page(title="t", examples=[example()]))))
+    assert ["latitude" in page.texts for page in pages] == [True, False]
+    assert all("answer" in page.attributes("figure", "class") for page in pages)
 
 
 def test_html_any_page_needs_nothing_from_elsewhere():
@@ -213,8 +237,11 @@ def test_provenance_names_the_versions_that_run():
 
 def test_tile_whose_picture_is_elsewhere_is_named_without_one():
     grey = np.full((8, 8, 3), 128, dtype=np.uint8)
+    near = Tile(pair_id="0000008", picture=grey, score=0.6)
     far = Tile(pair_id="0000009", picture=None, score=0.5)
-    example = Example(pair_id="0000001", ground=grey, aerial=grey, top=[far], note="of the worst")
+    example = Example(
+        pair_id="0000001", ground=grey, aerial=grey, top=[near, far], note="of the worst"
+    )
     page = html(Page(title="t", examples=[example]))
     assert page.count("not at hand") == 1
     assert page.count("not made") == 2  # neither A nor S
@@ -370,6 +397,17 @@ def test_lines_larger_values_are_higher_and_later_ones_further_right():
     assert x0 < x1 < x2
     assert y1 < y2 < y0  # SVG's y grows downwards
     assert y2 == pytest.approx((y0 + y1) / 2, abs=0.1)
+
+
+def test_lines_tick_labels_leave_room_for_the_name_of_their_axis():
+    """About 6.6 units a digit: the labels end left of the axis, the name is 17 units wide."""
+    for scale in (1.0, 1e-3, 12_345.0):
+        root = ET.fromstring(
+            lines([Curve(name="a", points=[(0, scale), (1, 2 * scale)])], "x", "y")
+        )
+        ticks = [text for text in root.iter("text") if text.get("text-anchor") == "end"]
+        assert ticks
+        assert all(float(t.get("x")) - 6.6 * len(t.text) > 17 for t in ticks)
 
 
 def test_lines_points_that_are_not_finite_are_left_out():

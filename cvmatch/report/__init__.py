@@ -3,7 +3,7 @@
 from cvmatch.report.charts import Curve
 from cvmatch.report.evaluation import evaluation
 from cvmatch.report.page import Page, Trial, html, provenance, report
-from cvmatch.report.scores import Score, scores
+from cvmatch.report.scores import Score, score_table, scores
 from cvmatch.report.sheet import Example, Tile, retrieval_sheet
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "provenance",
     "report",
     "retrieval_sheet",
+    "score_table",
     "scores",
 ]

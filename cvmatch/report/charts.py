@@ -12,6 +12,7 @@ WIDTH, HEIGHT = 380, 230
 """Size of a chart in its own units, about CSS pixels."""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
+_NAME, _CHARACTER = 28, 6.6  # room for the name of the upward axis, and for a digit at 11 px
 _LOG_FROM = 30.0  # ratio of largest to smallest value from which an axis is logarithmic
 _TICKS = 5
 
@@ -108,8 +109,10 @@ def _finite(points: Sequence[Point]) -> list[Point]:
 
 
 def _axes(points: Sequence[Point], whole: bool = False) -> tuple[_Axis, _Axis]:
-    across = _axis([p[0] for p in points], _LEFT, WIDTH - _RIGHT, whole)
-    return across, _axis([p[1] for p in points], HEIGHT - _BOTTOM, _TOP, whole=False)
+    up = _axis([p[1] for p in points], HEIGHT - _BOTTOM, _TOP, whole=False)
+    widest = max((len(number(tick)) for tick in up.ticks), default=0)
+    left = max(_LEFT, _NAME + _CHARACTER * widest)  # ticks lie beside the axis' name, not on it
+    return _axis([p[0] for p in points], left, WIDTH - _RIGHT, whole), up
 
 
 def _axis(values: Sequence[Number], start: Number, end: Number, whole: bool) -> _Axis:
@@ -142,10 +145,11 @@ def _decades(low: Number, high: Number) -> list[float]:
 
 
 def _svg(marks: str, across: _Axis, up: _Axis, x: str, y: str, label: str) -> str:
-    floor, middle = HEIGHT - _BOTTOM, (_LEFT + WIDTH - _RIGHT) / 2
+    left, floor = across.start, HEIGHT - _BOTTOM
+    middle = (left + WIDTH - _RIGHT) / 2
     parts = [
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{up(t):.1f}" y2="{up(t):.1f}"/>'
-        f'<text x="{_LEFT - 7}" y="{up(t) + 4:.1f}" text-anchor="end">{number(t)}</text>'
+        f'<line class="grid" x1="{left}" x2="{WIDTH - _RIGHT}" y1="{up(t):.1f}" y2="{up(t):.1f}"/>'
+        f'<text x="{left - 7}" y="{up(t) + 4:.1f}" text-anchor="end">{number(t)}</text>'
         for t in up.ticks
     ]
     parts += [
@@ -153,7 +157,7 @@ def _svg(marks: str, across: _Axis, up: _Axis, x: str, y: str, label: str) -> st
         for t in across.ticks
     ]
     parts.append(
-        f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>'
+        f'<line class="axis" x1="{left}" x2="{WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>'
         f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">'
         f"{escape(x)}{_scale(across)}</text>"
         f'<text class="name" transform="translate(11 {(_TOP + floor) / 2}) rotate(-90)" '

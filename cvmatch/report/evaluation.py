@@ -1,7 +1,6 @@
 """The page of an evaluation: its numbers, and its best, worst and some random queries."""
 
-from collections.abc import Mapping
-from typing import Any
+import io
 
 import numpy as np
 import pandas as pd
@@ -16,15 +15,15 @@ SHOWN = 5
 """Queries of each kind."""
 
 
-def evaluation(
-    results: Mapping[str, Any], queries: pd.DataFrame, location: str, output: str, seed: int = 0
-) -> str:
-    """Write `report.html` below `output`; gives its location.
+def evaluation(output: str, location: str, seed: int = 0) -> str:
+    """Write `report.html` beside what `evaluate` wrote in `output`; returns its location.
 
-    `results` and `queries` are what `evaluate` writes (results.json, queries.parquet), `location`
-    has the synthesized rows. Queries are shown at the first view and its fullest level; tiles of
-    other places than those rows' have no picture.
+    `location` has the synthesized rows. Queries are shown at the first view and its fullest level;
+    tiles of other places than those rows' have no picture.
     """
+    results = storage.read_json(storage.join(output, "results.json"))
+    content = storage.read_bytes(storage.join(output, "queries.parquet"))
+    queries = pd.read_parquet(io.BytesIO(content))
     view = next(iter(results["retrieval"]))
     level = max(results["retrieval"][view], key=len)
     rows = queries.loc[(queries["view"] == view) & (queries["level"] == level)]

@@ -1,6 +1,7 @@
 """The page of a search: each panorama, what was made of it, and the tiles that it found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cvmatch import geography, images, schema
 from cvmatch.report import places
@@ -41,6 +42,7 @@ def _example(answer: Answer, pictures: places.Pictures) -> Example:
                 pair_id=tile["tile"],
                 picture=places.tile(pictures.get(tile["tile"])),
                 score=tile["score"],
+                place=_place(tile),
             )
             for tile in answer.tiles
         ],
@@ -50,9 +52,10 @@ def _example(answer: Answer, pictures: places.Pictures) -> Example:
 
 def _positions(answer: Answer) -> list[tuple[float, float]]:
     """Metres east and north of the tiles with coordinates from the first one."""
-    found = [
-        (tile["latitude"], tile["longitude"])
-        for tile in answer.tiles
-        if tile["latitude"] is not None and tile["longitude"] is not None
-    ]
+    found = [place for tile in answer.tiles if (place := _place(tile))]
     return [geography.offset(found[0], place) for place in found]
+
+
+def _place(tile: Mapping[str, Any]) -> tuple[float, float] | None:
+    latitude, longitude = tile["latitude"], tile["longitude"]
+    return None if latitude is None or longitude is None else (latitude, longitude)

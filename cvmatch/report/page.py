@@ -21,7 +21,7 @@ from cvmatch import storage
 from cvmatch.report import charts
 from cvmatch.report.charts import Curve, Number, number
 from cvmatch.report.scores import Score
-from cvmatch.report.sheet import Example, Pixels, data_uri
+from cvmatch.report.sheet import Example, Pixels, Tile, data_uri
 from cvmatch.schema import LABELS, PALETTE
 
 _PACKAGES = ("ray", "torch", "torchvision", "diffusers", "transformers", "faiss-cpu", "mlflow")
@@ -70,7 +70,7 @@ class Page:
     seconds: Mapping[str, Number] = field(default_factory=dict)
     """Wall-clock time of each stage, in seconds."""
     limits: Sequence[str] = ()
-    """Sentences on what the numbers do not say, after the ones that every report has."""
+    """Sentences on what the numbers do not say."""
 
 
 def report(page: Page, output: str) -> str:
@@ -89,6 +89,7 @@ def html(page: Page) -> str:
         ("search", "Search", _trials(page)),
         ("time", "Time", _seconds(page.seconds)),
         ("run", "What was run", _run(page)),
+        ("limits", "Limits", "".join(f"<p>{escape(text)}</p>" for text in page.limits)),
     ]
     parts = [part for part in parts if part[2]]
     return Template(template).substitute(
@@ -98,7 +99,6 @@ def html(page: Page) -> str:
         sections="".join(
             f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in parts
         ),
-        limits="".join(f"<p>{escape(text)}</p>" for text in page.limits),
     )
 
 
@@ -154,13 +154,27 @@ def _examples(examples: Sequence[Example]) -> str:
         f'<li><i style="background:rgb{colour}"></i>{name}</li>'
         for name, colour in zip(LABELS, PALETTE, strict=True)
     )
+    mapped = any(example.classes is not None for example in examples)
     return (
-        "<p>A row for each panorama <b>G</b>: the tile <b>A</b> made from it, the classes <b>S</b> "
-        "of that, the true tile <b>C</b>, and the first tiles that the search gave, with their "
-        "scores. The right one has a frame and a tick.</p>"
-        f'<ul class="key" aria-label="colours of the classes">{key}</ul>'
+        f"<p>{_explain(examples)}</p>"
+        + (f'<ul class="key" aria-label="colours of the classes">{key}</ul>' if mapped else "")
         + "".join(_example(example) for example in examples)
     )
+
+
+def _explain(examples: Sequence[Example]) -> str:
+    """What the pictures are, of those that are there."""
+    made = {
+        "the tile <b>A</b> made from it": any(one.synthetic is not None for one in examples),
+        "the classes <b>S</b> of that": any(one.classes is not None for one in examples),
+        "the true tile <b>C</b>": any(one.aerial is not None for one in examples),
+        "the first tiles that the search found": True,
+    }
+    *first, last = [words for words, there in made.items() if there]
+    listed = f"{', '.join(first)}, and {last}" if first else last
+    known = any(tile.pair_id == one.pair_id for one in examples for tile in one.top)
+    right = " The right one has a frame and a tick." if known else ""
+    return f"A row for each panorama <b>G</b>: {listed}, with their scores.{right}"
 
 
 def _example(example: Example) -> str:
@@ -173,7 +187,7 @@ def _example(example: Example) -> str:
         _figure(example.class_colours, "classes", f"Classes of the tile of {name}", "S classes"),
         _figure(example.aerial, "true", f"True tile of {name}", "C true", absent="not known"),
     ]
-    for answer, tile in enumerate(example.top, 1):
+    for answer, tile in enumerate(_pictured(example.top), 1):
         right = tile.pair_id == example.pair_id
         alt = f"Answer {answer}, {'right' if right else 'wrong'}: {escape(tile.pair_id)}"
         caption = f"{'&#10003; ' if right else ''}{answer} <small>{tile.score:.2f}</small>"
@@ -181,8 +195,34 @@ def _example(example: Example) -> str:
         cells.append(_figure(tile.picture, kind, alt, caption, absent="not at hand"))
     return (
         f"<article><h3>{name} <span>{place}</span></h3>"
-        f'<div class="row">{"".join(cells)}</div>{_map(example)}</article>'
+        f'<div class="row">{"".join(cells)}</div>{_answers(example.top)}{_map(example)}</article>'
     )
+
+
+def _pictured(tiles: Sequence[Tile]) -> Sequence[Tile]:
+    """The tiles, where any has a picture: a row of nothing but empty frames says nothing."""
+    return tiles if any(tile.picture is not None for tile in tiles) else ()
+
+
+def _answers(tiles: Sequence[Tile]) -> str:
+    """A table of the tiles, where it says more than the pictures do."""
+    if _pictured(tiles) and not any(tile.place for tile in tiles):
+        return ""
+    body = "".join(
+        f"<tr>{''.join(map(_cell, (str(rank), tile.pair_id, f'{tile.score:.3f}', *_place(tile))))}"
+        "</tr>"
+        for rank, tile in enumerate(tiles, 1)
+    )
+    names = ("rank", "tile", "score", "latitude", "longitude")
+    return f'<div class="wide answers"><table>{_head(names)}<tbody>{body}</tbody></table></div>'
+
+
+def _place(tile: Tile) -> tuple[str, str]:
+    """Latitude and longitude to a decimetre or so, as maps are asked for them."""
+    if tile.place is None:
+        return "not known", "not known"
+    latitude, longitude = tile.place
+    return f"{latitude:.6f}", f"{longitude:.6f}"
 
 
 def _map(example: Example) -> str:

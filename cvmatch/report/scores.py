@@ -2,9 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
+
+from rich.console import Console
+from rich.table import Table
 
 from cvmatch.report.charts import Number
 
@@ -83,6 +86,21 @@ _GROUPS = {
 }
 """Meaning of keys below such a key, before _KINDS: classes, levels of queries, a shortlist."""
 _PARTS = re.compile(r".*(_low|_high|_k|_chance)|(near_|\w+/)?gallery|near_queries")
+
+
+def score_table(rows: Iterable[Score], title: str) -> str:
+    """Returns the rows as a table for a terminal, with what a guess would score."""
+    shown = Table(title=title)
+    for name in ("", "value", "95 %", "chance"):
+        shown.add_column(name, justify="left" if not name else "right")
+    for row in rows:
+        low_high = " to ".join(f"{end:.3f}" for end in row.interval) if row.interval else ""
+        chance = "" if row.chance is None else f"{row.chance:.3f}"
+        shown.add_row(f"{row.group} / {row.name}", f"{row.value:.3f}", low_high, chance)
+    console = Console(width=100)
+    with console.capture() as text:
+        console.print(shown)
+    return text.get()
 
 
 def scores(results: Mapping[str, Any], gallery: Number = 0) -> list[Score]:

@@ -27,6 +27,8 @@ class Tile:
     """The tile, RGB; None where it is not at hand."""
     score: float | int
     """Higher is better."""
+    place: tuple[float, float] | None = None
+    """Degrees north and east; None where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

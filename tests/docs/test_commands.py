@@ -32,7 +32,7 @@ KINDS = {"sh", "text", "yaml", "python", "json"}
 """What a fence may hold; only `sh` is typed."""
 
 UNTYPED = {
-    "make demo": "takes minutes: tests/test_toy.py runs the demo",
+    "make demo": "takes minutes, and its stages have tests of their own",
     "make test": "is what runs this",
     "ray up": "starts machines in a cloud: tests/test_cluster.py checks the file",
     "ray dashboard": "needs that cluster",
