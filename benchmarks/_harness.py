@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from cvmatch import progress, report
+from cvmatch import report
+from cvmatch.runtime import progress
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

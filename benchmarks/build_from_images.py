@@ -11,23 +11,25 @@ from index_1m import trained
 from matching import MatchingBench, Rows
 from stream import BATCHES, Stage, compared
 
-from cvmatch import engine, schema, toy
-from cvmatch.engine import Pool
-from cvmatch.evaluate import true_rows
+from cvmatch.data import schema
+from cvmatch.data.pairs import Ingest
+from cvmatch.data.tables import batches
+from cvmatch.demo import models as base_models
+from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.evaluate.retrieval import KS
+from cvmatch.evaluate.run import true_rows
 from cvmatch.generate.infer import Generate
 from cvmatch.index.build import BuildIndex, build
 from cvmatch.index.gallery import Gallery, dataset
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
-from cvmatch.ingest import Ingest
 from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
-from cvmatch.retrieval import KS
-from cvmatch.search import query_of
+from cvmatch.runtime import session
+from cvmatch.runtime.session import Pool
+from cvmatch.search.files import query_of
 from cvmatch.segment.infer import Segment
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.synthesize import Synthesize, synthesize
-from cvmatch.tables import batches
-from cvmatch.world import MakeWorld, make_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ def queries_of(asked: FromImages, data: str, at: str) -> str:
     if not asked.generator:
         return f"{Rows(MatchingBench(data=data), at).true}/val"
     segmenter = f"{at}/segmenter"
-    Segmenter.from_base(toy.SEGFORMER, Preprocess(size=128, num_classes=6)).save(segmenter)
+    Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128, num_classes=6)).save(segmenter)
     config = Synthesize(
         data=Ingest(root=data, split="val"),
         generate=Generate(model=asked.generator, pool=Pool(size=2, batch=32)),
@@ -115,7 +117,7 @@ def main(asked: FromImages) -> None:
     )
     asked = sized(asked, usual)
     os.environ.setdefault("RAY_worker_niceness", "0")
-    engine.start(logical_cpus=4)
+    session.start(logical_cpus=4)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         data = asked.data or f"{at}/world"

@@ -14,15 +14,15 @@ from _harness import Bench, finish, flags, sized
 from _memory import below
 from index_1m import trained
 
-from cvmatch import engine
-from cvmatch.engine import Pool
+from cvmatch.data.pairs import Ingest
+from cvmatch.demo.procedural import MakeWorld, make_world
 from cvmatch.index.build import BuildIndex, build
-from cvmatch.index.draft import encode_shard, write_shard
 from cvmatch.index.reader import Index
 from cvmatch.index.verify import Verify, verify
-from cvmatch.ingest import Ingest
+from cvmatch.index.writer import encode_shard, write_shard
 from cvmatch.match.infer import EmbedTile
-from cvmatch.world import MakeWorld, make_world
+from cvmatch.runtime import session
+from cvmatch.runtime.session import Pool
 
 STAGES = {
     "embed": EmbedTile.__name__,
@@ -85,7 +85,7 @@ def files(info: dict[str, Any]) -> dict[str, str]:
 def main(asked: Parallel) -> None:
     """Build all, and compare."""
     asked = sized(asked, {"tiles": 480 if asked.quick else 4_000})
-    engine.start(logical_cpus=8)
+    session.start(logical_cpus=8)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         data = f"{at}/world"

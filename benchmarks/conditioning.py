@@ -11,17 +11,20 @@ import numpy as np
 import torch
 from _harness import Bench, finish, flags, interval
 
-from cvmatch import engine, fidelity, images, schema, toy
-from cvmatch.engine import Pool
-from cvmatch.generate.condition import Conditioning, Mode
+from cvmatch.data import images, schema
+from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.demo import models as base_models
+from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.evaluate import generation
+from cvmatch.generate.conditioning import Conditioning, Mode
 from cvmatch.generate.infer import Generate, generate
 from cvmatch.generate.sampling import DEFAULT
 from cvmatch.generate.train import TrainGenerator, train
-from cvmatch.ingest import Ingest, ingest
+from cvmatch.runtime import session
+from cvmatch.runtime.session import Pool
 from cvmatch.segment.infer import Segment, segment
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.training import Fit
-from cvmatch.world import MakeWorld, make_world
 
 BUDGET = 15.0
 """CPU minutes that each fine-tuning may take."""
@@ -65,9 +68,9 @@ def settings(asked: ConditioningBench, mode: Mode, root: str, at: str) -> TrainG
     return TrainGenerator(
         data=Ingest(root=root, split="train", limit=asked.pairs or (480 if asked.quick else 2000)),
         val=_held_out(asked, root),
-        diffusion=toy.DIFFUSION,
-        clip=toy.CLIP,
-        perceptual=toy.TOWER,
+        diffusion=base_models.DIFFUSION,
+        clip=base_models.CLIP,
+        perceptual=base_models.TOWER,
         conditioning=Conditioning(mode=mode, panorama_width=256, crops=4),
         train_unet="attention",
         w_clip=0.0,
@@ -176,21 +179,23 @@ def figures_of(mode: str, found: dict[str, float]) -> dict[str, float]:
 
 def main(asked: ConditioningBench) -> None:
     """Train each, draw, compare."""
-    engine.start(logical_cpus=4)
+    session.start(logical_cpus=4)
     found, bound = {}, {}
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         root = asked.data or _world(asked, f"{at}/world")
         # As pre-trained: on pictures of other worlds, with all six classes.
         segmenter = f"{at}/segmenter"
-        Segmenter.from_base(toy.SEGFORMER, Preprocess(size=128, num_classes=6)).save(segmenter)
+        Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128, num_classes=6)).save(
+            segmenter
+        )
         for mode in asked.modes:
             config = settings(asked, mode, root, asked.keep or at)
             numbers = trained(config)
             rows = drawn(config.output, _held_out(asked, root), segmenter)
-            numbers |= fidelity.generation(rows)
-            maps = fidelity.segmentation(rows, num_classes=6)
-            bound = bound or fidelity.generation(painted(rows))
+            numbers |= generation.generation(rows)
+            maps = generation.segmentation(rows, num_classes=6)
+            bound = bound or generation.generation(painted(rows))
             found[mode] = numbers | {name: maps[name] for name in ("miou", "miou_shuffled")}
             stamp = datetime.now(UTC).strftime("%Y-%m-%d-%H%M")
             os.makedirs(asked.results, exist_ok=True)

@@ -15,15 +15,16 @@ import torch
 from _harness import Bench, finish, flags, sized
 from torch import Tensor
 
-from cvmatch import engine, hardware, progress, toy
-from cvmatch.engine import Pool
-from cvmatch.generate import parts
-from cvmatch.generate.condition import Conditioning
+from cvmatch.data.pairs import Ingest
+from cvmatch.demo import models as base_models
+from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.generate import pretrained
+from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.task import GeneratorTask
 from cvmatch.generate.train import TrainGenerator, Way, build_task, training_rows
-from cvmatch.ingest import Ingest
-from cvmatch.training.meters import tensors
-from cvmatch.world import MakeWorld, make_world
+from cvmatch.runtime import hardware, progress, session
+from cvmatch.runtime.session import Pool
+from cvmatch.training.metrics import tensors
 
 DRAWN = 128
 """Pairs that are drawn for the full size; more are these over and over."""
@@ -60,7 +61,7 @@ def filled(asked: EncodeBench) -> EncodeBench:
 
 def stream(config: TrainGenerator) -> Any:
     """The training's own rows."""
-    sizes = parts.sizes(config.diffusion, config.clip, config.conditioning.panorama_width)
+    sizes = pretrained.sizes(config.diffusion, config.clip, config.conditioning.panorama_width)
     return training_rows(config, config.data, sizes, config.turns, config.mirror)
 
 
@@ -106,9 +107,9 @@ def toy_settings(at: str) -> dict[str, TrainGenerator]:
     """The toy base models: fewer and fewer weights, then all with the two image terms."""
     base = TrainGenerator(
         data=Ingest(root=f"{at}/world"),
-        diffusion=toy.DIFFUSION,
-        clip=toy.CLIP,
-        perceptual=toy.TOWER,
+        diffusion=base_models.DIFFUSION,
+        clip=base_models.CLIP,
+        perceptual=base_models.TOWER,
         conditioning=Conditioning(panorama_width=256, crops=4),
         mirror=True,
         pretrain_rays=1,
@@ -186,7 +187,7 @@ def _precision() -> str:
 
 def main(asked: EncodeBench) -> None:
     """Both ways in turns, in each setting."""
-    engine.start(logical_cpus=max(4, os.cpu_count() or 4))
+    session.start(logical_cpus=max(4, os.cpu_count() or 4))
     asked = filled(asked)
     top = _full_size.peak(hardware.device())
     table, figures = [], {"peak.tflops": top / 1e12}

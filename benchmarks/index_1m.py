@@ -21,16 +21,17 @@ from jaxtyping import Float16
 from matching import MatchingBench, Rows, settings
 from pyarrow import parquet
 
-from cvmatch import engine, progress, schema, tables
+from cvmatch.data import schema, tables
 from cvmatch.index.build import BuildIndex, publish
-from cvmatch.index.coarse import STEPS
-from cvmatch.index.draft import vectors
 from cvmatch.index.queries import split_queries
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
+from cvmatch.index.shortlist_head import STEPS
+from cvmatch.index.writer import vectors
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.train import train
+from cvmatch.runtime import progress, session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,7 @@ def main(asked: Million) -> None:
     """Build, measure, and compare."""
     sizes = {"tiles": 110_000, "asked": 40} if asked.quick else {"tiles": 1_000_000, "asked": 100}
     asked = sized(asked, sizes)
-    engine.start(logical_cpus=2)
+    session.start(logical_cpus=2)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         model, location = (
@@ -222,10 +223,10 @@ def main(asked: Million) -> None:
             steps=150 if asked.quick else STEPS,
         )
         with _memory.watched("Pss_Anon") as whole:
-            info = publish(parts, config, engine.tasks)
+            info = publish(parts, config, session.tasks)
         few = write_parts(synthetic(base, asked.tiles // 10, seed=0), f"{at}/few")
         with _memory.watched("Pss_Anon") as tenth:
-            publish(few, replace(config, output=f"{at}/tenth"), engine.tasks)
+            publish(few, replace(config, output=f"{at}/tenth"), session.tasks)
         peaks = tenth.mib, whole.mib
         index = Index.open(f"{at}/index")
         queries = split_queries(location, model, asked.asked, 0)

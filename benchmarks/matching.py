@@ -15,19 +15,21 @@ from conditioning import ConditioningBench
 from conditioning import settings as generator_settings
 from pyarrow import parquet
 
-from cvmatch import engine, hardware, images, manifest, progress, schema, toy
-from cvmatch.engine import Pool
-from cvmatch.evaluate import Evaluate, evaluate
+from cvmatch.data import images, manifest, schema
+from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.demo import models as base_models
+from cvmatch.demo.procedural import Difficulty, MakeWorld, make_world
+from cvmatch.evaluate.run import Evaluate, evaluate
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import train as train_generator
 from cvmatch.index.build import BuildIndex, build
-from cvmatch.ingest import Ingest, ingest
 from cvmatch.match.train import TrainMatcher, train
+from cvmatch.runtime import hardware, progress, session
+from cvmatch.runtime.session import Pool
 from cvmatch.segment.infer import Segment
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.synthesize import Synthesize, synthesize
 from cvmatch.training import Fit
-from cvmatch.world import Difficulty, MakeWorld, make_world
 
 BUDGET = 15.0
 """CPU minutes that each training may take."""
@@ -114,7 +116,9 @@ class Rows:
     def synthesized(self) -> str:
         """Pairs with the A and S of the generator and the toy segmenter as it was pre-trained."""
         segmenter = f"{self.at}/segmenter"
-        Segmenter.from_base(toy.SEGFORMER, Preprocess(size=128, num_classes=6)).save(segmenter)
+        Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128, num_classes=6)).save(
+            segmenter
+        )
         for split in SPLITS:
             config = Synthesize(
                 data=self.split(split),
@@ -199,7 +203,7 @@ def settings(asked: MatchingBench, rows: str, changes: dict[str, Any], at: str) 
     """What differs from the reference run: the toy tower, its rates, and less time."""
     config = TrainMatcher(
         pairs=f"{rows}/train",
-        tower=toy.TOWER,
+        tower=base_models.TOWER,
         grid=(4, 32),
         dim=256,
         panorama=(64, 256),
@@ -264,7 +268,7 @@ def main(asked: MatchingBench) -> None:
         else {"pairs": 2000, "held_out": 500, "epochs": 10}
     )
     asked = sized(asked, sizes)
-    engine.start(logical_cpus=4)
+    session.start(logical_cpus=4)
     hardware.keep_memory()
     chosen = [
         name for name in CONTENDERS if not asked.only or any(word in name for word in asked.only)

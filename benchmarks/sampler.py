@@ -15,14 +15,17 @@ from diffusers import DDIMScheduler
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cvmatch import draws, engine, fidelity, hardware, metrics, progress, toy
-from cvmatch.generate import coarse
-from cvmatch.generate.condition import Conditioning
+from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.demo import models as base_models
+from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.evaluate import generation
+from cvmatch.generate import low_freq_guidance
+from cvmatch.generate.batches import Sizes, decode
+from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.model import Generator
-from cvmatch.generate.pairs import Sizes, decode
 from cvmatch.generate.sampling import DEFAULT, Sampling
-from cvmatch.ingest import Ingest, ingest
-from cvmatch.world import MakeWorld, make_world
+from cvmatch.nn import metrics, rng
+from cvmatch.runtime import hardware, progress, session
 
 PROTOTYPE = 50
 """DDIM steps of the published prototype, which draws one picture at a time in single precision."""
@@ -70,12 +73,12 @@ def ddim(model: Generator, guidance: float) -> Draw:
         scheduler: Any = DDIMScheduler.from_config(model.noise.scheduler.config)
         scheduler.set_timesteps(PROTOTYPE)
         wanted = model.wanted(condition)
-        latent = draws.normal(keys, draws.stream(0, purpose="sample"), *model.latent)
+        latent = rng.normal(keys, rng.stream(0, purpose="sample"), *model.latent)
         for step in scheduler.timesteps:
             at = torch.full_like(keys, int(step))
             right, wrong = (model.predict(latent, at, given) for given in (condition, null))
             answer = wrong + guidance * (right - wrong)
-            answer = coarse.steered(model.noise, latent, answer, int(step), wanted)
+            answer = low_freq_guidance.steered(model.noise, latent, answer, int(step), wanted)
             latent = scheduler.step(answer, step, latent).prev_sample
         return model.frozen.decode(latent).clamp(0, 1)
 
@@ -96,7 +99,7 @@ def measured(
             drawn.append(draw(ground, key))
     speed = len(pairs["key"]) / (time.perf_counter() - begin)
     pictures, true = torch.cat(drawn), pairs["aerial"]
-    found = fidelity.retrieved(metrics.planes(pictures), metrics.planes(true))
+    found = generation.retrieved(metrics.planes(pictures), metrics.planes(true))
     return {
         "sampler": name,
         "pictures": len(true),
@@ -184,7 +187,7 @@ def grid(asked: SamplerBench) -> None:
     """The loop, then steps and guidance of the batched sampler."""
     count = asked.held_out or (96 if asked.quick else 500)
     few = asked.one_by_one or (24 if asked.quick else 500)
-    engine.start(logical_cpus=4)
+    session.start(logical_cpus=4)
     with tempfile.TemporaryDirectory() as at:
         root = asked.data or f"{at}/world"
         if not asked.data:
@@ -193,7 +196,7 @@ def grid(asked: SamplerBench) -> None:
             model = Generator.load(asked.generator, hardware.device())
         else:
             model = Generator.base(
-                toy.DIFFUSION, toy.CLIP, Conditioning(panorama_width=256, crops=4)
+                base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256, crops=4)
             )
         pairs = held_out(root, count, model.eval())
     some = {name: values[:few] for name, values in pairs.items()}

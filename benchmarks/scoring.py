@@ -9,10 +9,11 @@ import torch
 from _harness import Bench, finish, flags, sized
 from torch import Tensor, nn
 
-from cvmatch import hardware, metrics, progress
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
-from cvmatch.match.score import CHUNK, fastest, joint_scores
+from cvmatch.match.scoring import CHUNK, fastest, joint_scores
+from cvmatch.nn import metrics
+from cvmatch.runtime import hardware, progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,17 @@ import torch
 from _harness import Bench, finish, flags
 from ray.data import Dataset
 
-from cvmatch import engine, fidelity, progress, schema, toy
-from cvmatch.engine import Pool
+from cvmatch.data import schema
+from cvmatch.data.pairs import Ingest, accepted, ingest
+from cvmatch.demo import models as base_models
+from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.evaluate import generation
 from cvmatch.generate.infer import Generate, generate
-from cvmatch.ingest import Ingest, accepted, ingest
+from cvmatch.runtime import progress, session
+from cvmatch.runtime.session import Pool
 from cvmatch.segment.infer import Segment, segment
 from cvmatch.segment.train import TrainSegmenter, train
 from cvmatch.training import Fit
-from cvmatch.world import MakeWorld, make_world
 
 BUDGET = 10.0
 """CPU minutes that the training may take."""
@@ -49,7 +52,7 @@ def settings(root: str, pairs: int, epochs: int, seed: int, at: str) -> TrainSeg
     """What differs from the reference run: a model and pictures for a laptop, no validation."""
     return TrainSegmenter(
         data=Ingest(root=root, split="train", limit=pairs),
-        base=toy.SEGFORMER,
+        base=base_models.SEGFORMER,
         size=128,
         lr=1e-3,
         lr_head=3e-3,
@@ -77,7 +80,7 @@ def measured(name: str, rows: Dataset, count: int) -> dict[str, Any]:
             yield row
 
     with progress.watch(name, count, lambda: len(seen)):
-        return fidelity.segmentation(noted())
+        return generation.segmentation(noted())
 
 
 def compared(held_out: Ingest, model: str, generator: str) -> dict[str, dict[str, Any]]:
@@ -126,7 +129,7 @@ def main(asked: SegmenterBench) -> None:
     pairs = asked.pairs or (480 if asked.quick else 2000)
     count = asked.held_out or (160 if asked.quick else 500)
     epochs = asked.epochs or (8 if asked.quick else 12)
-    engine.start(logical_cpus=4)
+    session.start(logical_cpus=4)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         root = asked.data or f"{at}/world"

@@ -18,16 +18,17 @@ import torch
 from _harness import Bench, finish, flags
 from ray.data import Dataset
 
-from cvmatch import engine, progress, toy
-from cvmatch.engine import Pool
-from cvmatch.generate.condition import Conditioning
+from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.demo import models as base_models
+from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import Generate, GenerateAerial, generate
 from cvmatch.generate.model import Generator
-from cvmatch.ingest import Ingest, ingest
+from cvmatch.runtime import progress, session
+from cvmatch.runtime.session import Pool
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.synthesize import Synthesize, synthesize
-from cvmatch.world import MakeWorld, make_world
 
 Batch = dict[str, np.ndarray]
 
@@ -111,8 +112,10 @@ def models(asked: Stream, at: str) -> None:
         Segmenter.from_base(f"{at}/segformer", Preprocess()).save(f"{at}/segmenter")
     else:
         conditioning = Conditioning(panorama_width=256, crops=4)
-        Generator.base(toy.DIFFUSION, toy.CLIP, conditioning).save(f"{at}/generator")
-        Segmenter.from_base(toy.SEGFORMER, Preprocess(size=128)).save(f"{at}/segmenter")
+        Generator.base(base_models.DIFFUSION, base_models.CLIP, conditioning).save(
+            f"{at}/generator"
+        )
+        Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128)).save(f"{at}/segmenter")
 
 
 def stages(at: str, data: Ingest, batch: int) -> list[Stage]:
@@ -213,7 +216,7 @@ def main(asked: Stream) -> None:
     """What is asked."""
     # Ray's workers yield to other processes, which on a busy machine the loop would not.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    engine.start(logical_cpus=max(4, os.cpu_count() or 4))
+    session.start(logical_cpus=max(4, os.cpu_count() or 4))
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         models(asked, at)

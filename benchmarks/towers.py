@@ -7,8 +7,9 @@ import _full_size
 import torch
 from _harness import Bench, finish, flags
 
-from cvmatch import hardware, towers
 from cvmatch.match.model import MatcherConfig
+from cvmatch.nn import backbones
+from cvmatch.runtime import hardware
 
 ROUNDS = 3
 """Timed rounds; medians are reported."""
@@ -27,7 +28,7 @@ class TowersBench(Bench):
 def trained(name: str, batch: int, top: float) -> dict[str, float | str]:
     """A row of the table. `top`: FLOP/s of the device."""
     device = hardware.device()
-    tower = towers.tower(name, towers.RANDOM).to(device).train()
+    tower = backbones.tower(name, backbones.RANDOM).to(device).train()
     pictures = torch.randn(batch, 3, *MatcherConfig().panorama, device=device)
 
     def step() -> None:

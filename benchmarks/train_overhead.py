@@ -14,11 +14,13 @@ from matching import ALONE, MatchingBench, Rows, settings
 from ray.data import Dataset
 from torch import Tensor, nn
 
-from cvmatch import engine, hardware, progress, storage, training
-from cvmatch.match.pairs import decode, synthesized
+from cvmatch import training
+from cvmatch.data import storage
+from cvmatch.match.batches import decode, synthesized
 from cvmatch.match.task import MatcherTask
 from cvmatch.match.train import TrainMatcher, build_task
-from cvmatch.training.meters import tensors
+from cvmatch.runtime import hardware, progress, session
+from cvmatch.training.metrics import tensors
 
 WARM = 3
 """Steps that are not counted: memory is taken, and the first batches wait for the stream."""
@@ -110,7 +112,7 @@ def main(asked: OverheadBench) -> None:
     pairs = asked.pairs or (320 if asked.quick else 960)
     rounds = asked.rounds or (1 if asked.quick else 3)
     steps = asked.steps or (6 if asked.quick else 20)
-    engine.start(logical_cpus=6)
+    session.start(logical_cpus=6)
     hardware.keep_memory()
     torch.set_num_threads(1)  # as a worker has
     found: dict[str, list[float]] = {"plain": [], "here": [], "train": []}

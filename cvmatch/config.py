@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast, get_args
 import tyro
 import yaml
 
-from cvmatch import storage
+from cvmatch.data import storage
 
 C = TypeVar("C")
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from ray.data import Dataset
 
-from cvmatch import images, manifest, schema, storage, tracking
+from cvmatch.data import images, manifest, schema, storage
+from cvmatch.data.pairs import Ingest, accepted, fingerprint, ingest, read_pictures
 from cvmatch.generate import sampling
 from cvmatch.generate.infer import Generate, GenerateAerial, generate
-from cvmatch.ingest import Ingest, accepted, fingerprint, ingest, read_pictures
+from cvmatch.runtime import tracking
+from cvmatch.runtime.output_directory import Written
+from cvmatch.runtime.stream import Done, Stream, write_stream
 from cvmatch.segment.infer import Segment, SegmentAerial, segment
-from cvmatch.stream import Done, Stream, write_stream
-from cvmatch.written import Written
 
 OPERATORS = {
     "read": read_pictures.__name__,

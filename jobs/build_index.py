@@ -2,9 +2,9 @@
 
 import json
 
-from cvmatch import progress
 from cvmatch.config import parse
 from cvmatch.index.build import BuildIndex, build
+from cvmatch.runtime import progress
 
 if __name__ == "__main__":
     progress.to_console()

@@ -1,20 +1,23 @@
 """Run the whole pipeline on an embedded data set: `python jobs/demo.py` (see the README)."""
 
-from cvmatch import config, engine, progress, storage, synthesize, tune
+from cvmatch import config, synthesize
+from cvmatch.data import storage
+from cvmatch.demo import run as demo
+from cvmatch.demo.procedural import make_world
+from cvmatch.demo.settings import Demo, settings
 from cvmatch.generate import train as generator
 from cvmatch.index.build import build
 from cvmatch.match import train as matcher
+from cvmatch.runtime import progress, session
 from cvmatch.segment import train as segmenter
-from cvmatch.toy import demo
-from cvmatch.toy.settings import Demo, settings
-from cvmatch.world import make_world
+from cvmatch.tune import run as tune
 
 if __name__ == "__main__":
     progress.to_console()
     asked = config.parse(Demo)
     plan, step, runs = settings(asked), demo.Steps(), {}
     with step("world"):
-        engine.start(logical_cpus=4)  # each worker imports torch for itself
+        session.start(logical_cpus=4)  # each worker imports torch for itself
         counts = make_world(plan.world)
     with step("segmenter"):
         runs["segmenter"] = segmenter.train(plan.segmenter)

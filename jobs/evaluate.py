@@ -3,10 +3,11 @@
 import json
 import sys
 
-from cvmatch import progress, storage
 from cvmatch.config import parse
-from cvmatch.evaluate import Evaluate, evaluate
+from cvmatch.data import storage
+from cvmatch.evaluate.run import Evaluate, evaluate
 from cvmatch.report import evaluation, score_table, scores
+from cvmatch.runtime import progress
 
 if __name__ == "__main__":
     progress.to_console()

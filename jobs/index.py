@@ -3,17 +3,17 @@
 import json
 import sys
 
-from cvmatch import progress
 from cvmatch.config import parse
-from cvmatch.index import change, gallery, verify
+from cvmatch.index import gallery, update, verify
+from cvmatch.runtime import progress
 
 COMMANDS = {
     "info": (verify.Info, verify.about),
     "verify": (verify.Verify, verify.verify),
-    "add": (change.AddTiles, change.add),
-    "delete": (change.DeleteTiles, change.delete),
-    "compact": (change.Compact, lambda at: change.compact(at, gallery.spread(at.output))),
-    "collect": (change.Collect, change.collect),
+    "add": (update.AddTiles, update.add),
+    "delete": (update.DeleteTiles, update.delete),
+    "compact": (update.Compact, lambda at: update.compact(at, gallery.spread(at.output))),
+    "collect": (update.Collect, update.collect),
 }
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ import logging
 import os
 import webbrowser
 
-from cvmatch import progress
 from cvmatch.config import parse
 from cvmatch.report.found import found
-from cvmatch.search import SearchFiles, search
+from cvmatch.runtime import progress
+from cvmatch.search.files import SearchFiles, search
 
 if __name__ == "__main__":
     progress.to_console(logging.WARNING)

@@ -2,9 +2,9 @@
 
 import json
 
-from cvmatch import progress
 from cvmatch.config import parse
-from cvmatch.search_rows import SearchRows, search_rows
+from cvmatch.runtime import progress
+from cvmatch.search.rows import SearchRows, search_rows
 
 if __name__ == "__main__":
     progress.to_console()

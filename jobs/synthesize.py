@@ -2,8 +2,8 @@
 
 import json
 
-from cvmatch import progress
 from cvmatch.config import parse
+from cvmatch.runtime import progress
 from cvmatch.synthesize import Synthesize, synthesize
 
 if __name__ == "__main__":

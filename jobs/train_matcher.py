@@ -2,13 +2,13 @@
 
 import json
 
-from cvmatch import engine, progress
 from cvmatch.config import parse
 from cvmatch.match.train import TrainMatcher, train
+from cvmatch.runtime import progress, session
 
 if __name__ == "__main__":
     progress.to_console()
     config = parse(TrainMatcher)
-    engine.start()
+    session.start()
     result = train(config)
     print(json.dumps({"model": config.output, **(result.metrics or {})}))

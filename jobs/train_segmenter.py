@@ -2,13 +2,13 @@
 
 import json
 
-from cvmatch import engine, progress
 from cvmatch.config import parse
+from cvmatch.runtime import progress, session
 from cvmatch.segment.train import TrainSegmenter, train
 
 if __name__ == "__main__":
     progress.to_console()
     config = parse(TrainSegmenter)
-    engine.start()
+    session.start()
     result = train(config)
     print(json.dumps({"model": config.output, **(result.metrics or {})}))

@@ -2,9 +2,9 @@
 
 import json
 
-from cvmatch import progress
 from cvmatch.config import parse
-from cvmatch.tune import Tune, search
+from cvmatch.runtime import progress
+from cvmatch.tune.run import Tune, search
 
 if __name__ == "__main__":
     progress.to_console()

@@ -9,7 +9,7 @@ from pathlib import Path
 # Ray, torch and MLflow read these when they are imported. Ray's folder has a short path of its own
 # (sockets allow 107 characters); its workers import the test modules, whose tasks they train.
 _TEMPORARY = tempfile.mkdtemp(prefix="cvm-", dir="/tmp")
-_TESTS = Path(__file__).parent
+_ROOT = Path(__file__).parents[1]
 os.environ |= {
     "RAY_TMPDIR": _TEMPORARY,
     "RAY_AUTH_MODE": "disabled",
@@ -20,7 +20,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_TRACKING_URI": f"sqlite:///{_TEMPORARY}/mlflow.db",  # its migrations take 5 s, once
-    "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
+    "PYTHONPATH": str(_ROOT),
 }
 os.environ.pop("RAY_ADDRESS", None)
 atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
@@ -28,9 +28,9 @@ atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 import pytest  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
-from tiny_cvusa import write_official, write_subset  # noqa: E402
 
-from cvmatch import engine  # noqa: E402
+from cvmatch.runtime import session  # noqa: E402
+from tests.helpers.cvusa import write_official, write_subset  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -41,7 +41,7 @@ def ray_session():
     tries = 3  # a raylet has 15 s to start two agents in, which a loaded machine exceeds
     for left in reversed(range(tries)):
         try:
-            engine.start()
+            session.start()
             break
         except Exception:  # Ray raises no narrower one here; the last try's is raised
             if not left:
@@ -64,7 +64,7 @@ def official(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def world_root(ray_session, tmp_path_factory):
     """Root of the tiny embedded world: 24 training pairs and 12 to validate, 64 x 64 tiles."""
-    from cvmatch.world import MakeWorld, make_world  # noqa: PLC0415 (only where it is used)
+    from cvmatch.demo.procedural import MakeWorld, make_world  # noqa: PLC0415 (only where it is used)
 
     root = str(tmp_path_factory.mktemp("world"))
     make_world(MakeWorld(output=root, preset="tiny"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cvmatch import toy
+from cvmatch.demo.models import CLIP, DIFFUSION, SEGFORMER, TOWER
 
 JOBS = Path(__file__).parents[1] / "jobs"
 NAMES = sorted(path.name for path in JOBS.glob("*.py"))
@@ -56,11 +56,11 @@ def place(tmp_path_factory, world_root, ray_session):
     data = f"--data.root {world_root} --fit.storage {at}/runs {SMALL}"
     last(
         "train_segmenter.py",
-        f"{data} --base {toy.SEGFORMER} --size 64 --output {at}/segmenter --fit.name segmenter",
+        f"{data} --base {SEGFORMER} --size 64 --output {at}/segmenter --fit.name segmenter",
     )
     last(
         "train_generator.py",
-        f"{data} --diffusion {toy.DIFFUSION} --clip {toy.CLIP} --perceptual {toy.TOWER} "
+        f"{data} --diffusion {DIFFUSION} --clip {CLIP} --perceptual {TOWER} "
         f"--conditioning.panorama-width 256 --conditioning.crops 4 --output {at}/generator "
         f"--encoded {at}/encoded --fit.name generator",
     )
@@ -81,7 +81,7 @@ def place(tmp_path_factory, world_root, ray_session):
 
 def matcher(at: Path, name: str, more: str = "") -> str:
     return (
-        f"--pairs {at}/train --val {at}/val --tower {toy.TOWER} --panorama 64 256 --polar 64 256 "
+        f"--pairs {at}/train --val {at}/val --tower {TOWER} --panorama 64 256 --polar 64 256 "
         f"--square 64 --hidden 32 --output {at}/{name} --fit.storage {at}/runs "
         f"--fit.name {name} {SMALL} {more}"
     )

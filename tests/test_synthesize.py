@@ -16,15 +16,17 @@ import ray
 from mlflow import MlflowClient
 from ray._private import state as ray_state
 
-from cvmatch import images, schema, tables, toy, tracking
-from cvmatch.engine import Pool
-from cvmatch.generate.condition import Conditioning
+from cvmatch.data import images, schema, tables
+from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.demo import models as base_models
+from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.model import Generator
-from cvmatch.ingest import Ingest, ingest
+from cvmatch.runtime import tracking
+from cvmatch.runtime.session import Pool
+from cvmatch.segment.batches import Preprocess
 from cvmatch.segment.infer import Segment
 from cvmatch.segment.model import Segmenter
-from cvmatch.segment.pairs import Preprocess
 from cvmatch.synthesize import OPERATORS, Synthesize, synthesize
 
 pytestmark = pytest.mark.ray
@@ -36,8 +38,8 @@ JOB = Path(__file__).parents[1] / "jobs" / "synthesize.py"
 def config(tmp_path_factory, world_root, ray_session):
     at = tmp_path_factory.mktemp("synthesize")
     conditioning = Conditioning(panorama_width=256, crops=4)
-    Generator.base(toy.DIFFUSION, toy.CLIP, conditioning).save(f"{at}/generator")
-    Segmenter.from_base(toy.SEGFORMER, Preprocess(size=64)).save(f"{at}/segmenter")
+    Generator.base(base_models.DIFFUSION, base_models.CLIP, conditioning).save(f"{at}/generator")
+    Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=64)).save(f"{at}/segmenter")
     return Synthesize(
         data=Ingest(root=world_root, block=2),
         # Batches that blocks do not fill, so that a resumed run makes other ones.

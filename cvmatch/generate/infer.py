@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from ray.data import Dataset
 
-from cvmatch import draws, engine, hardware, images, schema, storage
+from cvmatch.data import images, schema, storage
+from cvmatch.generate.batches import pixels
 from cvmatch.generate.model import Generator, require
-from cvmatch.generate.pairs import pixels
 from cvmatch.generate.sampling import Sampling
-from cvmatch.rowwise import Rowwise, reason
+from cvmatch.nn import rng
+from cvmatch.runtime import hardware, session
+from cvmatch.runtime.batch_invariant import Rowwise, reason
 
 Keyed = tuple[np.ndarray, int]
 """A panorama's pixels, uint8, and the key of its noise."""
@@ -22,7 +24,7 @@ class Generate(Sampling):
 
     model: str = "models/generator"
     """Local directory that train_generator published."""
-    pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32, calls=2))
+    pool: session.Pool = dataclasses.field(default_factory=lambda: session.Pool(batch=32, calls=2))
     """Actors."""
 
 
@@ -49,7 +51,7 @@ class GenerateAerial:
             except images.BadImage as error:
                 errors[row] = f"generate: {schema.GROUND}: {error}"
             else:
-                keyed[row] = panorama, draws.key(str(batch[schema.PAIR_ID][row]))
+                keyed[row] = panorama, rng.key(str(batch[schema.PAIR_ID][row]))
         drawn = np.full(len(errors), None, dtype=object)
         for row, picture in zip(keyed, self.draw(list(keyed.values())), strict=True):
             if isinstance(picture, Exception):
@@ -80,7 +82,7 @@ def generate(rows: Dataset, config: Generate) -> Dataset:
     """
     model = storage.absolute(config.model)  # actors have another working directory
     require(model)
-    return engine.map_actors(
+    return session.map_actors(
         rows,
         GenerateAerial,
         config.pool,

@@ -15,12 +15,11 @@ from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cvmatch import draws
-from cvmatch.generate import coarse
-from cvmatch.generate.condition import Condition, Conditioner, Conditioning, Seen
-from cvmatch.generate.frozen import Frozen
-from cvmatch.generate.noise import Noise
-from cvmatch.generate.parts import (
+from cvmatch.generate import low_freq_guidance
+from cvmatch.generate.conditioning import Condition, Conditioner, Conditioning, Seen
+from cvmatch.generate.diffusion import Noise
+from cvmatch.generate.encoders import Frozen
+from cvmatch.generate.pretrained import (
     CLIP,
     DIFFUSION,
     Prediction,
@@ -29,6 +28,7 @@ from cvmatch.generate.parts import (
     tile_size,
 )
 from cvmatch.generate.sampling import DEFAULT, Sampling
+from cvmatch.nn import rng
 
 _FORMAT = 5  # the rays of 4 knew no mean colour
 _CONFIG, _WEIGHTS = "conditioner.json", "conditioner.safetensors"
@@ -165,8 +165,8 @@ class Generator(nn.Module):
         with self._halved():
             condition = self.condition(seen)
             both = _doubled(self.conditioner, condition) if sampling.guidance != 1 else condition
-            stream = draws.stream(sampling.seed, purpose="sample")
-            latent = draws.normal(keys, stream, *self.latent)
+            stream = rng.stream(sampling.seed, purpose="sample")
+            latent = rng.normal(keys, stream, *self.latent)
             wanted, before = self.wanted(condition), None
             solver: Any = self.noise.solver(sampling.steps)
             for step in solver.timesteps:
@@ -176,8 +176,8 @@ class Generator(nn.Module):
                     answer = self.predict(latent, at, condition).float()
                 else:
                     answer = self._guided(latent, at, both, scale)
-                answer = coarse.steered(self.noise, latent, answer, int(step), wanted)
-                now = scale, wanted is not None and coarse.acts(share)
+                answer = low_freq_guidance.steered(self.noise, latent, answer, int(step), wanted)
+                now = scale, wanted is not None and low_freq_guidance.acts(share)
                 if now != before:
                     solver.lower_order_nums = 0  # a slope between two models would mean nothing
                 before = now
@@ -195,7 +195,7 @@ class Generator(nn.Module):
         if not cells or condition.map is None:
             return None
         drawing = self.conditioner.rays.drawing(condition.map)
-        return coarse.reference(self.frozen, drawing, self.tile, cells)
+        return low_freq_guidance.reference(self.frozen, drawing, self.tile, cells)
 
     def _halved(self) -> torch.autocast:
         """bf16 on a GPU."""

@@ -7,7 +7,7 @@ import torchmetrics
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cvmatch import towers
+from cvmatch.nn import backbones
 
 _VGG16 = [64, 128, 256, 512, 512]
 
@@ -40,7 +40,7 @@ class Lpips(nn.Module):
 
         `name` and `weights` as in `towers.tower`.
         """
-        features = towers.features(name, weights)
+        features = backbones.features(name, weights)
         published = [_width(stage) for stage in _stages(features)] == _VGG16
         return cls(features, published_weights() if published else None)
 
@@ -53,7 +53,7 @@ class Lpips(nn.Module):
         self, first: Float[Tensor, "batch 3 h w"], second: Float[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, " batch"]:
         """Distance of RGB pictures in [0, 1]; 0 for equal ones, 0.7 or so for unrelated ones."""
-        x = towers.normalise(torch.cat([first, second]))
+        x = backbones.normalise(torch.cat([first, second]))
         total = first.new_zeros(len(first))
         for index, stage in enumerate(self.stages):
             x = stage(x)

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvmatch import draws, fidelity, metrics
-from cvmatch.generate import adapt, loss
-from cvmatch.generate.condition import Condition, Seen
+from cvmatch.evaluate import generation
+from cvmatch.generate import finetune, losses
+from cvmatch.generate.augment import Pairs, pairs_of, varied
+from cvmatch.generate.conditioning import Condition, Seen
+from cvmatch.generate.image_grid import sheet
 from cvmatch.generate.model import Generator
+from cvmatch.generate.negatives import Known, Rivals
 from cvmatch.generate.perceptual import Lpips
 from cvmatch.generate.recipe import Recipe
-from cvmatch.generate.rivals import Known, Rivals
-from cvmatch.generate.samples import sheet
-from cvmatch.generate.variants import Pairs, pairs_of, varied
-from cvmatch.training.meters import ROWS
+from cvmatch.nn import metrics, rng
+from cvmatch.training.metrics import ROWS
 
 VALIDATION = (0.2, 0.5, 0.8)
 """Noise levels of the validation loss, as shares of the schedule: the same for every row."""
@@ -55,12 +56,12 @@ class GeneratorTask(nn.Module):
         self.rivals = Rivals(recipe.rivals, generator.latent[1])
         # CLIP also judges pictures, and must not learn to be pleased.
         self.judging = copy.deepcopy(generator.frozen) if recipe.train_clip else generator.frozen
-        adapt.choose(generator, recipe.train_unet, recipe.lora_rank, recipe.train_clip)
+        finetune.choose(generator, recipe.train_unet, recipe.lora_rank, recipe.train_clip)
         if recipe.freeze_rays and generator.conditioning.geometry:
             generator.conditioner.rays.requires_grad_(False)
         if recipe.save_memory:
             generator.unet.enable_gradient_checkpointing()
-        self.average = adapt.Average(recipe.ema) if recipe.ema else None
+        self.average = finetune.Average(recipe.ema) if recipe.ema else None
         self._means: list[Generator] = []  # a list, since a module would become a part of this
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,7 +71,7 @@ class GeneratorTask(nn.Module):
         if not self.training:
             return self._validate(latent, seen, pairs, batch["key"])
         if self.average:
-            weights = adapt.trained_weights(self.generator)
+            weights = finetune.trained_weights(self.generator)
             # The loop drops gradients when it moves weights; these wait for more (accumulate).
             if all(weight.grad is None for weight in weights):
                 self.average.update(weights)
@@ -106,7 +107,7 @@ class GeneratorTask(nn.Module):
 
     def save(self, directory: str) -> None:
         """Write the directory that `Generator.load` reads."""
-        adapt.merged(self.published()).save(directory)
+        finetune.merged(self.published()).save(directory)
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float | np.ndarray]:
         """Validation means; `gap`: by which share a shuffled panorama is worse, 0 where not used.
@@ -128,7 +129,9 @@ class GeneratorTask(nn.Module):
         if kept:
             view, drawn, true = (kept.pop(name) for name in ("view", "drawn", "true"))
             found |= {name: value.mean().item() for name, value in kept.items()}
-            found |= _metric_names(fidelity.retrieved(metrics.planes(drawn), metrics.planes(true)))
+            found |= _metric_names(
+                generation.retrieved(metrics.planes(drawn), metrics.planes(true))
+            )
             found["samples"] = sheet(view[:SHOWN], drawn[:SHOWN], true[:SHOWN])
         return found
 
@@ -166,11 +169,11 @@ class GeneratorTask(nn.Module):
         model, recipe, keys = self.generator, self.recipe, batch["key"]
 
         def numbers(purpose: str) -> int:
-            return draws.stream(self.seed, int(batch["epoch"]), purpose)
+            return rng.stream(self.seed, int(batch["epoch"]), purpose)
 
-        step = (draws.uniform(keys, numbers("step")) * len(model.noise.signal)).long()
-        noise = draws.normal(keys, numbers("noise"), *model.latent)
-        keep = draws.uniform(keys, numbers("drop")) >= recipe.drop
+        step = (rng.uniform(keys, numbers("step")) * len(model.noise.signal)).long()
+        noise = rng.normal(keys, numbers("noise"), *model.latent)
+        keep = rng.uniform(keys, numbers("drop")) >= recipe.drop
         noisy = model.noise.add(latent, noise, step)
         answer = model.predict(noisy, step, model.conditioner.dropped(condition, keep)).float()
         error = (answer - model.noise.target(latent, noise, step)).square().mean(dim=(1, 2, 3))
@@ -178,18 +181,18 @@ class GeneratorTask(nn.Module):
         if self.colours is not None:
             rows = keep & (step >= recipe.identify_noise * len(model.noise.signal))
             clean = model.noise.clean(noisy, answer, step)
-            named |= loss.identify_terms(self.colours, latent, clean, tile, rows, known)
+            named |= losses.identify_terms(self.colours, latent, clean, tile, rows, known)
         acts = int(self.steps) % recipe.image_every == 0 and (recipe.w_clip or recipe.w_vae)
         self.steps += 1
         if acts:
-            order = draws.uniform(keys, numbers("image"))
-            rows, strength = loss.image_rows(
+            order = rng.uniform(keys, numbers("image"))
+            rows, strength = losses.image_rows(
                 model.noise.signal[step], order, recipe.image_rows, recipe.image_signal
             )
             clean = model.noise.clean(noisy[rows], answer[rows], step[rows])
             strength = strength * recipe.image_every  # so that the mean over steps stays the same
             perceptual = self.perceptual if recipe.w_vae else None
-            named |= loss.image_terms(self.judging, perceptual, clean, tile[rows], strength)
+            named |= losses.image_terms(self.judging, perceptual, clean, tile[rows], strength)
         return named
 
     def _validate(
@@ -204,8 +207,8 @@ class GeneratorTask(nn.Module):
         totals = {"loss_correct": latent.new_zeros(()), "loss_shuffled": latent.new_zeros(())}
         for share in VALIDATION:
             step = torch.full_like(keys, round(share * len(model.noise.signal)))
-            stream = draws.stream(self.seed, purpose=f"validation {share}")
-            noise = draws.normal(keys, stream, *model.latent)
+            stream = rng.stream(self.seed, purpose=f"validation {share}")
+            noise = rng.normal(keys, stream, *model.latent)
             noisy, target = (
                 model.noise.add(latent, noise, step),
                 model.noise.target(latent, noise, step),
@@ -233,7 +236,7 @@ class GeneratorTask(nn.Module):
     ) -> dict[str, Tensor]:
         """What is drawn of panoramas, and how near it comes to the true tiles, row by row."""
         drawn = model.draw(seen, keys)
-        found = {metric.__name__: metric(drawn, tile) for metric in fidelity.MEASURES}
+        found = {metric.__name__: metric(drawn, tile) for metric in generation.MEASURES}
         if self.perceptual is not None:
             found["lpips"] = self.perceptual(drawn, tile)
         found |= {"drawn": drawn, "true": tile, "view": seen.view}
@@ -243,7 +246,7 @@ class GeneratorTask(nn.Module):
     def _map_terms(
         model: Generator, drawn: Tensor, pairs: Pairs, known: Known | None = None
     ) -> dict[str, Tensor]:
-        return loss.map_terms(model.conditioner.rays, drawn, pairs.tile, pairs.classes, known)
+        return losses.map_terms(model.conditioner.rays, drawn, pairs.tile, pairs.classes, known)
 
 
 def _metric_names(values: dict[str, float]) -> dict[str, float]:

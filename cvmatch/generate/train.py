@@ -9,18 +9,21 @@ from ray.data import Dataset
 from ray.train import Result
 from safetensors.torch import load_file
 
-from cvmatch import engine, hub, manifest, storage, towers, tracking, training
-from cvmatch.generate import parts
-from cvmatch.generate.condition import Conditioning
-from cvmatch.generate.encode import Encode, encode
-from cvmatch.generate.encoded import encoded
+from cvmatch import training
+from cvmatch.data import manifest, storage
+from cvmatch.data.pairs import Ingest, apart, fingerprint, ingest
+from cvmatch.generate import pretrained
+from cvmatch.generate.batches import Sizes, decode
+from cvmatch.generate.bev_task import FILE, RaysTask
+from cvmatch.generate.conditioning import Conditioning
+from cvmatch.generate.latent_cache import Encode, encode
+from cvmatch.generate.latent_rows import encoded
 from cvmatch.generate.model import Generator
-from cvmatch.generate.pairs import Sizes, decode
 from cvmatch.generate.perceptual import Lpips
-from cvmatch.generate.rays_task import FILE, RaysTask
 from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.task import GeneratorTask
-from cvmatch.ingest import Ingest, apart, fingerprint, ingest
+from cvmatch.nn import backbones, hub
+from cvmatch.runtime import session, tracking
 
 Way = Literal["once", "live"]
 """When the frozen networks see a pair: before training, or in every step."""
@@ -34,11 +37,11 @@ class TrainGenerator(Recipe):
     """Pairs to train on."""
     val: Ingest | None = None
     """Pairs for the validation loss."""
-    diffusion: str = parts.DIFFUSION
+    diffusion: str = pretrained.DIFFUSION
     """Base model in Stable Diffusion's layout: hub id or local directory."""
     revision: str = "main"
     """Revision of `diffusion` on the hub."""
-    clip: str = parts.CLIP
+    clip: str = pretrained.CLIP
     """CLIP with a vision tower: hub id or local directory."""
     perceptual: str = "vgg16"
     """Network of LPIPS: vgg16 (ImageNet), or a local tower directory of a VGG."""
@@ -46,14 +49,14 @@ class TrainGenerator(Recipe):
     """Local file with vgg16's weights; empty: torchvision's hub."""
     conditioning: Conditioning = dataclasses.field(default_factory=Conditioning)
     """What the UNet sees of the panorama."""
-    prediction: parts.Prediction = "base"
+    prediction: pretrained.Prediction = "base"
     """What the UNet learns to answer; base: what the base model answers."""
     encode: Way = "once"
     """once: a pass before training keeps what the frozen networks give of every pair, as Parquet.
     live: they run in every step."""
     encoded: str = "data/encoded"
     """Directory, or URI, of what that pass keeps; runs with the same data and encoders share it."""
-    encode_pool: engine.Pool = dataclasses.field(default_factory=engine.Pool)
+    encode_pool: session.Pool = dataclasses.field(default_factory=session.Pool)
     """Actors of that pass."""
     pretrain_rays: int = 0
     """Epochs that train the rays alone before; many times cheaper than diffusion's. 0: none."""
@@ -90,7 +93,7 @@ def train(config: TrainGenerator) -> Result:
     """
     training.preflight(config.fit)
     config = located(config)
-    sizes = parts.sizes(
+    sizes = pretrained.sizes(
         config.diffusion, config.clip, config.conditioning.panorama_width, config.revision
     )
     with tracking.start("generate", config) as run:
@@ -149,7 +152,7 @@ def _pretrain(
     config: TrainGenerator,
     data: Dataset,
     val: Dataset | None,
-    sizes: parts.Sizes,
+    sizes: pretrained.Sizes,
     rows_of: str,
 ) -> str:
     """Train the rays alone; gives the local directory of their weights."""
@@ -168,7 +171,7 @@ def _pretrain(
 
 def located(config: TrainGenerator) -> TrainGenerator:
     """The config with absolute local paths: workers have another working directory."""
-    perceptual, weights = towers.located(config.perceptual, config.perceptual_weights)
+    perceptual, weights = backbones.located(config.perceptual, config.perceptual_weights)
     return dataclasses.replace(
         config,
         diffusion=hub.anywhere(config.diffusion),

@@ -10,16 +10,17 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from cvmatch import config as configs
-from cvmatch import engine, manifest, storage, tables, tracking
-from cvmatch.images import PREPROCESS
-from cvmatch.index import ann, coarse, remote, shard, verify, versions
-from cvmatch.index.draft import Draft, Entry, Run, draft, drawn, matcher, serially
+from cvmatch.data import manifest, storage, tables
+from cvmatch.data.images import PREPROCESS
+from cvmatch.index import ann, remote, shard, shortlist_head, verify, versions
 from cvmatch.index.gallery import Gallery, dataset, embed, source, spread, work_of
 from cvmatch.index.quality import measured
 from cvmatch.index.queries import Queries, split_queries
 from cvmatch.index.reader import EXHAUSTIVE
+from cvmatch.index.writer import Draft, Entry, Run, draft, drawn, matcher, serially
+from cvmatch.match.fingerprint import identity
 from cvmatch.match.fusion import Fusion
-from cvmatch.match.identity import identity
+from cvmatch.runtime import session, tracking
 
 ENOUGH = {"top1": 0.99, "top10": 0.98}
 """Shares of the exact best tiles that a shortlist should hold."""
@@ -45,7 +46,7 @@ class BuildIndex(Gallery):
     """Whose vectors FAISS holds: the matcher's own, or a head's that is distilled from its scores
     on some of `queries`. auto: the own ones, unless they hold less of the exact answers than ENOUGH
     and distilled ones hold more (asked of more than 100,000 tiles, which need a shortlist)."""
-    steps: int = coarse.STEPS
+    steps: int = shortlist_head.STEPS
     """Steps of the distillation."""
 
 
@@ -59,7 +60,7 @@ def build(config: BuildIndex) -> dict[str, Any]:
     Raises:
         ValueError: see `publish`; or the pool does not fit the cluster.
     """
-    engine.start()
+    session.start()
     config = replace(config, model=os.path.abspath(os.path.expanduser(config.model)))
     made_from = _made_from(config)
     root = remote.fetched(config.output)
@@ -204,9 +205,9 @@ def _head(
     store: shard.Store,
     model: Fusion,
     queries: Queries | None,
-) -> coarse.Head:
+) -> shortlist_head.Head:
     if kind == "own":
-        return coarse.Own(model)
+        return shortlist_head.Own(model)
     if queries is None:
         raise ValueError(
             "build_index: a distilled head learns from queries: pass --queries (synthesized rows), "
@@ -214,7 +215,7 @@ def _head(
         )
     with work.timed("head"):
         sample = store.take(drawn(len(store), _SAMPLE, config.seed))
-        return coarse.distil(model, queries.distil, sample, config.steps, config.seed)
+        return shortlist_head.distil(model, queries.distil, sample, config.steps, config.seed)
 
 
 def _about(config: BuildIndex, entries: list[Entry], model: Fusion) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import pyarrow as pa
 import ray
 
-from cvmatch import engine, ingest, manifest, schema, storage, tables
-from cvmatch.engine import Pool
+from cvmatch.data import manifest, pairs, schema, storage, tables
+from cvmatch.data.pairs import Ingest
 from cvmatch.index import remote
-from cvmatch.index.draft import Run
-from cvmatch.ingest import Ingest
+from cvmatch.index.writer import Run
 from cvmatch.match.infer import Embed, EmbedTile, U, embed_tiles
-from cvmatch.stream import Stream, write_stream
+from cvmatch.runtime import session
+from cvmatch.runtime.session import Pool
+from cvmatch.runtime.stream import Stream, write_stream
 
 _COLUMNS = pa.schema(
     schema.SYNTHESIZED.field(name)
@@ -70,7 +71,7 @@ def dataset(gallery: Gallery) -> ray.data.Dataset:
         ValueError: there are none, or they lack a column; or see `ingest`.
     """
     if not gallery.rows:
-        first, *rest = [ingest.ingest(one, [schema.AERIAL]) for one in _ingests(gallery)]
+        first, *rest = [pairs.ingest(one, [schema.AERIAL]) for one in _ingests(gallery)]
         return first.union(*rest) if rest else first
     filesystem, path = storage.resolve(gallery.rows)
     have = tables.columns(gallery.rows)
@@ -103,7 +104,7 @@ def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str,
         total=lambda: _count(gallery),
         columns=_PARTS,
         pools=[gallery.pool],
-        operators={"read": ingest.read_pictures.__name__, "embed": EmbedTile.__name__},
+        operators={"read": pairs.read_pictures.__name__, "embed": EmbedTile.__name__},
         max_rejected=gallery.max_rejected,
     )
     write_stream(stream)
@@ -114,14 +115,14 @@ def source(gallery: Gallery) -> str:
     """Fingerprint of the tiles: names and sizes of their files."""
     if gallery.rows:
         return manifest.digest(tables.sizes(gallery.rows))
-    return manifest.digest([ingest.fingerprint(one) for one in _ingests(gallery)])
+    return manifest.digest([pairs.fingerprint(one) for one in _ingests(gallery)])
 
 
 def _count(gallery: Gallery) -> int:
     """Tiles; call it after `dataset`."""
     if gallery.rows:
         return sum(tables.rows(gallery.rows))
-    return sum(ingest.accepted(one) for one in _ingests(gallery))
+    return sum(pairs.accepted(one) for one in _ingests(gallery))
 
 
 def _ingests(gallery: Gallery) -> list[Ingest]:
@@ -139,7 +140,7 @@ def spread(uri: str) -> Run:
     """Ray's tasks; of an index in an object store on this node, which has its copy."""
 
     def run(function: Any, items: Sequence[Any]) -> list[Any]:
-        engine.start()
-        return engine.tasks(function, items, here=remote.is_remote(uri))
+        session.start()
+        return session.tasks(function, items, here=remote.is_remote(uri))
 
     return run

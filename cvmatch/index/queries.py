@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from cvmatch import hardware, manifest, schema, storage, tables
+from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.generate.sampling import Sampling
 from cvmatch.index.shard import CHUNK
 from cvmatch.match.fusion import Level, Query
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
 from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.runtime import hardware
 
 DISTIL = 1_000
 """Queries at most from which a head is distilled."""

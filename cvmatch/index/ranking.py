@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64
 
 from cvmatch.index.reader import EXHAUSTIVE, Index
 from cvmatch.match.fusion import Query
-from cvmatch.match.score import fastest
+from cvmatch.match.scoring import fastest
 
 Mode = Literal["auto", "exact", "two-stage"]
 

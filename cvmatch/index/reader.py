@@ -12,14 +12,15 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int64
 from torch import Tensor
 
-from cvmatch import geography, hardware, manifest, schema
-from cvmatch.images import PREPROCESS
-from cvmatch.index import ann, coarse, remote, shard, versions
-from cvmatch.index.coarse import Head
+from cvmatch.data import geography, manifest, schema
+from cvmatch.data.images import PREPROCESS
+from cvmatch.index import ann, remote, shard, shortlist_head, versions
+from cvmatch.index.shortlist_head import Head
+from cvmatch.match.fingerprint import identity
 from cvmatch.match.fusion import Fusion, Query
-from cvmatch.match.identity import identity
 from cvmatch.match.model import load_fusion
-from cvmatch.match.score import joint_scores
+from cvmatch.match.scoring import joint_scores
+from cvmatch.runtime import hardware
 
 EXHAUSTIVE = 100_000
 """Tiles up to which a search scores them all: 0.12 s a query on two cores (index.md, section 2)."""
@@ -180,7 +181,7 @@ def opened(root: str, info: dict[str, Any]) -> Index:
         u=shard.Store(arrays),
         tiles=pa.concat_tables(tables),
         ann=[_part(root, one, info["ann"]["probes"]) for one in info["ann"]["parts"]],
-        head=coarse.load(os.path.join(root, "coarse", info["coarse"]), matcher),
+        head=shortlist_head.load(os.path.join(root, "coarse", info["coarse"]), matcher),
         dead=np.load(os.path.join(root, info["deleted"])) if info["deleted"] else _NONE,
         matcher=matcher,
         manifest=info,

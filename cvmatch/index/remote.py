@@ -10,7 +10,7 @@ import uuid
 
 from pyarrow import fs
 
-from cvmatch import manifest, storage
+from cvmatch.data import manifest, storage
 from cvmatch.index import versions
 
 CACHE = "CVMATCH_CACHE"

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float16, Int64, Shaped
 
-from cvmatch import schema, tables
+from cvmatch.data import schema, tables
+from cvmatch.data.schema import ERROR, LATITUDE, LONGITUDE, PAIR_ID
 from cvmatch.index import versions
-from cvmatch.schema import ERROR, LATITUDE, LONGITUDE, PAIR_ID
 
 U = "u"
 """Column of the parts: Matcher.tile, fp16."""

@@ -15,11 +15,11 @@ import pyarrow as pa
 from jaxtyping import Int64
 from pyarrow import parquet
 
-from cvmatch import schema
+from cvmatch.data import schema
 from cvmatch.index import remote, shard, versions
-from cvmatch.index.draft import Draft, EncodeShard, shard_codes
 from cvmatch.index.reader import Index
-from cvmatch.match.identity import identity
+from cvmatch.index.writer import Draft, EncodeShard, shard_codes
+from cvmatch.match.fingerprint import identity
 from cvmatch.match.infer import EmbedTile
 
 PROBES = 16

@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from cvmatch import draws, geometry
-from cvmatch.colour import jittered
-from cvmatch.towers import MEAN
+from cvmatch.data import geometry
+from cvmatch.data.color import jittered
+from cvmatch.nn import rng
+from cvmatch.nn.backbones import MEAN
 
 
 class Views(NamedTuple):
@@ -32,8 +33,8 @@ def augmented(views: Views, key: Int64[Tensor, " row"], seed: int, epoch: int) -
 
     The class map keeps its colours, which are names.
     """
-    quarter = draws.uniform(key, draws.stream(seed, epoch, "turn"))
-    mirror = draws.uniform(key, draws.stream(seed, epoch, "mirror")) < 0.5
+    quarter = rng.uniform(key, rng.stream(seed, epoch, "turn"))
+    mirror = rng.uniform(key, rng.stream(seed, epoch, "mirror")) < 0.5
     pair = turned(views, (quarter * 4).long(), mirror)
     changed = {
         name: _seen_anew(picture, key, seed, epoch, name)
@@ -81,6 +82,6 @@ def blurred(
 
 def _seen_anew(picture: Tensor, key: Tensor, seed: int, epoch: int, name: str) -> Tensor:
     """Other light and sharpness; half of the pictures keep theirs."""
-    share = (2 * draws.uniform(key, draws.stream(seed, epoch, f"blur of {name}")) - 1).clamp(min=0)
-    stream = draws.stream(seed, epoch, f"colour of {name}")
+    share = (2 * rng.uniform(key, rng.stream(seed, epoch, f"blur of {name}")) - 1).clamp(min=0)
+    stream = rng.stream(seed, epoch, f"colour of {name}")
     return jittered(blurred(picture, share), key, stream)

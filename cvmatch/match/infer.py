@@ -8,10 +8,11 @@ import torch
 from ray.data import Dataset
 from torch import Tensor
 
-from cvmatch import engine, hardware, images, schema
+from cvmatch.data import images, schema
 from cvmatch.match.fusion import Level, Query
 from cvmatch.match.model import JointFeatureLearningNet
-from cvmatch.rowwise import Rowwise, reason
+from cvmatch.runtime import hardware, session
+from cvmatch.runtime.batch_invariant import Rowwise, reason
 
 U = "u"
 EMBEDDING = "embedding"
@@ -34,7 +35,7 @@ class Embed:
     """Local directory that train_matcher published."""
     level: Level = "G+A+S"
     """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
-    pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32))
+    pool: session.Pool = dataclasses.field(default_factory=lambda: session.Pool(batch=32))
     """Actors."""
 
 
@@ -114,12 +115,12 @@ class EmbedQuery:
 def embed_tiles(rows: Dataset, config: Embed) -> Dataset:
     """Rows with `aerial` -> the same, no pictures, with `u`."""
     size = config.pool.batch
-    return engine.map_actors(rows, EmbedTile, config.pool, model=config.model, batch=size)
+    return session.map_actors(rows, EmbedTile, config.pool, model=config.model, batch=size)
 
 
 def embed_queries(rows: Dataset, config: Embed) -> Dataset:
     """Rows with what `config.level` reads -> the same, no pictures, with `embedding` and `v`."""
-    return engine.map_actors(rows, EmbedQuery, config.pool, model=config.model, level=config.level)
+    return session.map_actors(rows, EmbedQuery, config.pool, model=config.model, level=config.level)
 
 
 def _decoded(

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cvmatch import geometry, images
+from cvmatch.data import geometry, images
+from cvmatch.data.schema import PALETTE
 from cvmatch.match.fusion import ALONE, Fusion, Query
-from cvmatch.schema import PALETTE
-from cvmatch.towers import Tower, TowerSpec, normalise
+from cvmatch.nn.backbones import Tower, TowerSpec, normalise
 
 View = Literal["polar", "square"]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from cvmatch.match import loss as losses
+from cvmatch.match import losses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cvmatch import draws, metrics, storage
-from cvmatch.match import loss as losses
+from cvmatch.data import storage
+from cvmatch.match import losses
 from cvmatch.match.augment import Views, augmented, limited
 from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.match.recipe import Recipe
+from cvmatch.nn import metrics, rng
 
 IDS = "training_ids.txt"
 """File of a model directory that lists the pairs it was trained on, one id a line, sorted."""
@@ -120,7 +121,7 @@ class MatcherTask(nn.Module):
             views = augmented(views, batch["key"], self.seed, epoch)
         if not self.recipe.limited:
             return views
-        turn = draws.uniform(batch["key"], draws.stream(self.seed, epoch, "heading"))
+        turn = rng.uniform(batch["key"], rng.stream(self.seed, epoch, "heading"))
         turn = 360 * turn * self.recipe.unknown_heading
         return views._replace(ground=limited(views.ground, self.recipe.fov, turn))
 
@@ -144,8 +145,8 @@ class MatcherTask(nn.Module):
             return ground, synthetic, classes
 
         def falls(share: float, purpose: str) -> Tensor:
-            stream = draws.stream(self.seed, int(batch["epoch"]), purpose)
-            return (draws.uniform(batch["key"], stream) < share)[:, None]
+            stream = rng.stream(self.seed, int(batch["epoch"]), purpose)
+            return (rng.uniform(batch["key"], stream) < share)[:, None]
 
         no_a = falls(self.recipe.drop_synthetic, "drop synthetic")
         no_g = falls(self.recipe.drop_ground, "drop ground") & ~no_a

@@ -6,13 +6,16 @@ import functools
 from ray.data import Dataset
 from ray.train import Result
 
-from cvmatch import draws, engine, manifest, towers, tracking, training
-from cvmatch.match.mine import mined
+from cvmatch import training
+from cvmatch.data import manifest
+from cvmatch.match.batches import decode, pair_ids, synthesized
+from cvmatch.match.hard_negatives import mined
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, View
-from cvmatch.match.pairs import decode, pair_ids, synthesized
 from cvmatch.match.recipe import Recipe
 from cvmatch.match.task import MatcherTask
-from cvmatch.written import made_from
+from cvmatch.nn import backbones, rng
+from cvmatch.runtime import session, tracking
+from cvmatch.runtime.output_directory import made_from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class TrainMatcher(Recipe):
     mine_every: int = 0
     """Epochs from one search for near pairs, which then share batches, to the next: near in space
     before the first epoch, then near for the model. 0: batches at random."""
-    mine_pool: engine.Pool = dataclasses.field(default_factory=lambda: engine.Pool(batch=32))
+    mine_pool: session.Pool = dataclasses.field(default_factory=lambda: session.Pool(batch=32))
     """Actors that embed the training pairs for that search."""
     output: str = "models/matcher"
     """Directory of the published model."""
@@ -95,7 +98,7 @@ def train(config: TrainMatcher) -> Result:
 
 def located(config: TrainMatcher) -> TrainMatcher:
     """The config with absolute local paths of the backbone: workers have another directory."""
-    name, weights = towers.located(config.tower, config.weights)
+    name, weights = backbones.located(config.tower, config.weights)
     return dataclasses.replace(config, tower=name, weights=weights)
 
 
@@ -120,10 +123,10 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
 
 def _order(config: TrainMatcher, rows: Dataset) -> training.Order:
     """The training rows, near ones together."""
-    engine.preflight(config.mine_pool)
+    session.preflight(config.mine_pool)
 
     def nearby(model: str, epoch: int) -> Dataset:
-        seed = draws.stream(config.fit.seed, epoch, "near") % 2**32
+        seed = rng.stream(config.fit.seed, epoch, "near") % 2**32
         return _decoded(config, mined(rows, model, config.mine_pool, seed))
 
     return training.Order(config.mine_every, nearby)
@@ -133,5 +136,5 @@ def _decoded(config: TrainMatcher, rows: Dataset) -> Dataset:
     return decode(rows, config.panorama, config.square)
 
 
-def _tower(config: TrainMatcher) -> towers.Tower:
-    return towers.tower(config.tower, config.weights, config.grid, config.dim)
+def _tower(config: TrainMatcher) -> backbones.Tower:
+    return backbones.tower(config.tower, config.weights, config.grid, config.dim)

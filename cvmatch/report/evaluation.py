@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pandas as pd
 
-from cvmatch import schema, storage
+from cvmatch.data import schema, storage
 from cvmatch.report import places
 from cvmatch.report.page import Page, provenance, report
 from cvmatch.report.scores import scores

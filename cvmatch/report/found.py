@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cvmatch import geography, images, schema
+from cvmatch.data import geography, images, schema
 from cvmatch.report import places
 from cvmatch.report.page import Page, provenance, report
 from cvmatch.report.sheet import Example, Tile
-from cvmatch.search import Answer
+from cvmatch.search.files import Answer
 
 
 def found(answers: Sequence[Answer], output: str, tiles: str = "") -> str:

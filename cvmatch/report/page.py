@@ -17,12 +17,12 @@ from string import Template
 
 import torch
 
-from cvmatch import storage
+from cvmatch.data import storage
+from cvmatch.data.schema import LABELS, PALETTE
 from cvmatch.report import charts
 from cvmatch.report.charts import Curve, Number, number
 from cvmatch.report.scores import Score
 from cvmatch.report.sheet import Example, Pixels, Tile, data_uri
-from cvmatch.schema import LABELS, PALETTE
 
 _PACKAGES = ("ray", "torch", "torchvision", "diffusers", "transformers", "faiss-cpu", "mlflow")
 _WIDEST = {"ground": 640}  # pixels; with 192 for tiles, ten examples stay near a megabyte

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from cvmatch import images, schema, tables
+from cvmatch.data import images, schema, tables
 from cvmatch.report.sheet import Example, Pixels, Tile
 
 _COLUMNS = (schema.GROUND, schema.AERIAL, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from cvmatch import images
+from cvmatch.data import images
 
 Pixels = UInt8[np.ndarray, "_ _ 3"]
 

@@ -9,8 +9,10 @@ import torch
 from jaxtyping import UInt8
 from ray.data import Dataset
 
-from cvmatch import engine, hardware, hub, images, schema
-from cvmatch.rowwise import Rowwise, reason
+from cvmatch.data import images, schema
+from cvmatch.nn import hub
+from cvmatch.runtime import hardware, session
+from cvmatch.runtime.batch_invariant import Rowwise, reason
 from cvmatch.segment.model import Segmenter
 
 Batch = dict[str, np.ndarray]
@@ -32,7 +34,7 @@ class Segment:
     training tiles. Else, all are resized as in training, and so are their maps."""
     overlap: float = 0.25
     """Share of a window's side, in [0, 1), that it has in common with the next, with `tile`."""
-    pool: engine.Pool = field(default_factory=engine.Pool)
+    pool: session.Pool = field(default_factory=session.Pool)
     """Actors that hold the model."""
 
     def __post_init__(self) -> None:
@@ -119,7 +121,7 @@ class SegmentAerial:
 
 def segment(rows: Dataset, config: Segment) -> Dataset:
     """Add `synthetic_classes` to rows with the pictures of `config.source`; lazy."""
-    return engine.map_actors(
+    return session.map_actors(
         rows,
         SegmentAerial,
         config.pool,

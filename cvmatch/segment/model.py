@@ -14,9 +14,10 @@ from jaxtyping import Float, Num, UInt8
 from torch import Tensor, nn
 from transformers import SegformerForSemanticSegmentation
 
-from cvmatch import hub, schema, storage
+from cvmatch.data import schema, storage
+from cvmatch.nn import hub
 from cvmatch.segment import windows
-from cvmatch.segment.pairs import FILE, Preprocess
+from cvmatch.segment.batches import FILE, Preprocess
 
 BASES = {
     f"b{number}": f"nvidia/segformer-b{number}-finetuned-ade-{side}-{side}"

@@ -14,11 +14,14 @@ from ray.data import Dataset
 from ray.train import Result
 from torch import Tensor, nn
 
-from cvmatch import draws, hub, images, manifest, metrics, schema, storage, tracking, training
-from cvmatch.ingest import Ingest, apart, fingerprint, ingest
+from cvmatch import training
+from cvmatch.data import images, manifest, schema, storage
+from cvmatch.data.pairs import Ingest, apart, fingerprint, ingest
+from cvmatch.nn import hub, metrics, rng
+from cvmatch.runtime import tracking
+from cvmatch.runtime.output_directory import made_from
+from cvmatch.segment.batches import Preprocess, decode, decode_synthesized
 from cvmatch.segment.model import Segmenter, enlarge
-from cvmatch.segment.pairs import Preprocess, decode, decode_synthesized
-from cvmatch.written import made_from
 
 JITTER = 0.3
 """Brightness, contrast and saturation are scaled by factors in 1 +- JITTER in training."""
@@ -92,8 +95,8 @@ class SegmenterTask(nn.Module):
         """Loss and its parts; in eval mode also `confusion`, in counts a row of the batch."""
         tile, mask = batch["tile"].float(), batch["mask"]
         if self.training and self.config.augment:
-            stream = draws.stream(self.config.fit.seed, int(batch["epoch"]), "segment")
-            tile, mask = augment(tile, mask, draws.uniform(batch["key"], stream, 5))
+            stream = rng.stream(self.config.fit.seed, int(batch["epoch"]), "segment")
+            tile, mask = augment(tile, mask, rng.uniform(batch["key"], stream, 5))
         logits = enlarge(self.segmenter.logits(tile), mask.shape[-1])
         parts = {"cross_entropy": cross_entropy(logits, mask, self.class_weights)}
         if self.config.dice:

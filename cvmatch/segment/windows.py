@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cvmatch.segment.pairs import Preprocess
+from cvmatch.segment.batches import Preprocess
 
 BATCH = 8
 """Windows that are scored at a time."""

@@ -4,7 +4,7 @@
 this process (`workers` = 0, at once). A run is its name and storage: the same again resumes it.
 """
 
-from cvmatch.training.start import cached, fit, listening, preflight, publish
+from cvmatch.training.launch import cached, fit, listening, preflight, publish
 from cvmatch.training.task import Fit, Order, Task
 
 __all__ = ["Fit", "Order", "Task", "cached", "fit", "listening", "preflight", "publish"]

@@ -21,9 +21,11 @@ from ray.train import Checkpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from cvmatch import draws, hardware, images, storage
-from cvmatch.training import runs
-from cvmatch.training.meters import Means, Meter, tensors
+from cvmatch.data import images, storage
+from cvmatch.nn import rng
+from cvmatch.runtime import hardware
+from cvmatch.training import checkpoints
+from cvmatch.training.metrics import Means, Meter, tensors
 from cvmatch.training.task import Fit, Task
 
 
@@ -87,7 +89,7 @@ class Worker:
         ray.train.report(
             metrics,
             checkpoint=Checkpoint(directory) if self.rank == 0 else None,
-            checkpoint_dir_name=runs.name_of(metrics["epoch"]),
+            checkpoint_dir_name=checkpoints.name_of(metrics["epoch"]),
         )
 
     def latest(self) -> Checkpoint | None:
@@ -99,7 +101,7 @@ def resumed(job: Job) -> Checkpoint | None:
     """The checkpoint that earlier starts of the run left."""
     if not job.resume:
         return None
-    return Checkpoint(storage.join(job.directory, runs.name_of(job.resume)))
+    return Checkpoint(storage.join(job.directory, checkpoints.name_of(job.resume)))
 
 
 def run(job: Job, place: Place) -> None:
@@ -109,7 +111,7 @@ def run(job: Job, place: Place) -> None:
     meter = Meter(job.directory, job.steps, job.fit.epochs, writes=place.rank == 0)
     for epoch in range(trainee.load(place.latest()), job.until):
         # Dropout and the like, which draw from torch's generator, are the same after a resume.
-        torch.manual_seed(draws.stream(job.fit.seed, epoch, f"torch {place.rank}"))
+        torch.manual_seed(rng.stream(job.fit.seed, epoch, f"torch {place.rank}"))
         metrics: dict[str, Any] = {"epoch": epoch + 1}
         metrics |= trainee.train(epoch, meter)
         pictures = {}
@@ -120,7 +122,9 @@ def run(job: Job, place: Place) -> None:
         with tempfile.TemporaryDirectory() as directory:
             if place.rank == 0:
                 trainee.save(directory, epoch + 1)
-                with open(os.path.join(directory, runs.CURVE), "w", encoding="utf-8") as file:
+                with open(
+                    os.path.join(directory, checkpoints.CURVE), "w", encoding="utf-8"
+                ) as file:
                     json.dump(meter.take(), file)
                 for name, pixels in pictures.items():
                     with open(os.path.join(directory, f"{name}.png"), "wb") as file:
@@ -207,7 +211,7 @@ class Trainee:
 
     def save(self, directory: str, epoch: int) -> None:
         """Write `model/` for inference and `state.pt` to resume from."""
-        model = os.path.join(directory, runs.MODEL)
+        model = os.path.join(directory, checkpoints.MODEL)
         os.makedirs(model)
         self.task.save(model)
         # By all names: a module that two parts share is in `state_dict` under both.
@@ -220,14 +224,14 @@ class Trainee:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
-        torch.save(state, os.path.join(directory, runs.STATE))
+        torch.save(state, os.path.join(directory, checkpoints.STATE))
 
     def load(self, checkpoint: Checkpoint | None) -> int:
         """Go on from a checkpoint; gives the epochs that are done."""
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as directory:
-            path = os.path.join(directory, runs.STATE)
+            path = os.path.join(directory, checkpoints.STATE)
             state = torch.load(path, map_location="cpu", weights_only=True)
         have = {name for name, p in self.task.named_parameters() if p.requires_grad}
         given = self.task.load_state_dict(state["model"], strict=False)
@@ -245,7 +249,7 @@ class Trainee:
         """Batches of this worker's rows on its device; shuffled by epoch in training."""
         order = {}
         if epoch is not None and self.fit.shuffle and not self.job.ordered:
-            seed = draws.stream(self.fit.seed, epoch, f"order {self.place.rank}") % 2**32
+            seed = rng.stream(self.fit.seed, epoch, f"order {self.place.rank}") % 2**32
             size = max(self.fit.shuffle, self.fit.share)
             order = {"local_shuffle_buffer_size": size, "local_shuffle_seed": seed}
         batches = self.place.shard(name).iter_torch_batches(

@@ -18,13 +18,15 @@ import pytest
 import ray
 import yaml
 
-from cvmatch import config, schema, tables, toy
+from cvmatch import config
+from cvmatch.data import schema, tables
+from cvmatch.demo import models as base_models
 from cvmatch.generate.train import TrainGenerator
 from cvmatch.index.build import BuildIndex
 from cvmatch.match.train import TrainMatcher
 from cvmatch.segment.train import TrainSegmenter
 from cvmatch.synthesize import Synthesize
-from cvmatch.tune import Tune
+from cvmatch.tune.run import Tune
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -59,11 +61,11 @@ CONFIGS = {
 
 FIT = {"epochs": 1, "batch": 4, "workers": 0}
 TOY = {
-    "segmenter.yaml": {"base": str(toy.SEGFORMER), "size": 64, "fit": FIT},
+    "segmenter.yaml": {"base": str(base_models.SEGFORMER), "size": 64, "fit": FIT},
     "generator.yaml": {
-        "diffusion": str(toy.DIFFUSION),
-        "clip": str(toy.CLIP),
-        "perceptual": str(toy.TOWER),
+        "diffusion": str(base_models.DIFFUSION),
+        "clip": str(base_models.CLIP),
+        "perceptual": str(base_models.TOWER),
         "conditioning": {"panorama_width": 256, "crops": 4},
         "fit": FIT,
     },
@@ -71,7 +73,7 @@ TOY = {
     "matcher.yaml": {
         "pairs": "data/synthesized/train",
         "val": "data/synthesized/val",
-        "tower": str(toy.TOWER),
+        "tower": str(base_models.TOWER),
         "panorama": [64, 256],
         "polar": [64, 256],
         "square": 64,

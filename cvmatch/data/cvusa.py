@@ -1,0 +1,284 @@
+"""A CVUSA directory as users have it -> its rows, files and positions, from CSVs and listings.
+
+Two layouts, found by looking (`<id>` is seven digits):
+
+    subset    train-19zl.csv         bingmap/input<id>.png  streetview/<id>.jpg
+    official  splits/train-19zl.csv  bingmap/19/<id>.jpg    streetview/panos/<id>.jpg
+
+Either may hold class maps, `segmap/output<id>.png`, and positions, `split_locations/all.csv` or
+`all.csv`, whose line i begins with latitude and longitude of id i.
+"""
+
+import csv
+import io
+import math
+import posixpath
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cvmatch.data import storage
+
+SPLITS = ("train", "val")
+
+_SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG", ".JPEG")
+_NAME = re.compile(r"(?:input|output)?([0-9]{1,18})")
+_SEARCHED = 2  # levels below the given root: an archive unpacks to CVUSA_subset/CVUSA_subset
+_PICTURES = ("bingmap", "polarmap", "segmap", "sky_mask", "streetview")  # big; not searched
+
+MISSING = "no such file"
+
+_TILES_ALONE = (
+    " Pictures of tiles alone come into an index as Parquet rows of pair_id and aerial (the bytes "
+    "of a PNG or JPEG): jobs/build_index.py --rows DIRECTORY."
+)
+
+Reject = dict[str, str | None]
+"""A row that cannot be used: `pair_id` (None where the line names none), `file`, `reason`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the parts of a data set lie."""
+
+    root: str
+    """Directory that the paths in the CSVs start from."""
+    tables: dict[str, str]
+    """CSV of each split that is there."""
+    locations: str | None
+    """CSV of positions, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a split's CSV: the stated paths, which need not be the files' true names."""
+
+    pair_id: str | None
+    """Seven digits; None where the line cannot be used, as `reason` then says."""
+    aerial: str
+    ground: str
+    reason: str = ""
+
+
+def find(root: str) -> Layout:
+    """The data set at `root`, or in the only directory at most two levels below that holds one.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    level = [storage.absolute(root).rstrip("/")]
+    for depth in range(_SEARCHED + 1):
+        found = [layout for place in level if (layout := _layout_at(place))]
+        if len(found) > 1:
+            raise ValueError(
+                f"{root}: expected one CVUSA data set, got {[layout.root for layout in found]}. "
+                "Pass the one you mean as the root (this job's flag that ends in .root)."
+            )
+        if found:
+            return found[0]
+        if depth < _SEARCHED:
+            level = [below for place in level for below in _directories(place)]
+    names = storage.names(root)
+    alone = any(map(_is_picture, names))
+    raise ValueError(
+        f"{root}: expected train-19zl.csv or val-19zl.csv (CVUSA subset), or the same in splits/ "
+        f"(CVUSA), there or at most {_SEARCHED} levels below; got {names[:12]}. "
+        "Pass the directory that holds bingmap/ and streetview/ as the root (this job's flag that "
+        f"ends in .root).{_TILES_ALONE if alone else ''}"
+    )
+
+
+def read_rows(table: str) -> list[Row]:
+    """The lines of a split's CSV: aerial, ground, ignored columns; a header is left out.
+
+    Raises:
+        ValueError: no rows, not a CSV, or an id twice; names file, ids and lines.
+    """
+    rows, lines, twice = [], {}, []
+    for line, cells in _read_csv(table):
+        if not any(cells) or (line == 1 and not any(map(_is_picture, cells))):
+            continue
+        row = _row(line, cells)
+        rows.append(row)
+        if row.pair_id is not None and lines.setdefault(row.pair_id, line) != line:
+            twice.append(f"{row.pair_id} (lines {lines[row.pair_id]} and {line})")
+    if twice:
+        raise ValueError(
+            f"{table}: expected each id once, got {len(twice)} again: {_some(twice)}. "
+            "Remove the repeated lines."
+        )
+    if not rows:
+        raise ValueError(f"{table}: expected rows of aerial and ground paths, got an empty split.")
+    return rows
+
+
+def check_apart(layout: Layout, split: str, rows: list[Row]) -> None:
+    """Raise ValueError, naming ids and files, where an id stands in another split too."""
+    ids = {row.pair_id for row in rows if row.pair_id}
+    for other in sorted(set(layout.tables) - {split}):
+        shared = sorted(
+            row.pair_id for row in read_rows(layout.tables[other]) if row.pair_id in ids
+        )
+        if shared:
+            raise ValueError(
+                f"{layout.tables[split]} and {layout.tables[other]}: expected no id in both, got "
+                f"{len(shared)}: {_some(shared)}. Evaluation would see trained pairs; remove them "
+                "from one file."
+            )
+
+
+def read_positions(locations: str) -> list[tuple[float, float] | None]:
+    """(latitude, longitude) in degrees of id i + 1 at place i; None where a line is empty.
+
+    Raises:
+        ValueError: a line (but the first, a header) holds no position; names it.
+    """
+    positions: list[tuple[float, float] | None] = []
+    for line, cells in _read_csv(locations):
+        try:
+            at = (float(cells[0]), float(cells[1])) if any(cells) else None
+        except (ValueError, IndexError):
+            if line == 1:
+                continue
+            at = (math.nan, math.nan)
+        if at and not (abs(at[0]) <= 90 and abs(at[1]) <= 180):
+            raise ValueError(
+                f"{locations} line {line}: expected latitude (-90 to 90) and longitude (-180 to "
+                f"180) first, got {cells[:2]}. Mend the line, or remove the file to go without."
+            )
+        positions.append(at)
+    return positions
+
+
+class Listing:
+    """Finds files below a root by stated path, leniently; lists each directory once."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._folders: dict[str, str | None] = {"": ""}
+        self._names: dict[str, frozenset[str]] = {}
+
+    def find(self, stated: str) -> str | None:
+        """The file that `stated` means, relative to the root; None where there is none.
+
+        Folders may differ in case (`Streetview/`); names in extension and in the prefix `input`.
+
+        Raises:
+            ValueError: `stated` leaves the root.
+        """
+        storage.inside(self._root, stated)
+        parts = [part for part in stated.replace("\\", "/").split("/") if part not in ("", ".")]
+        folder = self._folder("/".join(parts[:-1]))
+        if folder is None:
+            return None
+        stem, suffix = posixpath.splitext(parts[-1])
+        bare = stem.removeprefix("input").removeprefix("output")
+        names = self._list(folder)
+        for name in dict.fromkeys((stem, bare, f"input{bare}")):
+            for ending in (suffix, *_SUFFIXES):
+                if f"{name}{ending}" in names:
+                    return posixpath.join(folder, f"{name}{ending}")
+        return None
+
+    def _folder(self, stated: str) -> str | None:
+        if stated not in self._folders:
+            above, name = posixpath.split(stated)
+            parent, found = self._folder(above), None
+            if parent is not None:
+                names = self._list(parent)
+                alike = sorted(other for other in names if other.lower() == name.lower())
+                found = name if name in names else (alike or [None])[0]
+            self._folders[stated] = None if found is None else posixpath.join(parent or "", found)
+        return self._folders[stated]
+
+    def _list(self, folder: str) -> frozenset[str]:
+        if folder not in self._names:
+            place = storage.inside(self._root, folder) if folder else self._root
+            self._names[folder] = frozenset(storage.names(place))
+        return self._names[folder]
+
+
+def find_files(listing: Listing, row: Row) -> list[str | None] | Reject:
+    """Aerial, ground and (or None) class map of a row, or what is wrong with it."""
+    if row.pair_id is None:
+        return {"pair_id": None, "file": row.aerial, "reason": row.reason}
+    files = []
+    for stated in (row.aerial, row.ground):
+        try:
+            files.append(listing.find(stated))
+        except ValueError as error:
+            return {"pair_id": row.pair_id, "file": stated, "reason": str(error)}
+        if files[-1] is None:
+            return {"pair_id": row.pair_id, "file": stated, "reason": MISSING}
+    return [*files, listing.find(f"segmap/output{row.pair_id}.png")]
+
+
+def _layout_at(root: str) -> Layout | None:
+    names = storage.names(root)
+    alike = {name.lower(): name for name in names}
+    for folder in ("", alike.get("splits")):
+        if folder is None:
+            continue
+        place = storage.inside(root, folder) if folder else root
+        held = storage.names(place) if folder else names
+        tables = {
+            s: storage.join(place, f"{s}-19zl.csv") for s in SPLITS if f"{s}-19zl.csv" in held
+        }
+        if tables:
+            return Layout(root=root, tables=tables, locations=_locations(root, alike))
+    return None
+
+
+def _locations(root: str, alike: dict[str, str]) -> str | None:
+    folder = alike.get("split_locations")
+    if folder and "all.csv" in storage.names(storage.inside(root, folder)):
+        return storage.inside(root, f"{folder}/all.csv")
+    return storage.join(root, "all.csv") if "all.csv" in alike.values() else None
+
+
+def _directories(place: str) -> list[str]:
+    """Directories in which a data set may lie: not hidden ones, macOS's, or those of pictures."""
+    return [
+        storage.inside(place, name)
+        for name in storage.names(place, directories=True)
+        if not name.startswith((".", "__MACOSX")) and name.lower() not in _PICTURES
+    ]
+
+
+def _read_csv(table: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number, from 1, and stripped cells of each line; CRLF, BOM and a bare end are fine."""
+    try:
+        text = storage.read_bytes(table).decode("utf-8-sig")
+        lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+        for cells in lines:
+            yield lines.line_num, [cell.strip() for cell in cells]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table}: expected a CSV in UTF-8, got {error}.") from error
+
+
+def _row(line: int, cells: list[str]) -> Row:
+    if len(cells) < 2:
+        return Row(None, cells[0], "", f"line {line}: expected an aerial and a ground path")
+    aerial, ground = cells[:2]
+    pair_id, other = _id_of(aerial), _id_of(ground)
+    if pair_id is None or other is None:
+        stated = aerial if pair_id is None else ground
+        return Row(None, stated, "", f"line {line}: not named by an id, as input0000001.png is")
+    if pair_id != other:
+        return Row(None, aerial, ground, f"line {line}: its ground is another id's, {ground}")
+    return Row(pair_id, aerial, ground)
+
+
+def _id_of(stated: str) -> str | None:
+    """The id in a file's name, as seven digits; None for any other name, such as macOS's `._*`."""
+    stem = posixpath.splitext(posixpath.basename(stated.replace("\\", "/")))[0]
+    match = _NAME.fullmatch(stem)
+    return f"{int(match[1]):07d}" if match else None
+
+
+def _is_picture(cell: str) -> bool:
+    return cell.lower().endswith(_SUFFIXES)
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")

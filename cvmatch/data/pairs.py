@@ -1,0 +1,344 @@
+"""A CVUSA root and a split -> rows keyed by pair_id, with encoded pictures (`schema.PAIRS`).
+
+The driver plans from CSVs and listings (`layout`). A Ray Data job decodes every picture once, and
+leaves `pairs.parquet` (usable rows: paths, positions), `rejected.jsonl` (the others and why) and
+`ingest.json` (counts) in the cache. Streams start at a Read of `pairs.parquet`, so that Ray Data's
+checkpoints can resume them, and fetch the pictures block by block.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from pyarrow import fs
+from ray.data import DataContext, Dataset
+
+from cvmatch.data import cvusa, images, schema, storage
+from cvmatch.data.schema import AERIAL, CLASSES, ERROR, GROUND, LATITUDE, LONGITUDE, PAIR_ID
+from cvmatch.runtime import progress, session
+
+FILES = {AERIAL: "aerial_file", GROUND: "ground_file", CLASSES: "classes_file"}
+"""Column of the rows -> column of `pairs.parquet` with its file, relative to the data root."""
+
+PLAN = pa.schema(
+    [
+        pa.field(PAIR_ID, pa.string(), nullable=False),
+        *(pa.field(name, pa.string()) for name in FILES.values()),  # classes_file: null where none
+        pa.field(LATITUDE, pa.float64()),
+        pa.field(LONGITUDE, pa.float64()),
+    ]
+)
+"""Columns of `pairs.parquet`."""
+
+PAIRS, REJECTED = "pairs.parquet", "rejected.jsonl"
+"""Names in the cache."""
+
+MAX_BYTES = 256 * 2**20
+"""Largest picture file that is read, in bytes: above any PNG of `images.MAX_PIXELS` pixels."""
+
+Content = tuple[bytes | None, str | None]
+"""Bytes of a file, or why there are none; both None where no file is named."""
+
+_CHECKED = 64  # rows a verify task: 0.5 s or more of decoding, against 40 ms that a task costs
+_FETCHES = 8  # files a task reads at a time, so that a remote store's delays overlap
+_PART = 65_536  # rows a part of the plan, in the object store and in pairs.parquet
+_FAULTS = pa.schema([(PAIR_ID, pa.string()), ("file", pa.string()), ("reason", pa.string())])
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingest:
+    """A split of a data set in the layout of CVUSA or of its published subset."""
+
+    root: str = "data/world"
+    """Directory, or URI, of the data set, or one at most two levels above it."""
+    split: Literal["train", "val"] = "train"
+    """Which of the two CSVs."""
+    cache: str = ""
+    """Directory for the checked rows of each split; empty: `.cvmatch` in the data set."""
+    max_rejected: float = 0.05
+    """Largest share of the rows, in [0, 1], that may be unusable; above it the job stops."""
+    recheck: bool = False
+    """Decode all pictures again; for files that changed while the CSVs did not."""
+    block: int = 32
+    """Rows a block: what one task reads, and what a resumed stream repeats at most."""
+    limit: int = 0
+    """Rows of the CSV to take, from its top; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.limit < 0 or not 0 <= self.max_rejected <= 1:
+            raise ValueError(
+                "Ingest: expected block >= 1, limit >= 0 and max_rejected in [0, 1], got block "
+                f"{self.block}, limit {self.limit}, max_rejected {self.max_rejected}."
+            )
+
+
+def ingest(config: Ingest, pictures: Collection[str] = tuple(FILES)) -> Dataset:
+    """Rows of a split, with the columns of `schema.PAIRS`; of those in FILES only `pictures`.
+
+    A row whose file has gone since the check has null there, and says so in `error`.
+
+    Raises:
+        ValueError: no data set or split there, an id twice or in both splits, no usable row, more
+            unusable rows than `max_rejected`, or a cache that cannot be written.
+    """
+    found = cvusa.find(config.root)
+    cache = _cache(config, found)
+    _ready(config, found, cache)
+    filesystem, path = storage.resolve(storage.join(cache, PAIRS))
+    # One read task for the one file: left to itself, Ray cuts it into other blocks than are asked
+    # for next, hence more parts and other batches, on which the last bits of a picture depend.
+    rows = ray.data.read_parquet(path, filesystem=filesystem, override_num_blocks=1)
+    rows = rows.repartition(target_num_rows_per_block=config.block)
+    read = partial(read_pictures, root=found.root, pictures=pictures)
+    return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
+
+
+def apart(data: Ingest, val: Ingest | None) -> None:
+    """Check that a training is not judged by its own rows.
+
+    Raises:
+        ValueError: both are the same split of the same root.
+    """
+    if val and (storage.absolute(data.root), data.split) == (storage.absolute(val.root), val.split):
+        raise ValueError(
+            f"validation: expected other rows than in training, got the split {val.split!r} of "
+            f"{val.root} for both. Pass another one with --val.root and --val.split."
+        )
+
+
+def fingerprint(config: Ingest) -> str:
+    """Hash (SHA-256) of the rows that `ingest` gives: ids, positions, names and sizes of pictures.
+
+    Sizes stand for the content: a data set that is made anew at its place has others. Pictures are
+    checked as by `ingest`; where that is done already, it needs no Ray.
+
+    Raises:
+        ValueError: as `ingest`.
+    """
+    found = cvusa.find(config.root)
+    cache = _cache(config, found)
+    _ready(config, found, cache)
+    rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(cache, PAIRS))))
+    filesystem, base = storage.resolve(found.root)
+    files = {file for name in FILES.values() for file in rows[name].to_pylist() if file}
+    folders = sorted({f"{base}/{file}".rpartition("/")[0] for file in files})
+    there = {
+        info.path.removeprefix(f"{base}/"): info.size
+        for folder in folders
+        for info in filesystem.get_file_info(fs.FileSelector(folder))
+    }
+    sizes = [there.get(file) for file in sorted(files)]
+    return hashlib.sha256(json.dumps([rows.to_pylist(), sizes]).encode()).hexdigest()
+
+
+def accepted(config: Ingest) -> int:
+    """Number of rows that the last `ingest` of this split gave."""
+    cache = _cache(config, cvusa.find(config.root))
+    return storage.read_json(storage.join(cache, "ingest.json"))["accepted"]
+
+
+def rejected(config: Ingest) -> list[cvusa.Reject]:
+    """What the last `ingest` of this split left out, with reasons."""
+    text = storage.read_text(storage.join(_cache(config, cvusa.find(config.root)), REJECTED))
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(FILES)) -> pa.Table:
+    """Rows of PLAN -> rows of `schema.PAIRS`, with the bytes of the files below `root`.
+
+    Of the columns in FILES only `pictures`; what is wrong with the others is not seen.
+    """
+    columns: dict[str, Any] = {name: rows[name] for name in (PAIR_ID, LATITUDE, LONGITUDE)}
+    errors: list[str | None] = [None] * len(rows)
+    for column in pictures:
+        files = rows[FILES[column]].to_pylist()
+        columns[column] = []
+        for at, (data, why) in enumerate(_fetch(root, files)):
+            columns[column].append(data)
+            if why and errors[at] is None:
+                errors[at] = f"{column} {files[at]}: {why}"
+    columns[ERROR] = errors
+    fields = [field for field in schema.PAIRS if field.name in columns]
+    return pa.table(columns, schema=pa.schema(fields))
+
+
+def check_pictures(rows: pa.Table, root: str) -> pa.Table:
+    """Rows of PLAN -> as many of `pair_id`, `file`, `reason`: the first fault, or nulls."""
+    faults: list[tuple[str | None, str | None]] = [(None, None)] * len(rows)
+    for column, named in FILES.items():
+        files = rows[named].to_pylist()
+        for at, (data, why) in enumerate(_fetch(root, files)):
+            reason = why if data is None else _fault(data, column)
+            if reason and faults[at][0] is None:
+                faults[at] = (files[at], reason)
+    columns = [rows[PAIR_ID], [file for file, _ in faults], [reason for _, reason in faults]]
+    return pa.table(dict(zip(_FAULTS.names, columns, strict=True)), schema=_FAULTS)
+
+
+def plan(found: cvusa.Layout, rows: Iterable[cvusa.Row]) -> tuple[pa.Table, list[cvusa.Reject]]:
+    """The rows whose files are there, as PLAN, and the others; opens no picture."""
+    listing = cvusa.Listing(found.root)
+    positions = cvusa.read_positions(found.locations) if found.locations else []
+    columns: dict[str, list] = {name: [] for name in PLAN.names}
+    rejects: list[cvusa.Reject] = []
+    for row in rows:
+        files = cvusa.find_files(listing, row)
+        if isinstance(files, dict):
+            rejects.append(files)
+            continue
+        number = int(row.pair_id or 0)
+        at = positions[number - 1] if 0 < number <= len(positions) else None
+        values = (row.pair_id, *files, *(at or (None, None)))
+        for name, value in zip(PLAN.names, values, strict=True):
+            columns[name].append(value)
+    return pa.table(columns, schema=PLAN), rejects
+
+
+def _ready(config: Ingest, found: cvusa.Layout, cache: str) -> None:
+    """Leave checked rows in the cache, or take those of an earlier run where they fit."""
+    if config.split not in found.tables:
+        raise ValueError(
+            f"{found.root}: expected {config.split}-19zl.csv beside {list(found.tables.values())}, "
+            "got none. Add the file, or take another split."
+        )
+    fingerprint = _fingerprint(config, found)
+    state = storage.join(cache, "ingest.json")
+    counts = storage.read_json(state) if storage.exists(state) else {}
+    fits = not config.recheck and counts.get("fingerprint") == fingerprint
+    # Where too many rows failed, the files may have been mended since: look again.
+    if not fits or _share(counts) > config.max_rejected:
+        rows = cvusa.read_rows(found.tables[config.split])
+        cvusa.check_apart(found, config.split, rows)
+        try:
+            storage.write_json(state, {})  # so that nothing half-written is taken for whole
+        except OSError as error:
+            raise ValueError(
+                f"{state}: expected a place to keep the checked rows, got {error}. Where the data "
+                "set is read-only, pass a directory with this job's flag that ends in .cache."
+            ) from error
+        counts = _verify(found, rows[: config.limit or None], cache, f"check {config.split}")
+        storage.write_json(state, {"fingerprint": fingerprint, **counts})  # vouches for the others
+    _judge(config, found.tables[config.split], cache, counts)
+
+
+def _fingerprint(config: Ingest, found: cvusa.Layout) -> str:
+    """Hash of all that the cached rows depend on, but for the pictures themselves."""
+    settings = [schema.VERSION, images.MAX_PIXELS, MAX_BYTES, config.split, config.limit]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for table in (*found.tables.values(), found.locations):
+        digest.update(hashlib.sha256(storage.read_bytes(table) if table else b"").digest())
+    return digest.hexdigest()
+
+
+def _verify(found: cvusa.Layout, rows: list[cvusa.Row], cache: str, label: str) -> dict[str, int]:
+    """Check all pictures and write pairs.parquet and rejected.jsonl; gives the counts."""
+    pairs, rejects = plan(found, rows)
+    rejects += _check(pairs, found.root, label)
+    bad = {reject[PAIR_ID] for reject in rejects}
+    good = pa.array([pair_id not in bad for pair_id in pairs[PAIR_ID].to_pylist()], pa.bool_())
+    pairs = pairs.filter(good)
+    lines = [json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects]
+    storage.write_text(storage.join(cache, REJECTED), "".join(lines))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pairs, sink, row_group_size=_PART)
+    storage.write_bytes(storage.join(cache, PAIRS), sink.getvalue().to_pybytes())
+    return {"accepted": len(pairs), "rejected": len(rejects)}
+
+
+def _check(pairs: pa.Table, root: str, label: str) -> list[cvusa.Reject]:
+    """Run `check_pictures` as Ray tasks; only verdicts come back to the driver."""
+    if not len(pairs):
+        return []
+    session.start()
+    context = DataContext.get_current()
+    before, context.checkpoint_config = context.checkpoint_config, None  # for the caller's stream
+    rejects, done = [], 0
+    try:
+        parts = [pairs.slice(at, _PART) for at in range(0, len(pairs), _PART)]
+        rows = ray.data.from_arrow(parts).repartition(target_num_rows_per_block=_CHECKED)
+        check = partial(check_pictures, root=root)
+        verdicts = rows.map_batches(check, batch_size=None, batch_format="pyarrow")
+        with progress.watch(label, len(pairs), lambda: done):
+            for batch in verdicts.iter_batches(batch_size=None, batch_format="pyarrow"):
+                table = cast(pa.Table, batch)
+                rejects += table.filter(pc.field("reason").is_valid()).to_pylist()
+                done += len(table)
+    finally:
+        context.checkpoint_config = before
+    return rejects
+
+
+def _judge(config: Ingest, table: str, cache: str, counts: dict[str, int]) -> None:
+    """Raise ValueError where too many rows, or all, are unusable."""
+    if not counts["rejected"]:
+        return
+    some = "; ".join(f"{row['file']}: {row['reason']}" for row in rejected(config)[:3])
+    text = (
+        f"{table}: expected at most {config.max_rejected:.1%} unusable rows, got "
+        f"{_share(counts):.1%} ({counts['rejected']}), such as {some}. "
+        f"All are in {storage.join(cache, REJECTED)}."
+    )
+    if _share(counts) > config.max_rejected or not counts["accepted"]:
+        raise ValueError(
+            f"{text} Mend the files, or allow more (this job's flag of the data set that ends in "
+            ".max-rejected)."
+        )
+    _log.warning(text)
+
+
+def _share(counts: dict[str, int]) -> float:
+    return counts["rejected"] / max(1, counts["accepted"] + counts["rejected"])
+
+
+def _cache(config: Ingest, found: cvusa.Layout) -> str:
+    """The cache's directory for this split (and limit) of this data set."""
+    part = f"{config.split}-{config.limit}" if config.limit else config.split
+    if not config.cache:
+        return storage.join(found.root, ".cvmatch", part)
+    # Two data sets may share a cache: the same id is another picture in each.
+    own = hashlib.sha256(found.root.encode()).hexdigest()[:8]
+    return storage.join(storage.absolute(config.cache), own, part)
+
+
+def _fetch(root: str, files: list[str | None]) -> list[Content]:
+    """Content of each file."""
+    filesystem, base = storage.resolve(root)  # once: a connection, on a remote store
+    with ThreadPoolExecutor(_FETCHES) as pool:
+        return list(pool.map(lambda file: _read(filesystem, base, file), files))
+
+
+def _read(filesystem: fs.FileSystem, base: str, file: str | None) -> Content:
+    if file is None:
+        return None, None
+    try:
+        with filesystem.open_input_file(f"{base}/{file}") as stream:
+            size = stream.size()
+            if size > MAX_BYTES:
+                return None, f"{size} bytes, at most {MAX_BYTES} allowed"
+            return stream.read(), None
+    except FileNotFoundError:
+        return None, cvusa.MISSING
+    except OSError as error:
+        return None, f"cannot be read: {error}"
+
+
+def _fault(data: bytes, column: str) -> str | None:
+    """What is wrong with a picture, or None."""
+    try:
+        mode = images.open_image(data).mode
+    except images.BadImage as error:
+        return str(error)
+    if column == CLASSES and mode != "RGB":
+        return f"mode {mode}, expected RGB (a map in the palette's colours)"
+    return None

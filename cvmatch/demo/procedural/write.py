@@ -1,0 +1,257 @@
+"""Write worlds as a CVUSA directory.
+
+One Ray Data read task a world writes its files; pictures never pass the driver.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from jaxtyping import UInt8
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from cvmatch.data import storage
+from cvmatch.data.images import colours_of, encode
+from cvmatch.demo.procedural.pairs import Difficulty, Pair, Sizes, pairs, world_seed
+from cvmatch.runtime import progress
+
+_POLAR = (128, 512)
+"""Height and width of CVUSA's polar views, in pixels."""
+_METRES = 111_320.0
+"""Metres in a degree of latitude."""
+_ROWS = pa.schema(
+    [
+        ("pair_id", pa.string()),
+        ("split", pa.string()),
+        ("latitude", pa.float64()),
+        ("longitude", pa.float64()),
+    ]
+)
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeWorld:
+    """Write an embedded CVUSA: `python -m cvmatch.demo.procedural --output data/demo`."""
+
+    output: str = "data/world"
+    """Directory, or a URI that cvmatch.data.storage opens; all nodes must reach it."""
+    preset: Literal["tiny", "demo", "standard", "large"] = "demo"
+    """Sizes and counts of train + val pairs: tiny 24 + 12, demo 960 + 320, standard 2,000 + 500,
+    and large 20,000 + 2,000 in CVUSA's own sizes."""
+    layout: Literal["subset", "official"] = "subset"
+    """CVUSA_subset with class maps, or CVPR_subset (with the class maps added)."""
+    train: int | None = None
+    """Training pairs, rounded up to whole worlds; None takes the preset's."""
+    val: int | None = None
+    """Held-out pairs, rounded up to whole worlds; None takes the preset's."""
+    difficulty: Difficulty = field(default_factory=Difficulty)
+    """What makes matching harder."""
+    near_gallery: bool = False
+    """Held-out pairs come from a quarter of the worlds, so tiles that overlap compete."""
+    polar: bool = False
+    """Also write the polar views, 128 x 512."""
+    seed: int = 0
+    """Data sets of different seeds share no world. Those of one seed share worlds, in other splits
+    where `train` differs: measure a model on the data set that it was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Preset:
+    sizes: Sizes
+    cameras: int
+    train: int
+    val: int
+
+
+_SMALL = Sizes(aerial=128, panorama=(64, 256))
+_PRESETS = {
+    "tiny": _Preset(sizes=Sizes(aerial=64, panorama=(64, 256)), cameras=6, train=24, val=12),
+    "demo": _Preset(sizes=_SMALL, cameras=16, train=960, val=320),
+    "standard": _Preset(sizes=_SMALL, cameras=16, train=2000, val=500),
+    "large": _Preset(sizes=Sizes(), cameras=16, train=20_000, val=2_000),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """One world of a data set."""
+
+    index: int
+    split: Split
+    first: int  # id of its first pair
+    cameras: int
+
+
+def make_world(config: MakeWorld) -> dict[str, int]:
+    """Write the data set; gives the number of pairs by split. Writing again gives the same bytes.
+
+    Raises:
+        ValueError: `train` or `val` is not positive.
+    """
+    places = _plan(config)
+    source = _Worlds(config, storage.absolute(config.output), places)
+    rows = ray.data.read_datasource(source, override_num_blocks=len(places))
+    total, written = sum(place.cameras for place in places), []
+    with progress.watch("world", total, lambda: len(written)):
+        for row in rows.iter_rows():
+            written.append((row["pair_id"], row["split"], row["latitude"], row["longitude"]))
+    counts = {"train": 0, "val": 0}
+    for _, split, _, _ in written:
+        counts[split] += 1
+    assert len(written) == total, "a world gave too few pairs"
+    _write_lists(config, sorted(written))
+    return counts
+
+
+def _plan(config: MakeWorld) -> list[_Place]:
+    preset = _PRESETS[config.preset]
+    train = preset.train if config.train is None else config.train
+    val = preset.val if config.val is None else config.val
+    if min(train, val) < 1:
+        raise ValueError(
+            f"expected at least 1 pair in each split, got train={train}, val={val}. "
+            "Set --train and --val to positive numbers."
+        )
+    crowd = min(4 * preset.cameras, val) if config.near_gallery else preset.cameras
+    places, first = [], 1
+    wanted: tuple[tuple[Split, int, int], ...] = (
+        ("train", train, preset.cameras),
+        ("val", val, crowd),
+    )
+    for split, count, cameras in wanted:
+        for _ in range(math.ceil(count / cameras)):
+            places.append(_Place(index=len(places), split=split, first=first, cameras=cameras))
+            first += cameras
+    return places
+
+
+class _Worlds(Datasource):
+    """One read task a world: it writes the world's files and gives a row a pair."""
+
+    def __init__(self, config: MakeWorld, root: str, places: list[_Place]) -> None:
+        super().__init__()
+        self.config = config
+        self.root = root
+        self.places = places
+
+    def get_name(self) -> str:
+        """Name in Ray's progress display."""
+        return "World"
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all rows; the pictures go to files."""
+        return sum(place.cameras for place in self.places) * 64
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: ray.data.DataContext | None = None,
+    ) -> list[ReadTask]:
+        """One task a world, whatever parallelism is asked for."""
+        return [self._task(place, per_task_row_limit) for place in self.places]
+
+    def _task(self, place: _Place, limit: int | None) -> ReadTask:
+        size = BlockMetadata(
+            num_rows=place.cameras, size_bytes=place.cameras * 64, input_files=None, exec_stats=None
+        )
+        # A partial of a module's function: a bound method would carry all places to every task.
+        read: Callable[[], Iterator[pa.Table]] = partial(
+            _write_world, self.config, self.root, place
+        )
+        return ReadTask(read, size, schema=_ROWS, per_task_row_limit=limit)
+
+
+def _write_world(config: MakeWorld, root: str, place: _Place) -> Iterator[pa.Table]:
+    seed = world_seed(config.seed, place.index)
+    south, west = _anchor(place.index)
+    sizes = _PRESETS[config.preset].sizes
+    rows = []
+    for camera, pair in enumerate(pairs(seed, place.cameras, sizes, config.difficulty)):
+        name = f"{place.first + camera:07d}"
+        for path, data in _files(config, name, pair):
+            storage.write_bytes(storage.join(root, path), data)
+        longitude = west + pair.east / (_METRES * math.cos(math.radians(south)))
+        rows.append(
+            {
+                "pair_id": name,
+                "split": place.split,
+                "latitude": south + pair.north / _METRES,
+                "longitude": longitude,
+            }
+        )
+    yield pa.Table.from_pylist(rows, schema=_ROWS)
+
+
+def _anchor(index: int) -> tuple[float, float]:
+    """Latitude and longitude of a world's south-west corner, in the middle of the Atlantic.
+
+    A grid of 0.05 degrees: 3.5 km or more between worlds, for 120,000 worlds.
+    """
+    row, column = divmod(index, 200)
+    return 20.0 + 0.05 * row, -45.0 + 0.05 * column
+
+
+def _files(config: MakeWorld, name: str, pair: Pair) -> Iterator[tuple[str, bytes]]:
+    """Relative path and content of each file of a pair."""
+    colours = colours_of(pair.classes)
+    yield f"segmap/output{name}.png", encode(colours)
+    if config.layout == "subset":
+        yield f"bingmap/input{name}.png", encode(pair.aerial)
+        yield f"streetview/{name}.jpg", encode(pair.panorama, "JPEG")
+        if config.polar:
+            yield f"polarmap/normal/input{name}.png", encode(_polar(pair.aerial))
+            yield f"polarmap/segmap/output{name}.png", encode(_polar(colours, nearest=True))
+        return
+    yield f"bingmap/19/{name}.jpg", encode(pair.aerial, "JPEG")
+    yield f"streetview/panos/{name}.jpg", encode(pair.panorama, "JPEG")
+    yield f"streetview/annotations/{name}.png", encode(pair.annotation)
+    if config.polar:
+        yield f"polarmap/19/{name}.png", encode(_polar(pair.aerial))
+
+
+def _polar(
+    tile: UInt8[np.ndarray, "size size 3"], nearest: bool = False
+) -> UInt8[np.ndarray, "height width 3"]:
+    # Here, because torch takes seconds and 300 MB in every worker, which only polar views need.
+    from cvmatch.data.geometry import polar_image  # noqa: PLC0415
+
+    return polar_image(tile, *_POLAR, nearest=nearest)
+
+
+def _write_lists(config: MakeWorld, rows: list[tuple[str, str, float, float]]) -> None:
+    """The lists of splits and locations, in the form and with the quirks of CVUSA's own."""
+    for split in ("train", "val"):
+        names = [name for name, part, _, _ in rows if part == split]
+        order = np.random.default_rng([config.seed, len(names)]).permutation(len(names))
+        names = [names[position] for position in order]
+        path, text = (_subset if config.layout == "subset" else _official)(split, names)
+        storage.write_text(storage.join(config.output, path), text)
+    places = [f"{lat:.8f},{lon:.8f}" for _, _, lat, lon in rows]
+    text = "".join(f"{place},{place},0.0\n" for place in places)
+    storage.write_text(storage.join(config.output, "split_locations", "all.csv"), text)
+
+
+def _subset(split: str, names: list[str]) -> tuple[str, str]:
+    # The published lists are like this: CRLF, no last newline in train, and columns 2 and 3 name
+    # files that do not exist (an `input` too many, and in val the wrong extension).
+    kind = "jpg" if split == "train" else "png"
+    views = [(name, f"streetview/input{name}.{kind}") for name in names]
+    text = "\r\n".join(f"bingmap/input{name}.png,{view},{view}" for name, view in views)
+    return f"{split}-19zl.csv", text if split == "train" else text + "\r\n"
+
+
+def _official(split: str, names: list[str]) -> tuple[str, str]:
+    rows = (
+        f"bingmap/19/{name}.jpg,streetview/panos/{name}.jpg,streetview/annotations/{name}.png\n"
+        for name in names
+    )
+    return f"splits/{split}-19zl.csv", "".join(rows)

@@ -1,0 +1,1 @@
+"""Measure a matcher, its index and the models behind its queries."""

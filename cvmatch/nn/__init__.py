@@ -1,0 +1,1 @@
+"""What several stages share: backbones, base models, randomness, metrics."""

@@ -1,0 +1,73 @@
+"""Base models by hub id or directory: safetensors only, and advice where a model cannot be had."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pyarrow import fs
+from transformers.utils import logging as transformers_logging
+
+from cvmatch.data import storage
+
+
+@contextmanager
+def located(name: str, flag: str) -> Iterator[dict[str, Any]]:
+    """Turn a failed `from_pretrained(name)` into advice; gives the arguments that loading needs.
+
+        with located(config.clip, "--clip") as safe:
+            model = CLIPVisionModel.from_pretrained(config.clip, **safe)
+
+    The arguments ask for safetensors, so nothing is unpickled. `flag` is the command-line flag that
+    takes a directory in place of the hub's id.
+
+    Raises:
+        ValueError: there is no such directory, the hub cannot be reached, or there are no
+            safetensors; says what to download and which flag takes its directory.
+    """
+    transformers_logging.disable_progress_bar()  # weights of a laptop load in milliseconds
+    transformers_logging.set_verbosity_error()  # a new head for new classes is no mishap
+    try:
+        yield {"use_safetensors": True}
+    except OSError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{flag} {name}: expected a directory with *.safetensors and *.json as save_pretrained "
+            f"writes it, or the id of a model on the Hugging Face hub. Got: {reason} "
+            f"{_advice(name)} Then pass {flag} DIR."
+        ) from error
+
+
+def anywhere(name: str) -> str:
+    """`name` so that it means the same in every process (Ray's workers change directory).
+
+    A directory that is there becomes absolute; anything else is taken for a hub id and kept.
+    """
+    return storage.absolute(name) if "://" in name or os.path.isdir(name) else name
+
+
+@contextmanager
+def fetched(location: str) -> Iterator[str]:
+    """A local directory with the content of `location`, for libraries that read only local files.
+
+    A local directory is given as it is; one behind a URI is copied for as long as the block lasts.
+    """
+    if "://" not in location:
+        yield storage.absolute(location)
+        return
+    filesystem, path = storage.resolve(location)
+    with tempfile.TemporaryDirectory(prefix="cvmatch-") as directory:
+        fs.copy_files(path, directory, source_filesystem=filesystem)
+        yield directory
+
+
+def _advice(name: str) -> str:
+    if os.path.isdir(name):
+        return "Where only *.bin is there, from_pretrained(...).save_pretrained(DIR) converts it."
+    if os.path.isabs(name) or name.startswith("."):
+        return "Check the path; a base model is downloaded with `hf download ID --local-dir DIR`."
+    return (
+        f"On a machine with access run `hf download {name} --local-dir DIR` (where that holds no "
+        "safetensors, from_pretrained(...).save_pretrained(DIR)) and copy DIR here."
+    )

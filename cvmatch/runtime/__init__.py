@@ -1,0 +1,1 @@
+"""Ray and the machine: sessions, actor pools, streams, progress, tracking."""

@@ -1,0 +1,134 @@
+"""Synthesized rows + an index -> the best tiles of each row, in a stream on Ray that resumes."""
+
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from cvmatch import config as configs
+from cvmatch.data import manifest, schema, storage
+from cvmatch.index.ranking import Mode, rank
+from cvmatch.index.reader import Index
+from cvmatch.match.fusion import Level
+from cvmatch.match.infer import Embed, EmbedQuery, embed_queries
+from cvmatch.runtime import session
+from cvmatch.runtime.session import Pool
+from cvmatch.runtime.stream import Stream, write_stream
+from cvmatch.search.files import query_of
+
+TILES, SCORES = "tiles", "scores"
+"""Columns of the output: pair_ids of the best tiles, best first, and their exact scores."""
+
+ANSWERS = pa.schema(
+    [
+        schema.SYNTHESIZED.field(schema.PAIR_ID),
+        pa.field(TILES, pa.list_(pa.string())),
+        pa.field(SCORES, pa.list_(pa.float64())),
+        schema.SYNTHESIZED.field(schema.ERROR),
+    ]
+)
+"""Columns on disk; a row with an `error` has empty lists."""
+
+VERSION = 2  # 1 had no answer in blocks of rows none of which had failed
+"""Version of the answers: those of another one are not gone on with."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRows:
+    """Find the tiles of many panoramas."""
+
+    rows: str = "data/synthesized/val"
+    """URI of the rows (as jobs/synthesize.py writes)."""
+    index: str = "data/index"
+    """Directory of the index; a path that all nodes mount, or an object store."""
+    output: str = "data/found"
+    """URI of the directory of answers; the same command goes on where a killed one stopped."""
+    level: Level = "G+A+S"
+    """What a query consists of."""
+    top_k: int = 10
+    """Tiles to give for each row."""
+    mode: Mode = "auto"
+    """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
+    embed: Pool = field(default_factory=lambda: Pool(batch=32))
+    """Actors that embed queries."""
+    rank: Pool = field(default_factory=lambda: Pool(batch=32))
+    """Actors that search; each maps the index's files, which they share."""
+
+
+class RankTiles:
+    """`embedding`, `v` -> `tiles`, `scores`: a list for each row, empty where it has an `error`."""
+
+    def __init__(self, index: str, version: str, top_k: int, mode: Mode) -> None:
+        self.index, self.top_k = Index.open(index, version=version), top_k
+        self.mode: Mode = mode
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One batch."""
+        query = query_of(batch, self.index)
+        ranked = rank(self.index, query, self.top_k, self.mode)
+        tiles, scores = (np.empty(len(query.v), dtype=object) for _ in range(2))
+        errors = schema.read_errors(batch[schema.ERROR])
+        for row, error in enumerate(errors):
+            kept = int((ranked.rows[row] >= 0).sum()) if error is None else 0
+            found = self.index.about(ranked.rows[row][:kept])
+            tiles[row] = [tile[schema.PAIR_ID] for tile in found]
+            scores[row] = ranked.scores[row][:kept].tolist()
+        ids = {
+            schema.PAIR_ID: batch[schema.PAIR_ID],
+            schema.ERROR: np.array(errors, dtype=object),
+        }
+        return {**ids, TILES: tiles, SCORES: scores}
+
+
+def search_rows(config: SearchRows) -> dict[str, Any]:
+    """Write the answers and a manifest; returns the manifest. A whole output is left as it is.
+
+    Rows that had failed before pass through, without an answer; but not if all have.
+
+    Raises:
+        ValueError: no row could be searched, or see `write_stream`.
+    """
+    stream = _stream(config, Index.open(config.index), manifest.read(config.rows))
+    done = write_stream(stream)
+    if done and done.failed:
+        _log.warning("%d of %d rows have no answer; see %s", done.failed, done.rows, done.rejected)
+    return manifest.read(stream.output)
+
+
+def _stream(config: SearchRows, index: Index, source: dict[str, Any]) -> Stream:
+    asked = {name: configs.plain(config)[name] for name in ("level", "top_k", "mode")}
+    version = index.manifest["sha256"]
+    models = {"matcher": index.manifest["model"], "index": version}
+    return Stream(
+        label="search",
+        output=storage.absolute(config.output).rstrip("/"),
+        made_from={"answers": VERSION, "index": version, "rows": source, **asked},
+        rows=partial(_rows, config, index),
+        total=lambda: source["rows"],
+        columns=ANSWERS,
+        pools=(config.embed, config.rank),
+        operators={"embed": EmbedQuery.__name__, "rank": RankTiles.__name__},
+        max_rejected=1.0,
+        about={"config": config, "models": models, "source": config.rows},
+    )
+
+
+def _rows(config: SearchRows, index: Index) -> ray.data.Dataset:
+    pictures = [schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES]
+    columns = [schema.PAIR_ID, *pictures[: len(config.level.split("+"))], schema.ERROR]
+    filesystem, path = storage.resolve(config.rows)
+    rows: Any = ray.data.read_parquet(
+        path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]
+    )
+    seen = embed_queries(rows, Embed(model=index.heads, level=config.level, pool=config.embed))
+    place = config.index if "://" in config.index else storage.absolute(config.index)
+    # The version that embeds: another may become the current one while this runs.
+    version = index.manifest["version"]
+    arguments = {"version": version, "top_k": config.top_k, "mode": config.mode}
+    return session.map_actors(seen, RankTiles, config.rank, index=place, **arguments)

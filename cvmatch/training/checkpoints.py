@@ -1,0 +1,209 @@
+"""The directory of a training run: a checkpoint for each epoch, and the ledger that lists them.
+
+    <storage>/<name>/epochs.json       what the run is, and the metrics of each finished epoch
+    <storage>/<name>/progress.json     the step it is at
+    <storage>/<name>/epoch_0003/       model/ (for inference), state.pt (to resume), curve.json,
+                                       pictures
+
+Both ways of training (Ray Train, this process) write it alike. An epoch counts once it is in the
+ledger, and it gets there after its checkpoint is whole.
+"""
+
+import logging
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from pyarrow import fs
+from ray.train import Checkpoint, Result, UserCallback
+
+from cvmatch.data import images, storage
+from cvmatch.runtime import tracking
+
+LEDGER = "epochs.json"
+PROGRESS = "progress.json"
+CURVE = "curve.json"
+MODEL = "model"
+STATE = "state.pt"
+
+_log = logging.getLogger(__name__)
+
+
+def name_of(epoch: int) -> str:
+    """Directory of the checkpoint after `epoch` epochs."""
+    return f"epoch_{epoch:04d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """Where a run keeps its checkpoints, and which of them it keeps."""
+
+    location: str
+    """Absolute path or URI: storage/name."""
+    keep: int
+    """Checkpoints kept, beside the latest."""
+    best: str = ""
+    """Metric that ranks checkpoints; "": the later the better."""
+    mode: str = "min"
+    """Whether a small (`min`) or a large (`max`) value of `best` is good."""
+
+    every: int = 1
+    """Epochs from one validation to the next, whose metrics an epoch may lack."""
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Metrics of the finished epochs, in their order."""
+        return self._ledger()["epochs"]
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Record what the run is, or check that a run to be resumed is the same.
+
+        Raises:
+            ValueError: the directory holds a run with other settings; says which.
+        """
+        ledger = self._ledger()
+        before = ledger["identity"]
+        if before and ledger["epochs"]:
+            changed = [
+                f"{name}: {before.get(name)!r} before, now {identity.get(name)!r}"
+                for name in sorted({*before, *identity})
+                if before.get(name) != identity.get(name)
+            ]
+            if changed:
+                raise ValueError(
+                    f"{self.location} holds a run with other settings ({'; '.join(changed)}), "
+                    "which cannot be resumed. Choose another --fit.name, or delete the directory."
+                )
+        self._write({"identity": dict(identity), "epochs": ledger["epochs"]})
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Enter an epoch whose checkpoint is whole; later ones are forgotten (a repeated epoch)."""
+        ledger = self._ledger()
+        earlier = [e for e in ledger["epochs"] if e["epoch"] < metrics["epoch"]]
+        self._write({**ledger, "epochs": [*earlier, dict(metrics)]})
+
+    def checkpoint(self, epoch: int) -> Checkpoint:
+        """The checkpoint after `epoch` epochs."""
+        return Checkpoint(storage.join(self.location, name_of(epoch)))
+
+    def model(self, epoch: int) -> str:
+        """Directory of the model in that checkpoint."""
+        return storage.join(self.checkpoint(epoch).path, MODEL)
+
+    def latest(self) -> int:
+        """Epochs done, as far as their checkpoint is there; 0 for a new run."""
+        done = [e["epoch"] for e in self.entries() if self._holds(e["epoch"])]
+        return max(done, default=0)
+
+    def prune(self) -> None:
+        """Delete the checkpoints that rank below `keep`, but never the latest."""
+        done = [e for e in self.entries() if self._holds(e["epoch"])]
+        kept = {e["epoch"] for e in self._ranked(done)[: self.keep]} | {done[-1]["epoch"]}
+        for entry in done:
+            if entry["epoch"] not in kept:
+                storage.remove(storage.join(self.location, name_of(entry["epoch"])))
+
+    def result(self) -> Result:
+        """What the run gave: metrics and checkpoint of its best epoch (by `best`, or the last)."""
+        entries = self.entries()
+        held = self._ranked([e for e in entries if self._holds(e["epoch"])])
+        return Result(
+            metrics=held[0],
+            checkpoint=self.checkpoint(held[0]["epoch"]),
+            error=None,
+            path=self.location,
+            metrics_dataframe=pd.DataFrame(entries),
+            best_checkpoints=[(self.checkpoint(e["epoch"]), e) for e in held],
+        )
+
+    def _ranked(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not self.best:
+            return entries[::-1]
+        validated = [e for e in entries if e["epoch"] % self.every == 0]
+        if any(self.best not in e for e in validated):
+            raise ValueError(
+                f"{self.location}: expected the metric {self.best!r} (--fit.best), got "
+                f"{sorted(entries[0])}. Name one of those, or pass validation rows."
+            )
+        # NaN compares with nothing: an epoch of it would stand wherever the sorting left it.
+        judged = [e for e in entries if not math.isnan(e.get(self.best, math.nan))]
+        others = [e for e in entries if e not in judged]
+        sign = 1 if self.mode == "min" else -1
+        return sorted(judged, key=lambda e: (sign * e[self.best], -e["epoch"])) + others[::-1]
+
+    def _holds(self, epoch: int) -> bool:
+        return storage.exists(storage.join(self.location, name_of(epoch)))
+
+    def _ledger(self) -> dict[str, Any]:
+        location = storage.join(self.location, LEDGER)
+        if not storage.exists(location):
+            return {"identity": {}, "epochs": []}
+        return storage.read_json(location)
+
+    def _write(self, ledger: Mapping[str, Any]) -> None:
+        storage.write_json(storage.join(self.location, LEDGER), ledger)
+
+
+class Recorder(UserCallback):
+    """Enters each epoch in the ledger and in MLflow.
+
+    Ray calls it in the controller, on the driver's node, where a SQLite store can be reached. In
+    local mode Ray calls no callback at all (2.60, `LocalTorchController`), so `training` does.
+    """
+
+    def __init__(self, directory: RunDirectory, run: tracking.Run | None) -> None:
+        self.directory = directory
+        self.run = run
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        """Enter what rank 0 reported."""
+        if checkpoint is None:
+            return
+        self.directory.add(metrics[0])
+        if self.run:
+            curve = storage.read_json(
+                storage.join(self.directory.location, name_of(metrics[0]["epoch"]), CURVE)
+            )
+            self.run.points(("step/loss", step, loss) for step, loss in curve)
+            self.run.metrics(metrics[0], step=metrics[0]["epoch"])
+            self._pictures(name_of(metrics[0]["epoch"]))
+
+    def _pictures(self, epoch: str) -> None:
+        place = storage.join(self.directory.location, epoch)
+        for file in storage.names(place):
+            if self.run and file.endswith(".png"):
+                pixels = images.decode(storage.read_bytes(storage.join(place, file)))
+                self.run.image(f"{file.removesuffix('.png')}/{epoch}", pixels)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Say in MLflow why the workers were started again."""
+        for rank, error in worker_exceptions.items():
+            _log.warning("worker %d of %s failed: %s", rank, self.directory.location, error)
+            if self.run:
+                self.run.tag("last_error", f"worker {rank}: {error!r}"[:4000])
+
+
+def copy_tree(source: fs.FileSystem, path: str, target: str) -> None:
+    """Copy a directory so that `target` is whole whenever it is there.
+
+    On a file system: aside, then renamed. Object stores have no rename, so there the files arrive
+    one by one, and readers go by what is written after them (a ledger, a manifest).
+    """
+    filesystem, place = storage.resolve(target)
+    if filesystem.type_name in ("s3", "gcs", "abfs"):
+        fs.copy_files(path, place, source_filesystem=source, destination_filesystem=filesystem)
+        return
+    aside = f"{place}.{uuid.uuid4().hex}.tmp"
+    filesystem.create_dir(aside)
+    fs.copy_files(path, aside, source_filesystem=source, destination_filesystem=filesystem)
+    if filesystem.get_file_info(place).type != fs.FileType.NotFound:
+        old = f"{aside}.old"
+        filesystem.move(place, old)
+        filesystem.move(aside, place)
+        filesystem.delete_dir(old)
+        return
+    filesystem.move(aside, place)

@@ -1,0 +1,126 @@
+"""Means over rows, the loss curve, and the tensors of a batch."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from cvmatch.data import storage
+from cvmatch.training import checkpoints
+
+ROWS = "rows/"
+"""Names of evaluation results that are kept row by row begin with this (`Task.forward`)."""
+
+POINTS = 200
+"""Points of a run's loss curve, at most about."""
+
+
+class Means:
+    """Means of named tensors over rows, of batches of any sizes; `rows/...` are kept row by row."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+        self.rows = 0
+
+    def add(self, values: Mapping[str, Tensor], rows: int) -> None:
+        """Count the means over a batch of `rows`."""
+        for name, value in values.items():
+            if name.startswith(ROWS):
+                self.kept.setdefault(name, []).append(value.detach().cpu())
+                continue
+            share = value.detach().double() * rows
+            self.sums[name] = self.sums[name] + share if name in self.sums else share
+        self.rows += rows
+
+    def reduce(self, world: int) -> dict[str, Tensor]:
+        """The means over the rows of all workers, and their kept rows, on the CPU; same on each.
+
+        Raises:
+            ValueError: there were no rows at all.
+        """
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        kept = {name: torch.cat(values) for name, values in self.kept.items()}
+        own = (sums, kept, self.rows)
+        found: list = [own]
+        if world > 1:
+            # As objects: a worker without a validation row does not know the names.
+            found = [None] * world
+            torch.distributed.all_gather_object(found, own)
+        total = sum(rows for _, _, rows in found)
+        if not total:
+            raise ValueError("no rows: pass validation rows that are not empty, or none (val=None)")
+        summed = _gathered([sums for sums, _, _ in found])
+        rows = _gathered([kept for _, kept, _ in found])
+        means = {name: torch.stack(parts).sum(0) / total for name, parts in summed.items()}
+        return means | {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def _gathered(found: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """The values of each name; not every worker has all of them."""
+    names = dict.fromkeys(name for values in found for name in values)
+    return {name: [values[name] for values in found if name in values] for name in names}
+
+
+class Meter:
+    """The loss curve of a run, and its progress.json."""
+
+    def __init__(self, directory: str, steps: int, epochs: int, *, writes: bool) -> None:
+        self.location = storage.join(directory, checkpoints.PROGRESS)
+        self.steps, self.epochs, self.writes = steps, epochs, writes
+        self.every = max(1, steps * epochs // POINTS)
+        # An object store takes a request for each; a file system, nothing.
+        self.pause = 10.0 if "://" in directory else 1.0
+        self.points: list[tuple[int, float]] = []
+        self.recent: list[Tensor] = []
+        self.written = 0.0
+
+    def tick(self, step: int, loss: Tensor) -> None:
+        """Note the loss of a step, the `step`-th of the run."""
+        if not self.writes:
+            return
+        self.recent.append(loss)
+        last = step == self.steps * self.epochs
+        if len(self.recent) >= self.every or last:
+            self.points.append((step, torch.stack(self.recent).mean().item()))
+            self.recent = []
+        if last or time.monotonic() - self.written > self.pause:
+            self.written = time.monotonic()
+            value = {
+                "step": step,
+                "steps": self.steps * self.epochs,
+                "epoch": (step - 1) // self.steps + 1,
+                "epochs": self.epochs,
+                "loss": loss.item(),
+            }
+            storage.write_json(self.location, value)
+
+    def take(self) -> list[tuple[int, float]]:
+        """(step, mean loss since the point before) since the last call."""
+        points, self.points = self.points, []
+        return points
+
+
+def tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """A batch of numeric columns as tensors of its own memory.
+
+    Raises:
+        ValueError: a column holds strings, or pictures of several sizes.
+    """
+    wrong = {
+        name: str(values.dtype) for name, values in batch.items() if values.dtype.kind in "OUS"
+    }
+    if wrong:
+        raise ValueError(bad_columns(wrong))
+    return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def bad_columns(wrong: Mapping[str, str]) -> str:
+    """What to say of columns that are no tensors of one shape."""
+    return (
+        f"training rows: expected numeric tensor columns of one shape and `key`, got {dict(wrong)}."
+        " Decode pictures to one size, and drop strings such as pair_id (draws.key makes the key)."
+    )

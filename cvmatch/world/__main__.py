@@ -1,9 +1,0 @@
-"""`python -m cvmatch.world --output data/demo --preset demo`: write an embedded CVUSA."""
-
-import json
-
-from cvmatch.config import parse
-from cvmatch.world.write import MakeWorld, make_world
-
-if __name__ == "__main__":
-    print(json.dumps(make_world(parse(MakeWorld))))  # noqa: T201 - a job's answer

@@ -1,0 +1,207 @@
+"""Stored encodings: what they depend on, rows that fail, and variants as live training has them."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from pyarrow import parquet
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from cvmatch.data import images, schema
+from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.generate import bev, pretrained
+from cvmatch.generate.augment import varied
+from cvmatch.generate.batches import decode_batch
+from cvmatch.generate.conditioning import Conditioning
+from cvmatch.generate.latent_cache import Encode, EncodePairs, encode, made_from
+from cvmatch.generate.latent_rows import encoded, tensors
+from cvmatch.generate.recipe import Recipe
+from cvmatch.nn import rng
+from cvmatch.runtime.output_directory import Written
+from cvmatch.runtime.session import Pool
+
+PANORAMA = (128, 512)
+"""Larger than the view of the rays, 64 x 256."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Tiny base models in their on-disk formats: of the UNet the sizes alone."""
+    at = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        **blocks,
+    ).save_pretrained(at / "diffusion" / "vae")
+    UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        **blocks,
+    ).save_config(at / "diffusion" / "unet")
+    CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=PANORAMA[0],
+            patch_size=32,
+        )
+    ).save_pretrained(at / "clip")
+    CLIPImageProcessor().save_pretrained(at / "clip")
+    return at
+
+
+def settings(base: Path, data: Ingest | None = None, output: str = "") -> Encode:
+    return Encode(
+        data=data or Ingest(),
+        diffusion=str(base / "diffusion"),
+        revision="main",
+        clip=str(base / "clip"),
+        conditioning=Conditioning(panorama_width=PANORAMA[1], crops=4),
+        turns=True,
+        mirror=True,
+        output=output,
+        pool=Pool(batch=4),
+    )
+
+
+def actor(asked: Encode) -> tuple[EncodePairs, pretrained.Sizes]:
+    sizes = pretrained.sizes(asked.diffusion, asked.clip, PANORAMA[1])
+    return EncodePairs(asked, sizes), sizes
+
+
+def pairs(rows: int) -> dict[str, np.ndarray]:
+    """Rows of PAIRS with pictures of noise and no class map."""
+    noise = np.random.default_rng(0)
+    kinds = {schema.GROUND: PANORAMA, schema.AERIAL: (32, 32)}
+    drawn = {
+        name: [images.encode(noise.integers(0, 256, (*size, 3), np.uint8)) for _ in range(rows)]
+        for name, size in kinds.items()
+    }
+    return {
+        schema.PAIR_ID: np.array([f"{row:07d}" for row in range(rows)], dtype=object),
+        **{name: np.array(values, dtype=object) for name, values in drawn.items()},
+        schema.CLASSES: np.full(rows, None, dtype=object),
+        schema.ERROR: np.full(rows, None, dtype=object),
+    }
+
+
+def read(table) -> dict[str, np.ndarray]:
+    """A batch as Ray gives it."""
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+# Variants
+
+
+def test_stored_pairs_turn_and_mirror_as_live_ones_where_the_view_is_smaller(base):
+    encoder, sizes = actor(settings(base))
+    rows = pairs(16)
+    epoch = {"epoch": torch.tensor(0)}
+    recipe = Recipe(turns=True, mirror=True)
+    live, stored = (
+        varied({name: torch.from_numpy(of[name].copy()) for name in of} | epoch, recipe, seed=0)
+        for of in (decode_batch(rows, sizes), tensors(read(encoder(rows))))
+    )
+    assert set(live.variant.tolist()) == set(range(8))
+    torch.testing.assert_close(stored.variant, live.variant)
+    torch.testing.assert_close(stored.tile, live.tile)
+    half = 0.5 / 255 + 1e-6  # the stored view is of whole numbers
+    torch.testing.assert_close(stored.ground, bev.view(live.ground), atol=half, rtol=0)
+
+
+# Rows that fail
+
+
+def test_rows_that_fail_keep_their_reason_and_the_rest_is_encoded(base, tmp_path):
+    encoder, _ = actor(settings(base))
+    rows = pairs(3)
+    alone = tensors(read(encoder({name: values[2:] for name, values in rows.items()})))
+    rows[schema.GROUND][0] = rows[schema.GROUND][0][:100]  # truncated
+    rows[schema.ERROR][1] = "aerial 1.png: no such file"
+    table = encoder(rows)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    written = Written(str(tmp_path))
+    written.update()
+    assert written.rows == 3
+    reasons = {row["pair_id"]: row["reason"] for row in written.failed}
+    assert reasons.keys() == {"0000000", "0000001"}
+    assert reasons["0000000"].startswith("encode: cannot be decoded")
+    assert reasons["0000001"] == "aerial 1.png: no such file"
+    good = tensors(read(table.slice(2)))
+    assert good["key"].tolist() == [rng.key("0000002")]
+    assert good.keys() == alone.keys()
+    for name, values in alone.items():
+        np.testing.assert_array_equal(good[name], values)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_batch_without_a_good_row_gives_the_columns_of_any_other(base, count):
+    encoder, _ = actor(settings(base))
+    rows = pairs(2)
+    whole = encoder(rows)
+    rows[schema.ERROR][:] = "ground 1.jpg: no such file"
+    table = encoder({name: values[:count] for name, values in rows.items()})
+    assert table.schema == whole.schema
+    assert table[schema.ERROR].to_pylist() == ["ground 1.jpg: no such file"] * count
+
+
+@pytest.mark.ray
+def test_encode_names_rows_that_fail_and_gives_training_the_others(
+    base, world_root, tmp_path, caplog
+):
+    root = tmp_path / "world"
+    shutil.copytree(world_root, root)
+    data = Ingest(root=str(root), limit=8, block=2, max_rejected=0.3)
+    ids = [row[schema.PAIR_ID] for row in ingest(data).take_all()]
+    for name in ids[2:4]:  # a whole block
+        (root / "streetview" / f"{name}.jpg").unlink()
+    asked = replace(settings(base, data, str(tmp_path / "encoded")), pool=Pool(batch=2))
+    directory = encode(asked)
+    named = (Path(directory) / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["pair_id"] for line in named] == ids[2:4]
+    keys = [row["key"] for row in encoded(directory).take_all()]
+    assert keys == [rng.key(name) for name in ids[:2] + ids[4:]]
+    assert encoded(directory).count() == 6
+    caplog.clear()
+    assert encode(asked) == directory
+    assert "2 of 8 rows" in caplog.text  # who finds them there is told so too
+    strict = replace(asked, data=replace(data, max_rejected=0.1), output=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="at most 10% of 8 rows to fail, got 2"):
+        encode(strict)
+
+
+# What the rows depend on
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("file", "setting", "value"),
+    [
+        ("diffusion/vae/config.json", "scaling_factor", 0.5),
+        ("diffusion/unet/config.json", "sample_size", 8),
+        ("clip/config.json", "hidden_act", "gelu"),
+        ("clip/preprocessor_config.json", "image_mean", [0.5, 0.5, 0.5]),
+        ("clip/preprocessor_config.json", "image_std", [0.5, 0.5, 0.5]),
+    ],
+)
+def test_encodings_with_other_settings_of_a_base_model_are_others(
+    base, world_root, tmp_path, file, setting, value
+):
+    data = Ingest(root=world_root, split="val")
+    before = made_from(settings(base, data))
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    assert made_from(settings(other, data)) == before  # the same models elsewhere
+    config = json.loads((other / file).read_text())
+    (other / file).write_text(json.dumps(config | {setting: value}))
+    assert made_from(settings(other, data)) != before

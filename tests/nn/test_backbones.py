@@ -1,0 +1,140 @@
+"""Towers: saved and loaded, reshaped, torchvision's own, and refused with advice."""
+
+import urllib.error
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from cvmatch.nn import backbones
+from cvmatch.nn.backbones import Tower, TowerSpec
+
+SMALL = TowerSpec(arch="vgg", layers=(4, "M", 8), grid=(2, 4), dim=6)
+
+
+def picture(height=16, width=32):
+    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def weight(model, layer):
+    return model.net.state_dict()[f"{layer}.weight"]
+
+
+def test_tower_saved_and_loaded_gives_the_same_features(tmp_path):
+    model = Tower(SMALL)
+    backbones.save_tower(model, str(tmp_path))
+    again = backbones.tower(str(tmp_path))
+    assert again.spec == SMALL
+    assert torch.equal(again(picture()), model(picture()))
+
+
+def test_tower_saved_in_half_precision_loads_as_float32(tmp_path):
+    backbones.save_tower(Tower(SMALL).half(), str(tmp_path))
+    assert {p.dtype for p in backbones.tower(str(tmp_path)).parameters()} == {torch.float32}
+
+
+def test_tower_given_another_grid_keeps_convolutions_and_starts_a_new_head(tmp_path):
+    model = Tower(SMALL)
+    backbones.save_tower(model, str(tmp_path))
+    wide = backbones.tower(str(tmp_path), grid=(1, 2))
+    assert wide(picture()).shape == (2, 6)
+    assert torch.equal(weight(wide, "features.0"), weight(model, "features.0"))
+
+
+def test_tower_given_a_grid_of_as_many_cells_keeps_the_head(tmp_path):
+    model = Tower(SMALL)
+    backbones.save_tower(model, str(tmp_path))
+    tall = backbones.tower(str(tmp_path), grid=(4, 2))
+    assert tall.spec.grid == (4, 2)
+    assert torch.equal(weight(tall, "classifier.0"), weight(model, "classifier.0"))
+
+
+def test_tower_loaded_can_be_trained_in_every_weight(tmp_path):
+    backbones.save_tower(Tower(SMALL), str(tmp_path))
+    model = backbones.tower(str(tmp_path))
+    model(picture()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_tower_vgg16_gives_fc7_behind_its_relu():
+    with torch.device("meta"):
+        model = Tower(TowerSpec())
+    assert model.dim == 4096
+    kinds = [type(layer) for layer in model.net.get_submodule("classifier").children()]
+    assert kinds == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear, nn.ReLU, nn.Dropout, nn.Identity]
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"), [("convnext_tiny", 768), ("resnet18", 512), ("vit_b_16", 768)]
+)
+def test_tower_of_torchvision_loses_its_classifier_only(name, dim):
+    with torch.device("meta"):
+        model = Tower(TowerSpec(arch=name))
+        whole = torchvision.models.get_model(name)
+    assert model.dim == dim
+    lost = set(whole.state_dict()) - set(model.net.state_dict())
+    assert sorted(whole.state_dict()[key].shape[0] for key in lost) == [1000, 1000]
+
+
+def test_tower_weights_from_a_file_are_used_without_their_classifier(tmp_path):
+    whole = torchvision.models.resnet18(weights=None).eval()
+    path = str(tmp_path / "resnet18.safetensors")
+    save_file(whole.state_dict(), path)
+    model = backbones.tower("resnet18", path).eval()
+    expected = whole.fc(model(picture(32, 32)))
+    torch.testing.assert_close(expected, whole(picture(32, 32)))
+
+
+def test_tower_of_a_model_without_linear_classifier_is_refused():
+    with pytest.raises(ValueError, match="no linear classifier"):
+        Tower(TowerSpec(arch="squeezenet1_1"))
+
+
+def test_tower_weights_of_another_architecture_are_refused(tmp_path):
+    path = str(tmp_path / "other.safetensors")
+    save_file({"conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"lack .* give the state dict of this architecture"):
+        backbones.tower("resnet18", path)
+
+
+def test_tower_name_unknown_is_refused_with_what_would_do():
+    with pytest.raises(
+        ValueError, match=r"expected a directory with config.json, or a torchvision"
+    ):
+        backbones.tower("vgg_seventeen")
+
+
+def test_tower_hub_out_of_reach_says_what_to_download_and_which_flag(monkeypatch):
+    def unreachable(*_args, **_options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
+    flags = r"--weights FILE.*--perceptual-weights"
+    with pytest.raises(ValueError, match=rf"https://\S+vgg16\S+\.pth .*{flags}"):
+        backbones.tower("vgg16")
+
+
+def test_features_of_a_tower_directory_are_its_convolutions(tmp_path):
+    model = Tower(SMALL)
+    backbones.save_tower(model, str(tmp_path))
+    stack = backbones.features(str(tmp_path))
+    assert torch.equal(stack(picture()), model.net.get_submodule("features")(picture()))
+
+
+def test_features_of_a_model_that_is_no_vgg_are_refused():
+    with pytest.raises(ValueError, match="is not a VGG"):
+        backbones.features("resnet18", "random")
+
+
+def test_normalise_imagenet_mean_becomes_zero_and_one_deviation_becomes_one():
+    mean, std = torch.tensor(backbones.MEAN), torch.tensor(backbones.STD)
+    image = torch.stack([mean, mean + std])[:, :, None, None]
+    expected = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 1, 1)
+    torch.testing.assert_close(backbones.normalise(image), expected, atol=1e-6, rtol=0)
+
+
+def test_spec_without_convolutions_is_refused():
+    with pytest.raises(ValueError, match="needs convolution widths"):
+        TowerSpec(arch="vgg", layers=("M",))

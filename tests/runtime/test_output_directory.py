@@ -1,0 +1,109 @@
+"""Rows and failed rows of the parts of a stream, while it writes them and afterwards."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cvmatch.data import schema
+from cvmatch.runtime.output_directory import Judge, Written
+
+
+def part(output: Path, name: str, errors: list[str | None], ids: list[str] | None = None) -> Path:
+    ids = ids or [f"{name}-{row}" for row in range(len(errors))]
+    table = schema.conform(pa.table({"pair_id": ids, "error": pa.array(errors, pa.string())}))
+    pq.write_table(table, output / f"{name}.parquet")
+    return output / f"{name}.parquet"
+
+
+def test_written_counts_the_parts_and_names_the_failed_rows(tmp_path):
+    part(tmp_path, "a", [None, "no picture"])
+    written = Written(str(tmp_path))
+    written.update()
+    part(tmp_path, "b", [None, None, None])
+    (tmp_path / "manifest.json").write_text("{}")
+    written.update()
+    assert written.rows == 5
+    assert written.failed == [{"pair_id": "a-1", "reason": "no picture"}]
+    place = written.name_failed()
+    assert json.loads(Path(place).read_text()) == {"pair_id": "a-1", "reason": "no picture"}
+
+
+def test_written_leaves_out_a_part_that_is_being_written(tmp_path):
+    part(tmp_path, "a", [None])
+    whole = part(tmp_path, "b", [None, None]).read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[:-100])
+    written = Written(str(tmp_path))
+    written.update(running=True)
+    assert written.rows == 1
+    with pytest.raises(pa.ArrowInvalid):
+        written.update()
+    (tmp_path / "b.parquet").write_bytes(whole)
+    written.update(running=True)
+    assert written.rows == 3
+
+
+def test_written_forgets_a_part_that_a_resumed_stream_deleted(tmp_path):
+    part(tmp_path, "a", [None])
+    gone = part(tmp_path, "b", ["no picture"])
+    written = Written(str(tmp_path))
+    written.update()
+    gone.unlink()
+    written.update()
+    assert (written.rows, written.failed) == (1, [])
+
+
+def test_written_judges_the_share_of_all_rows_not_of_those_so_far(tmp_path):
+    part(tmp_path, "a", [None, "no picture", "too large"])
+    written = Written(str(tmp_path))
+    written.update()
+    written.judge(total=40, max_share=0.05)  # 2 of 40
+    with pytest.raises(ValueError, match=r"at most 5% of 30 rows to fail, got 2 among the first 3"):
+        written.judge(total=30, max_share=0.05)
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 2
+
+
+def test_written_requires_each_row_once(tmp_path):
+    part(tmp_path, "a", [None, "no picture"])
+    written = Written(str(tmp_path))
+    written.update()
+    written.require(2)
+    part(tmp_path, "b", [None])
+    written.update()
+    for total in (2, 4):
+        with pytest.raises(ValueError, match=rf"expected {total} rows, got 3: .* twice, or lack"):
+            written.require(total)
+
+
+def test_written_refuses_a_row_twice_where_another_one_lacks(tmp_path):
+    part(tmp_path, "a", [None, "no picture"], ["0000001", "0000002"])
+    part(tmp_path, "b", [None, None], ["0000002", "0000004"])
+    written = Written(str(tmp_path))
+    written.update()
+    with pytest.raises(ValueError, match=r"expected 4 rows, got 4: of 3 ids, .*\['0000002'\]"):
+        written.require(4)
+
+
+def test_written_requires_a_good_row(tmp_path):
+    part(tmp_path, "a", ["no picture", "too large"])
+    written = Written(str(tmp_path))
+    written.update()
+    written.judge(total=2, max_share=1.0)
+    with pytest.raises(ValueError, match=r"all 2 failed, .*'no picture'.*rejected\.jsonl"):
+        written.require_good()
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 2
+    part(tmp_path, "b", [None])
+    written.update()
+    written.require_good()
+
+
+def test_judge_ends_a_stream_with_too_many_failed_rows(tmp_path):
+    written = Written(str(tmp_path))
+    judge = Judge(written, total=30, max_share=0.05)
+    judge(None)
+    part(tmp_path, "a", ["no picture"] * 2)
+    judge.next = 0.0  # the time has come to look again
+    with pytest.raises(ValueError, match="no picture"):
+        judge(None)

@@ -1,0 +1,56 @@
+import io
+import logging
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from cvmatch.runtime import progress
+
+
+def test_line_gives_count_rate_and_time_left():
+    text = progress.line("synthesize", total=1280, done=320, seconds=8.0, note="loss 0.31")
+    assert text == "synthesize  320/1280  40/s  0:24 left  loss 0.31"
+
+
+def test_line_of_a_resumed_run_counts_its_own_rate():
+    # 100 of 200 were done before; 10 more took 5 s, so the other 90 take 45 s.
+    assert progress.line("train", 200, 110, 5.0, before=100) == "train  110/200  2/s  0:45 left"
+
+
+def test_line_before_anything_is_done_promises_nothing():
+    assert progress.line("index", 50, 0, 3.0) == "index  0/50"
+
+
+def test_line_without_a_total_gives_the_count():
+    assert progress.line("index", 0, 30, 10.0) == "index  30  3/s"
+
+
+def test_watch_logs_while_the_block_runs_and_once_at_its_end(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "LINE_S", 0.02)
+    caplog.set_level(logging.INFO, "cvmatch.runtime.progress")
+    done = 0
+    with progress.watch("rows", 4, lambda: done):
+        for done in range(1, 5):  # noqa: B007 (the lambda reads it)
+            time.sleep(0.05)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) >= 3
+    assert lines[-1].startswith("rows  4/4")
+
+
+def test_watch_of_a_failing_block_stops_its_thread_and_passes_the_error_on():
+    before = threading.active_count()
+    with pytest.raises(KeyError), progress.watch("rows", 4, lambda: 0):
+        raise KeyError("lost")
+    assert threading.active_count() == before
+
+
+def test_bar_shows_the_state_at_the_end():
+    finished = threading.Event()
+    finished.set()
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=100)
+    progress._bar("train", 10, lambda: 10, lambda: "loss 0.5", finished, console)
+    assert "10/10" in shown.getvalue()
+    assert "loss 0.5" in shown.getvalue()

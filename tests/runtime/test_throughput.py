@@ -1,0 +1,59 @@
+"""Counts of a stream's stages while it runs."""
+
+import time
+
+import numpy as np
+import pytest
+import ray.data
+
+from cvmatch.runtime import session
+from cvmatch.runtime.session import Pool
+from cvmatch.runtime.throughput import Flow, each_step
+
+
+class Slow:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(0.01 * len(batch["id"]))
+        return batch
+
+
+class Quick:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return batch
+
+
+def stream(rows: int):
+    """Rows of which one actor makes 100 a second and the next as many as Ray hands on."""
+    numbers = ray.data.range(rows, override_num_blocks=4)
+    slow = session.map_actors(numbers, Slow, Pool(batch=8))
+    return session.map_actors(slow, Quick, Pool(batch=8))
+
+
+@pytest.mark.ray
+def test_flow_tells_rows_a_second_of_each_stage_and_the_slowest(ray_session):
+    flow = Flow({"first": "Slow", "second": "Quick"})
+    rows = stream(64)
+    with each_step(rows, flow.update):
+        rows.materialize()
+    first, second = flow.stages["first"], flow.stages["second"]
+    assert (first.rows, second.rows) == (64, 64)
+    assert 30 < first.rate <= 100  # below on a loaded machine
+    assert second.rate > first.rate
+    assert flow.slowest == "first"
+    assert flow.note().startswith("first ")
+    assert "(slowest)  second" in flow.note()
+
+
+def test_flow_before_anything_is_done_says_nothing():
+    flow = Flow({"first": "Slow"})
+    assert (flow.note(), flow.slowest) == ("", "")
+
+
+@pytest.mark.ray
+def test_step_that_raises_ends_the_stream(ray_session):
+    def full(_):
+        raise ValueError("enough")
+
+    rows = stream(64)
+    with pytest.raises(ValueError, match="enough"), each_step(rows, full):
+        rows.materialize()

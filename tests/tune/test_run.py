@@ -1,0 +1,158 @@
+import dataclasses
+import json
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from cvmatch import config as configs
+from cvmatch import training
+from cvmatch.runtime import tracking
+from cvmatch.tune import run as tune
+from cvmatch.tune import search_space
+from cvmatch.tune.run import Tune
+from tests.helpers import stage as tiny_stage
+from tests.helpers.stage import TrainLine
+
+SPACE = {"lr": {"loguniform": [0.01, 0.5]}, "fit.clip_norm": {"choice": [0.0, 10.0]}}
+
+
+@pytest.mark.parametrize("wrong", [{"trials": 0}, {"concurrent": 0}, {"epochs": 2, "grace": 3}])
+def test_tune_refuses_what_cannot_be(wrong):
+    with pytest.raises(ValueError, match="tune: expected"):
+        Tune(**wrong)
+
+
+def test_check_names_the_field_that_the_stage_does_not_have():
+    with pytest.raises(ValueError, match=r"no field 'lrr'.*'lr'"):
+        search_space.check(TrainLine(), {"lrr": {"uniform": [0.1, 0.2]}})
+
+
+def test_check_tries_both_ends_of_a_range():
+    search_space.check(TrainLine(), {"lr": {"uniform": [0.1, 100.0]}})
+    with pytest.raises(ValueError, match="at most 100, got 101"):
+        search_space.check(TrainLine(), {"lr": {"uniform": [0.1, 101.0]}})
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        ({"normal": [0, 1]}, "expected one of"),
+        ({"uniform": [0.2, 0.1]}, r"\[low, high\]"),
+        ({"uniform": [0.1]}, r"\[low, high\]"),
+        (0.3, "expected one of"),
+    ],
+)
+def test_check_refuses_what_is_no_draw(draw, message):
+    with pytest.raises(ValueError, match=message):
+        search_space.check(TrainLine(), {"lr": draw})
+
+
+@pytest.mark.parametrize("stage", list(search_space.STAGES))
+def test_default_spaces_name_fields_of_their_stages(stage):
+    search_space.check(search_space.settings(stage), search_space.load(stage))
+
+
+def test_load_takes_a_file_in_place_of_the_default(tmp_path):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    assert search_space.load("matcher", str(tmp_path / "space.yaml")) == SPACE
+
+
+def test_nested_params_are_a_config_file(tmp_path):
+    params = {"lr": 0.25, "fit.clip_norm": 10.0, "fit.schedule": "constant"}
+    file = tmp_path / "best.yaml"
+    file.write_text(yaml.safe_dump(search_space.nested(params)))
+    read = configs.parse(TrainLine, ["--config", str(file)])
+    assert read == configs.override(TrainLine(), params)
+
+
+def test_search_by_a_validation_metric_needs_validation_rows(tmp_path):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    with pytest.raises(ValueError, match="--val"):
+        tune.search(Tune(space=str(tmp_path / "space.yaml")), TrainLine(val=0))
+
+
+def test_search_by_a_metric_that_some_epochs_lack_is_refused(settings):
+    config, base = settings
+    base = configs.override(base, {"fit.validate_every": 2})
+    with pytest.raises(ValueError, match=r"fit\.validate_every 1, got 2"):
+        tune.search(config, base)
+
+
+@pytest.mark.parametrize("stage", list(search_space.STAGES))
+def test_trials_are_compared_by_what_the_space_does_not_move(stage):
+    metric, mode = Tune(stage=stage).goal
+    # A loss would: the least margin or weight has the least. The generator's is without weights.
+    assert (metric, mode) == ("val/loss", "min") if stage == "generator" else mode == "max"
+    assert Tune(stage=stage, metric="val/x").goal == ("val/x", "min")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    config = Tune(
+        space=str(tmp_path / "space.yaml"),
+        trials=4,
+        concurrent=2,
+        epochs=4,
+        metric="val/loss",
+        storage=str(tmp_path / "runs"),
+        name="search",
+        output=str(tmp_path / "tuned"),
+    )
+    fit = training.Fit(batch=8, warmup=0.0, schedule="constant", shuffle=0)
+    return config, TrainLine(fit=fit, log=str(tmp_path / "calls"))
+
+
+@pytest.mark.ray
+def test_search_that_the_cluster_cannot_hold_is_refused(ray_session, settings):
+    config, base = settings
+    with pytest.raises(ValueError, match="need 9 CPUs, the cluster has 8"):
+        tune.search(dataclasses.replace(config, concurrent=8), base)
+
+
+@pytest.mark.ray
+def test_search_over_workers_without_the_dashboard_is_refused(ray_session, settings):
+    config, base = settings
+    base = configs.override(base, {"fit.workers": 2})
+    with pytest.raises(ValueError, match="never frees the CPUs"):
+        tune.search(config, base)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, tmp_path):
+    config, base = settings
+    result = tune.search(config, base)
+    assert len(result.trials) == 4
+    scores = {t["metrics"]["val/loss"]: t["params"] for t in result.trials}
+    assert result.value == min(scores)
+    assert result.params == scores[min(scores)]
+    assert all(0.01 <= t["params"]["lr"] <= 0.5 for t in result.trials)
+    assert not any(t["error"] for t in result.trials)
+    epochs = sorted(t["metrics"]["epoch"] for t in result.trials)
+    assert epochs[-1] == 4
+    assert epochs[0] < 4  # ASHA stopped some
+
+    best = configs.parse(TrainLine, ["--config", str(tmp_path / "tuned" / "best.yaml")])
+    changes = {**result.params, "fit.epochs": 4, "fit.name": ""}
+    assert best == configs.override(base, changes)
+    assert json.loads((tmp_path / "tuned" / "trials.json").read_text()) == result.trials
+
+    # A trial's metrics are those of an ordinary training with its settings.
+    whole = next(t for t in result.trials if t["metrics"]["epoch"] == 4)
+    changes = {"fit.epochs": 4, "output": str(tmp_path / "line"), "fit.storage": str(tmp_path)}
+    alone = tiny_stage.train(configs.override(base, whole["params"] | changes))
+    assert alone.metrics == whole["metrics"]
+    calls = (tmp_path / "calls").read_text().split()
+    client = MlflowClient(tracking.tracking_uri())
+    found = client.search_experiments(filter_string="name = 'cvmatch'")
+    runs = client.search_runs([found[0].experiment_id], "tags.stage = 'tune'", max_results=1)
+    children = f"tags.`{tracking.PARENT}` = '{runs[0].info.run_id}'"
+    assert len(client.search_runs([found[0].experiment_id], children)) == 4
+
+    again = tune.search(config, base)
+    assert again.params == result.params
+    assert (tmp_path / "calls").read_text().split() == calls
+    with pytest.raises(ValueError, match=r"other settings.*seed"):
+        tune.search(dataclasses.replace(config, seed=1), base)

@@ -1,0 +1,1 @@
+"""Make the base weights of the demo again: `python -m tools.demo_models`."""
