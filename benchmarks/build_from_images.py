@@ -23,12 +23,13 @@ from cvmatch.index.build import BuildIndex, build
 from cvmatch.index.gallery import Gallery, dataset
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
-from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
+from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
+from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
 from cvmatch.runtime.session import Pool
 from cvmatch.search.files import query_of
-from cvmatch.segment.infer import Segment
 from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.segment.settings import Segment
 from cvmatch.synthesize import Synthesize, synthesize
 
 

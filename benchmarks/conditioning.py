@@ -22,8 +22,9 @@ from cvmatch.generate.sampling import DEFAULT
 from cvmatch.generate.train import TrainGenerator, train
 from cvmatch.runtime import session
 from cvmatch.runtime.session import Pool
-from cvmatch.segment.infer import Segment, segment
+from cvmatch.segment.infer import segment
 from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.segment.settings import Segment
 from cvmatch.training import Fit
 
 BUDGET = 15.0

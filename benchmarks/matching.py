@@ -23,11 +23,12 @@ from cvmatch.evaluate.run import Evaluate, evaluate
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import train as train_generator
 from cvmatch.index.build import BuildIndex, build
-from cvmatch.match.train import TrainMatcher, train
+from cvmatch.match.settings import TrainMatcher
+from cvmatch.match.train import train
 from cvmatch.runtime import hardware, progress, session
 from cvmatch.runtime.session import Pool
-from cvmatch.segment.infer import Segment
 from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.segment.settings import Segment
 from cvmatch.synthesize import Synthesize, synthesize
 from cvmatch.training import Fit
 

@@ -19,8 +19,9 @@ from cvmatch.evaluate import generation
 from cvmatch.generate.infer import Generate, generate
 from cvmatch.runtime import progress, session
 from cvmatch.runtime.session import Pool
-from cvmatch.segment.infer import Segment, segment
-from cvmatch.segment.train import TrainSegmenter, train
+from cvmatch.segment.infer import segment
+from cvmatch.segment.settings import Segment, TrainSegmenter
+from cvmatch.segment.train import train
 from cvmatch.training import Fit
 
 BUDGET = 10.0

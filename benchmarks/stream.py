@@ -26,8 +26,9 @@ from cvmatch.generate.infer import Generate, GenerateAerial, generate
 from cvmatch.generate.model import Generator
 from cvmatch.runtime import progress, session
 from cvmatch.runtime.session import Pool
-from cvmatch.segment.infer import Segment, SegmentAerial, segment
+from cvmatch.segment.infer import SegmentAerial, segment
 from cvmatch.segment.model import Preprocess, Segmenter
+from cvmatch.segment.settings import Segment
 from cvmatch.synthesize import Synthesize, synthesize
 
 Batch = dict[str, np.ndarray]

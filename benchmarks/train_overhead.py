@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from cvmatch import training
 from cvmatch.data import storage
 from cvmatch.match.batches import decode, synthesized
+from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
-from cvmatch.match.train import TrainMatcher, build_task
+from cvmatch.match.train import build_task
 from cvmatch.runtime import hardware, progress, session
 from cvmatch.training.metrics import tensors
 

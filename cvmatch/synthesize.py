@@ -18,7 +18,8 @@ from cvmatch.generate.infer import Generate, GenerateAerial, generate
 from cvmatch.runtime import tracking
 from cvmatch.runtime.output_directory import Written
 from cvmatch.runtime.stream import Done, Stream, write_stream
-from cvmatch.segment.infer import Segment, SegmentAerial, segment
+from cvmatch.segment.infer import SegmentAerial, segment
+from cvmatch.segment.settings import Segment
 
 OPERATORS = {
     "read": read_pictures.__name__,

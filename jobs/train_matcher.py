@@ -3,7 +3,8 @@
 import json
 
 from cvmatch.config import parse
-from cvmatch.match.train import TrainMatcher, train
+from cvmatch.match.settings import TrainMatcher
+from cvmatch.match.train import train
 from cvmatch.runtime import progress, session
 
 if __name__ == "__main__":

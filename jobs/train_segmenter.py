@@ -4,7 +4,8 @@ import json
 
 from cvmatch.config import parse
 from cvmatch.runtime import progress, session
-from cvmatch.segment.train import TrainSegmenter, train
+from cvmatch.segment.settings import TrainSegmenter
+from cvmatch.segment.train import train
 
 if __name__ == "__main__":
     progress.to_console()

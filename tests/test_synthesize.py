@@ -25,8 +25,8 @@ from cvmatch.generate.model import Generator
 from cvmatch.runtime import tracking
 from cvmatch.runtime.session import Pool
 from cvmatch.segment.batches import Preprocess
-from cvmatch.segment.infer import Segment
 from cvmatch.segment.model import Segmenter
+from cvmatch.segment.settings import Segment
 from cvmatch.synthesize import OPERATORS, Synthesize, synthesize
 
 pytestmark = pytest.mark.ray

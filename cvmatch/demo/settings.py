@@ -12,10 +12,9 @@ from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import TrainGenerator
 from cvmatch.index.build import BuildIndex
-from cvmatch.match.train import TrainMatcher
+from cvmatch.match.settings import TrainMatcher
 from cvmatch.runtime.session import Pool
-from cvmatch.segment.infer import Segment
-from cvmatch.segment.train import TrainSegmenter
+from cvmatch.segment.settings import Segment, TrainSegmenter
 from cvmatch.synthesize import Synthesize
 from cvmatch.training import Fit
 from cvmatch.tune.run import Tune

@@ -26,8 +26,9 @@ from cvmatch.evaluate.fid import distance
 from cvmatch.evaluate.generation import Distance, generation, segmentation
 from cvmatch.index.reader import Index
 from cvmatch.match.augment import limited
-from cvmatch.match.fusion import LEVELS, Level, Query
+from cvmatch.match.fusion import Query
 from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.settings import LEVELS, Level
 from cvmatch.match.task import IDS, training_ids
 from cvmatch.nn import rng
 from cvmatch.runtime import progress, tracking

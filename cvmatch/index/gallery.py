@@ -12,7 +12,8 @@ from cvmatch.data import manifest, pairs, schema, storage, tables
 from cvmatch.data.pairs import Ingest
 from cvmatch.index import remote
 from cvmatch.index.writer import Run
-from cvmatch.match.infer import Embed, EmbedTile, U, embed_tiles
+from cvmatch.match.infer import EmbedTile, U, embed_tiles
+from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
 from cvmatch.runtime.session import Pool
 from cvmatch.runtime.stream import Stream, write_stream

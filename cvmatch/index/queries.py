@@ -10,9 +10,10 @@ import torch
 from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.generate.sampling import Sampling
 from cvmatch.index.shard import CHUNK
-from cvmatch.match.fusion import Level, Query
+from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
 from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.settings import Level
 from cvmatch.runtime import hardware
 
 DISTIL = 1_000

@@ -6,15 +6,11 @@ keeps `u`, a query computes `v` once, and a pair costs two small layers. Exact, 
 faster than running the towers for each pair.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-
-Level = Literal["G", "G+A", "G+A+S", "A"]
-LEVELS: tuple[Level, ...] = ("G", "G+A", "G+A+S", "A")
-"""What a query may consist of; learned nulls stand in for the rest."""
 
 ALONE = (
     "matcher: trained on G alone (w_joint 0), expected queries of level G, got A or S. Pass "

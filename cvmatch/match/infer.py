@@ -1,6 +1,5 @@
 """Embed rows with a trained matcher: `u` of tiles, `embedding` and `v` of queries."""
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -9,8 +8,9 @@ from ray.data import Dataset
 from torch import Tensor
 
 from cvmatch.data import images, schema
-from cvmatch.match.fusion import Level, Query
+from cvmatch.match.fusion import Query
 from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.settings import Embed, Level
 from cvmatch.runtime import hardware, session
 from cvmatch.runtime.batch_invariant import Rowwise, reason
 
@@ -25,18 +25,6 @@ _PICTURES = (
     schema.SYNTHETIC,
     schema.SYNTHETIC_CLASSES,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Embed:
-    """Embed tiles or queries with a trained matcher."""
-
-    model: str = "models/matcher"
-    """Local directory that train_matcher published."""
-    level: Level = "G+A+S"
-    """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
-    pool: session.Pool = dataclasses.field(default_factory=lambda: session.Pool(batch=32))
-    """Actors."""
 
 
 class EmbedTile:

@@ -4,15 +4,12 @@ Every loss is symmetric: rows compare a query's own tile with other tiles, colum
 query with other queries. A score is a cosine, in [-1, 1].
 """
 
-from typing import Literal
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Loss = Literal["triplet", "soft-margin", "infonce"]
-Negatives = Literal["all", "hardest", "semi-hard"]
+from cvmatch.match.settings import Negatives
 
 SOFT_MARGIN_SCALE = 10.0
 """Weight gamma of the soft-margin loss, as in SAFA (Shi et al. 2019)."""

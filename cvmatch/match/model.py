@@ -6,7 +6,6 @@ The towers are here; what joins their features, and how a pair is scored, is in 
 import dataclasses
 import json
 import os
-from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 from cvmatch.data import geometry, images
 from cvmatch.data.schema import PALETTE
 from cvmatch.match.fusion import ALONE, Fusion, Query
+from cvmatch.match.settings import View
 from cvmatch.nn.backbones import Tower, TowerSpec, normalise
-
-View = Literal["polar", "square"]
 
 _TOWERS = ("ground", "aerial", "classes")
 _CONFIG = "config.json"

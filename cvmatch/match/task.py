@@ -13,7 +13,7 @@ from cvmatch.data import storage
 from cvmatch.match import losses
 from cvmatch.match.augment import Views, augmented, limited
 from cvmatch.match.model import JointFeatureLearningNet
-from cvmatch.match.recipe import Recipe
+from cvmatch.match.settings import MatcherLossConfig
 from cvmatch.nn import metrics, rng
 
 IDS = "training_ids.txt"
@@ -31,7 +31,7 @@ class MatcherTask(nn.Module):
     def __init__(
         self,
         model: JointFeatureLearningNet,
-        recipe: Recipe,
+        recipe: MatcherLossConfig,
         ids: tuple[str, ...] = (),
         seed: int = 0,
     ) -> None:

@@ -10,62 +10,12 @@ from cvmatch import training
 from cvmatch.data import manifest
 from cvmatch.match.batches import decode, pair_ids, synthesized
 from cvmatch.match.hard_negatives import mined
-from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, View
-from cvmatch.match.recipe import Recipe
+from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
+from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import backbones, rng
 from cvmatch.runtime import session, tracking
 from cvmatch.runtime.output_directory import made_from
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainMatcher(Recipe):
-    """Train the joint embedding on synthesized pairs."""
-
-    pairs: str = "data/synthesized/train"
-    """URI of the rows that jobs/synthesize.py wrote."""
-    val: str = ""
-    """URI of such rows for validation; empty: none."""
-    tower: str = "vgg16"
-    """Backbone of the towers: a torchvision model, or a local tower directory."""
-    weights: str = ""
-    """Local .safetensors or .pth file of its weights; empty: its own, or torchvision's hub."""
-    grid: tuple[int, int] | None = None
-    """Rows and columns of features that the head of a tower directory sees; None: its own."""
-    dim: int | None = None
-    """Width of that head; None: its own."""
-    shared: bool = False
-    """One tower for G, A and C, as Sample4Geo has it."""
-    view: View = "polar"
-    """What the towers of A, C and S see: the tile's polar view, or the tile as it is."""
-    panorama: tuple[int, int] = (128, 512)
-    """Height and width of G, in pixels."""
-    polar: tuple[int, int] = (128, 512)
-    """Height and width of the polar view, in pixels."""
-    square: int = 256
-    """Side to which tiles are decoded, in pixels."""
-    hidden: int = 256
-    """Width of the fusion layers, of the embeddings, and of the vector stored for each tile."""
-    mine_every: int = 0
-    """Epochs from one search for near pairs, which then share batches, to the next: near in space
-    before the first epoch, then near for the model. 0: batches at random."""
-    mine_pool: session.Pool = dataclasses.field(default_factory=lambda: session.Pool(batch=32))
-    """Actors that embed the training pairs for that search."""
-    output: str = "models/matcher"
-    """Directory of the published model."""
-    fit: training.Fit = dataclasses.field(default_factory=training.Fit)
-    """The training loop."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mine_every < 0:
-            raise ValueError(f"train_matcher: expected mine_every >= 0, got {self.mine_every}.")
-        if self.mine_every and "://" in self.fit.storage:
-            raise ValueError(
-                "train_matcher: the search for near pairs loads the model of the last checkpoint: "
-                f"expected a fit.storage that all nodes mount with mine_every, got "
-                f"{self.fit.storage!r}."
-            )
 
 
 def train(config: TrainMatcher) -> Result:

@@ -22,8 +22,9 @@ from cvmatch.generate.sampling import Sampling
 from cvmatch.index.queries import SAMPLING
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
-from cvmatch.match.fusion import Level, Query
+from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
+from cvmatch.match.settings import Level
 from cvmatch.segment.infer import SegmentAerial
 
 _log = logging.getLogger(__name__)

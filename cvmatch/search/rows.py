@@ -13,8 +13,8 @@ from cvmatch import config as configs
 from cvmatch.data import manifest, schema, storage
 from cvmatch.index.ranking import Mode, rank
 from cvmatch.index.reader import Index
-from cvmatch.match.fusion import Level
-from cvmatch.match.infer import Embed, EmbedQuery, embed_queries
+from cvmatch.match.infer import EmbedQuery, embed_queries
+from cvmatch.match.settings import Embed, Level
 from cvmatch.runtime import session
 from cvmatch.runtime.session import Pool
 from cvmatch.runtime.stream import Stream, write_stream

@@ -1,8 +1,7 @@
 """Rows with aerial pictures -> the same rows with maps of class ids."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,32 +13,9 @@ from cvmatch.nn import hub
 from cvmatch.runtime import hardware, session
 from cvmatch.runtime.batch_invariant import Rowwise, reason
 from cvmatch.segment.model import Segmenter
+from cvmatch.segment.settings import Segment
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Segment the aerial pictures of rows."""
-
-    model: str = "models/segmenter"
-    """Local directory that train_segmenter published."""
-    source: Literal["synthetic", "aerial"] = "synthetic"
-    """Column of the pictures: the generated ones, or the true ones."""
-    flip: bool = False
-    """Average the logits with those of the mirrored picture, at twice the cost."""
-    tile: bool = False
-    """Read a picture larger than the segmenter's size in windows of that size, so that its map has
-    the picture's size; for pictures whose pixels show as much ground as those of the resized
-    training tiles. Else, all are resized as in training, and so are their maps."""
-    overlap: float = 0.25
-    """Share of a window's side, in [0, 1), that it has in common with the next, with `tile`."""
-    pool: session.Pool = field(default_factory=session.Pool)
-    """Actors that hold the model."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"segment: overlap is a share in [0, 1), got {self.overlap}.")
 
 
 class SegmentAerial:

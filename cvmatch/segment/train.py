@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from cvmatch import training
 from cvmatch.data import images, manifest, schema, storage
-from cvmatch.data.pairs import Ingest, apart, fingerprint, ingest
+from cvmatch.data.pairs import Ingest, fingerprint, ingest
 from cvmatch.nn import hub, metrics, rng
 from cvmatch.runtime import tracking
 from cvmatch.runtime.output_directory import made_from
 from cvmatch.segment.batches import Preprocess, decode, decode_synthesized
 from cvmatch.segment.model import Segmenter, enlarge
+from cvmatch.segment.settings import TrainSegmenter
 
 JITTER = 0.3
 """Brightness, contrast and saturation are scaled by factors in 1 +- JITTER in training."""
@@ -31,51 +32,6 @@ COUNTED = 256
 
 SHOWN = 6
 """Pictures on the sheet of masks that a run logs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSegmenter:
-    """Fine-tune a segmenter; the defaults are the reference run."""
-
-    data: Ingest = field(default_factory=Ingest)
-    """Rows to train on; those without a class map are left out."""
-    val: Ingest | None = None
-    """Rows to validate on; None: with the schedule plateau the split `val` of `data`, else none."""
-    synthesized: str = ""
-    """URI of rows that jobs/synthesize.py wrote for this split: their synthetic aerials, with the
-    true tiles' maps, are trained on too; empty: none."""
-    synthesized_share: float = 1.0
-    """Share of those rows that is added, in (0, 1]."""
-    base: str = "b3"
-    """Pretrained SegFormer: b0 to b5 (of ADE20K, from the hub), a hub id, or a local directory."""
-    size: int = 512
-    """Height and width of the pictures and masks in training and inference, in pixels."""
-    num_classes: int = 5
-    """5 (cars are ignored) or 6."""
-    lr: float = 6e-5
-    """Learning rate of the encoder."""
-    lr_head: float = 6e-4
-    """Learning rate of the decode head, whose last layer is new."""
-    class_weights: bool = False
-    """Weigh rare classes more, by 1 / ln(1.02 + share of pixels)."""
-    dice: float = 0.0
-    """Weight of the Dice loss beside cross entropy."""
-    augment: bool = True
-    """Quarter turns, mirrors and colour jitter."""
-    output: str = "models/segmenter"
-    """Directory of the published model."""
-    fit: training.Fit = field(
-        default_factory=lambda: training.Fit(epochs=60, batch=6, schedule="plateau")
-    )
-    """The training loop."""
-
-    def __post_init__(self) -> None:
-        apart(self.data, _held_out(self))
-        if not 0 < self.synthesized_share <= 1:
-            raise ValueError(
-                "train_segmenter: synthesized_share is a share in (0, 1], got "
-                f"{self.synthesized_share}. For none, leave out --synthesized."
-            )
 
 
 class SegmenterTask(nn.Module):
@@ -139,7 +95,7 @@ def train(config: TrainSegmenter) -> Result:
     """
     training.preflight(config.fit)
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
-    held_out = _held_out(config)
+    held_out = config.held_out
     rows = training_rows(config, preprocess)
     val = held_out and labelled(held_out, preprocess, config.fit)
     weights = None
@@ -265,13 +221,6 @@ def sheet(segmenter: Segmenter, rows: list[dict]) -> UInt8[np.ndarray, "h w 3"]:
 def _mapped(rows: Dataset, step: Callable, **arguments: Any) -> Dataset:
     """`step` on whole blocks."""
     return rows.map_batches(step, fn_kwargs=arguments, batch_format="numpy", batch_size=None)
-
-
-def _held_out(config: TrainSegmenter) -> Ingest | None:
-    """The rows to validate on."""
-    if config.val is None and config.fit.schedule == "plateau":
-        return replace(config.data, split="val")
-    return config.val
 
 
 def _rows_of(config: TrainSegmenter, held_out: Ingest | None) -> str:

@@ -12,7 +12,7 @@ from cvmatch.data import schema
 from cvmatch.data.pairs import Ingest, check_pictures, fingerprint, ingest, read_pictures, rejected
 from cvmatch.generate.train import TrainGenerator
 from cvmatch.runtime import session
-from cvmatch.segment.train import TrainSegmenter
+from cvmatch.segment.settings import TrainSegmenter
 from tests.helpers.cvusa import colour_of, picture, put, subset_line, write_pair, write_tables
 
 

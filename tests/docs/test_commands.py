@@ -23,8 +23,8 @@ from cvmatch.data import schema, tables
 from cvmatch.demo import models as base_models
 from cvmatch.generate.train import TrainGenerator
 from cvmatch.index.build import BuildIndex
-from cvmatch.match.train import TrainMatcher
-from cvmatch.segment.train import TrainSegmenter
+from cvmatch.match.settings import TrainMatcher
+from cvmatch.segment.settings import TrainSegmenter
 from cvmatch.synthesize import Synthesize
 from cvmatch.tune.run import Tune
 

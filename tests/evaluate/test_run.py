@@ -21,9 +21,10 @@ from cvmatch.index.shard import Store
 from cvmatch.index.shortlist_head import Own
 from cvmatch.index.update import DeleteTiles, delete
 from cvmatch.match.augment import limited
-from cvmatch.match.fusion import LEVELS, Fusion, Query
+from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.settings import LEVELS
 from cvmatch.nn.backbones import MEAN
 from cvmatch.report import evaluation
 from tests.helpers import index as tiny

@@ -21,13 +21,14 @@ from cvmatch.data.color import jittered
 from cvmatch.match import losses
 from cvmatch.match.augment import Views, augmented, blurred, turned
 from cvmatch.match.batches import decode, decode_batch, synthesized
-from cvmatch.match.fusion import LEVELS, Query
+from cvmatch.match.fusion import Query
 from cvmatch.match.hard_negatives import GROUP, grouped, mined, nearest
-from cvmatch.match.infer import Embed, EmbedQuery, EmbedTile, embed_tiles
+from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, load_fusion
 from cvmatch.match.scoring import joint_scores
+from cvmatch.match.settings import LEVELS, Embed, TrainMatcher
 from cvmatch.match.task import IDS, MatcherTask, training_ids
-from cvmatch.match.train import TrainMatcher, build_task, train
+from cvmatch.match.train import build_task, train
 from cvmatch.nn import rng
 from cvmatch.nn.backbones import Tower, TowerSpec, save_tower
 from cvmatch.runtime.output_directory import SOURCE

@@ -32,8 +32,9 @@ from cvmatch.runtime.session import Pool
 from cvmatch.search.files import query_of
 from cvmatch.search.rows import SearchRows, search_rows
 from cvmatch.segment.batches import Preprocess
-from cvmatch.segment.infer import Segment, SegmentAerial
+from cvmatch.segment.infer import SegmentAerial
 from cvmatch.segment.model import Segmenter
+from cvmatch.segment.settings import Segment
 from cvmatch.synthesize import Synthesize, synthesize
 from tests.helpers import index as tiny
 

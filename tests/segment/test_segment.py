@@ -25,11 +25,11 @@ from cvmatch.runtime import tracking
 from cvmatch.runtime.session import Pool
 from cvmatch.segment import windows
 from cvmatch.segment.batches import FILE, Preprocess, decode, synthesized
-from cvmatch.segment.infer import Segment, SegmentAerial, segment
+from cvmatch.segment.infer import SegmentAerial, segment
 from cvmatch.segment.model import BASES, Segmenter, enlarge
+from cvmatch.segment.settings import Segment, TrainSegmenter
 from cvmatch.segment.train import (
     SegmenterTask,
-    TrainSegmenter,
     augment,
     class_weights,
     cross_entropy,

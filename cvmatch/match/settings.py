@@ -1,17 +1,27 @@
-"""What a matcher learns, and from which terms: the settings of a training step."""
+"""Settings of the matcher: its training, its losses, and how rows are embedded."""
 
 import dataclasses
+from typing import Literal
 
-from cvmatch.match import losses
+from cvmatch.runtime.session import Pool
+from cvmatch.training import Fit
+
+Level = Literal["G", "G+A", "G+A+S", "A"]
+LEVELS: tuple[Level, ...] = ("G", "G+A", "G+A+S", "A")
+"""What a query may consist of; learned nulls stand in for the rest."""
+
+View = Literal["polar", "square"]
+Loss = Literal["triplet", "soft-margin", "infonce"]
+Negatives = Literal["all", "hardest", "semi-hard"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class MatcherLossConfig:
     """What a matcher learns, and from which terms."""
 
-    loss: losses.Loss = "infonce"
+    loss: Loss = "infonce"
     """triplet (margin), soft-margin (SAFA) or infonce (learned temperature)."""
-    negatives: losses.Negatives = "all"
+    negatives: Negatives = "all"
     """Which negatives of the batch the triplet loss takes."""
     margin: float = 0.3
     """Margin of the triplet loss, in cosine distance (0 to 2)."""
@@ -77,3 +87,65 @@ class Recipe:
     def limited(self) -> bool:
         """Whether less is seen than the whole, aligned panorama."""
         return self.fov < 360 or self.unknown_heading
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainMatcher(MatcherLossConfig):
+    """Train the joint embedding on synthesized pairs."""
+
+    pairs: str = "data/synthesized/train"
+    """URI of the rows that jobs/synthesize.py wrote."""
+    val: str = ""
+    """URI of such rows for validation; empty: none."""
+    tower: str = "vgg16"
+    """Backbone of the towers: a torchvision model, or a local tower directory."""
+    weights: str = ""
+    """Local .safetensors or .pth file of its weights; empty: its own, or torchvision's hub."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of features that the head of a tower directory sees; None: its own."""
+    dim: int | None = None
+    """Width of that head; None: its own."""
+    shared: bool = False
+    """One tower for G, A and C, as Sample4Geo has it."""
+    view: View = "polar"
+    """What the towers of A, C and S see: the tile's polar view, or the tile as it is."""
+    panorama: tuple[int, int] = (128, 512)
+    """Height and width of G, in pixels."""
+    polar: tuple[int, int] = (128, 512)
+    """Height and width of the polar view, in pixels."""
+    square: int = 256
+    """Side to which tiles are decoded, in pixels."""
+    hidden: int = 256
+    """Width of the fusion layers, of the embeddings, and of the vector stored for each tile."""
+    mine_every: int = 0
+    """Epochs from one search for near pairs, which then share batches, to the next: near in space
+    before the first epoch, then near for the model. 0: batches at random."""
+    mine_pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32))
+    """Actors that embed the training pairs for that search."""
+    output: str = "models/matcher"
+    """Directory of the published model."""
+    fit: Fit = dataclasses.field(default_factory=Fit)
+    """The training loop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mine_every < 0:
+            raise ValueError(f"train_matcher: expected mine_every >= 0, got {self.mine_every}.")
+        if self.mine_every and "://" in self.fit.storage:
+            raise ValueError(
+                "train_matcher: the search for near pairs loads the model of the last checkpoint: "
+                f"expected a fit.storage that all nodes mount with mine_every, got "
+                f"{self.fit.storage!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Embed tiles or queries with a trained matcher."""
+
+    model: str = "models/matcher"
+    """Local directory that train_matcher published."""
+    level: Level = "G+A+S"
+    """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
+    pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32))
+    """Actors."""
