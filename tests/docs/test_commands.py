@@ -36,6 +36,8 @@ KINDS = {"sh", "text", "yaml", "python", "json"}
 UNTYPED = {
     "make demo": "takes minutes, and its stages have tests of their own",
     "make test": "is what runs this",
+    "make install": "made what runs this",
+    "make check": "continuous integration runs it beside the tests",
     "ray up": "starts machines in a cloud: tests/test_cluster.py checks the file",
     "ray dashboard": "needs that cluster",
     "ray get-auth-token": "writes the token of whoever types it",
