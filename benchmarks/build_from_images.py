@@ -15,7 +15,8 @@ from cvmatch.data import schema
 from cvmatch.data.pairs import Ingest
 from cvmatch.data.tables import batches
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate.retrieval import KS
 from cvmatch.evaluate.run import true_rows
 from cvmatch.generate.infer import Generate

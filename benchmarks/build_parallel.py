@@ -15,7 +15,8 @@ from _memory import below
 from index_1m import trained
 
 from cvmatch.data.pairs import Ingest
-from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import MakeWorld
 from cvmatch.index.build import BuildIndex, build
 from cvmatch.index.reader import Index
 from cvmatch.index.verify import Verify, verify

@@ -14,7 +14,8 @@ from _harness import Bench, finish, flags, interval
 from cvmatch.data import images, schema
 from cvmatch.data.pairs import Ingest, ingest
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
 from cvmatch.generate.conditioning import Conditioning, Mode
 from cvmatch.generate.infer import Generate, generate

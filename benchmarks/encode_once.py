@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cvmatch.data.pairs import Ingest
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import MakeWorld
 from cvmatch.generate import pretrained
 from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.task import GeneratorTask

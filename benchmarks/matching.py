@@ -18,8 +18,10 @@ from pyarrow import parquet
 from cvmatch.data import images, manifest, schema
 from cvmatch.data.pairs import Ingest, ingest
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural import Difficulty, MakeWorld, make_world
-from cvmatch.evaluate.run import Evaluate, evaluate
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import Difficulty, MakeWorld
+from cvmatch.evaluate.run import evaluate
+from cvmatch.evaluate.settings import Evaluate
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import train as train_generator
 from cvmatch.index.build import BuildIndex, build

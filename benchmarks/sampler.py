@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cvmatch.data.pairs import Ingest, ingest
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
 from cvmatch.generate import low_freq_guidance
 from cvmatch.generate.batches import Sizes, decode

@@ -14,7 +14,8 @@ from ray.data import Dataset
 from cvmatch.data import schema
 from cvmatch.data.pairs import Ingest, accepted, ingest
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
 from cvmatch.generate.infer import Generate, generate
 from cvmatch.runtime import progress, session

@@ -20,7 +20,8 @@ from ray.data import Dataset
 
 from cvmatch.data.pairs import Ingest, ingest
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural import MakeWorld, make_world
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import MakeWorld
 from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import Generate, GenerateAerial, generate
 from cvmatch.generate.model import Generator

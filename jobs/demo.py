@@ -3,8 +3,9 @@
 from cvmatch import config, synthesize
 from cvmatch.data import storage
 from cvmatch.demo import run as demo
-from cvmatch.demo.procedural import make_world
-from cvmatch.demo.settings import Demo, settings
+from cvmatch.demo.plan import settings
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import Demo
 from cvmatch.generate import train as generator
 from cvmatch.index.build import build
 from cvmatch.match import train as matcher

@@ -5,7 +5,8 @@ import sys
 
 from cvmatch.config import parse
 from cvmatch.data import storage
-from cvmatch.evaluate.run import Evaluate, evaluate
+from cvmatch.evaluate.run import evaluate
+from cvmatch.evaluate.settings import Evaluate
 from cvmatch.report import evaluation, score_table, scores
 from cvmatch.runtime import progress
 

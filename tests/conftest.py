@@ -64,7 +64,8 @@ def official(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def world_root(ray_session, tmp_path_factory):
     """Root of the tiny embedded world: 24 training pairs and 12 to validate, 64 x 64 tiles."""
-    from cvmatch.demo.procedural import MakeWorld, make_world  # noqa: PLC0415 (only where it is used)
+    from cvmatch.demo.procedural.write import make_world  # noqa: PLC0415 (only where it is used)
+    from cvmatch.demo.settings import MakeWorld  # noqa: PLC0415 (only where it is used)
 
     root = str(tmp_path_factory.mktemp("world"))
     make_world(MakeWorld(output=root, preset="tiny"))

@@ -12,7 +12,8 @@ from ray.train import Result
 
 from cvmatch import config as configs
 from cvmatch.data import schema, storage
-from cvmatch.demo.settings import Demo, Settings
+from cvmatch.demo.plan import Settings
+from cvmatch.demo.settings import Demo
 from cvmatch.evaluate.run import evaluate
 from cvmatch.match.batches import pair_ids
 from cvmatch.report import (

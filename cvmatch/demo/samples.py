@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from cvmatch.demo import procedural
-from cvmatch.demo.procedural import Sizes, pairs, world_seed
+from cvmatch.demo.procedural.pairs import Sizes, pairs, world_seed
+from cvmatch.demo.procedural.pairs import tiles as world_tiles
 
 log = logging.getLogger(__name__)
 
@@ -72,5 +72,5 @@ def _places(seed: int, index: int) -> Places:
 
 
 def _tiles(seed: int, side: int, index: int) -> Tiles:
-    found = procedural.tiles(world_seed(seed, index, "pretrain"), CAMERAS, side)
+    found = world_tiles(world_seed(seed, index, "pretrain"), CAMERAS, side)
     return Tiles(*(np.stack(arrays) for arrays in zip(*found, strict=True)))

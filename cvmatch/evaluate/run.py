@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +24,12 @@ from cvmatch.data import images, manifest, schema, storage, tables
 from cvmatch.evaluate import retrieval
 from cvmatch.evaluate.fid import distance
 from cvmatch.evaluate.generation import Distance, generation, segmentation
+from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.reader import Index
 from cvmatch.match.augment import limited
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import JointFeatureLearningNet
-from cvmatch.match.settings import LEVELS, Level
+from cvmatch.match.settings import Level
 from cvmatch.match.task import IDS, training_ids
 from cvmatch.nn import rng
 from cvmatch.runtime import progress, tracking
@@ -36,46 +37,6 @@ from cvmatch.runtime import progress, tracking
 _log = logging.getLogger(__name__)
 
 _BATCH = 32  # rows a step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Measure a matcher, its index, and the generator and segmenter behind its queries."""
-
-    queries: str = "data/synthesized/val"
-    """URI of synthesized rows that the matcher was not trained on."""
-    index: str = "data/index"
-    """Local directory of an index that holds the queries' tiles; its model is measured."""
-    levels: tuple[Level, ...] = LEVELS
-    """What queries consist of."""
-    modes: tuple[Literal["exact", "two-stage"], ...] = ("exact", "two-stage")
-    """Searches that are timed; two-stage is also compared with the exact answer."""
-    fov: tuple[float, ...] = (360.0,)
-    """Fields of view in degrees, (0, 360]; below 360 only level G, whose picture is cut."""
-    unknown_heading: bool = False
-    """Also turn each panorama by a random angle that the model is not told; only level G."""
-    near_m: float = 1000.0
-    """Radius of the near gallery around the true tile, in metres."""
-    num_classes: int = 5
-    """Classes of the segmenter: 5, or 6 with cars."""
-    fid: str = ""
-    """Network of the FID of synthetic aerials: inception, or a tower by name or directory; empty:
-    not measured."""
-    output: str = "data/evaluation"
-    """Directory for results.json, queries.parquet and report.html."""
-    bootstrap: int = 1000
-    """Resamples for each 95 % interval."""
-    seed: int = 0
-    """Of headings, random galleries and resamples."""
-
-    def __post_init__(self) -> None:
-        if not self.fov or not all(0 < degrees <= 360 for degrees in self.fov):
-            raise ValueError(f"evaluate: fov are degrees in (0, 360], got {self.fov}.")
-        if "G" not in self.levels and (self.unknown_heading or self.fov != (360.0,)):
-            raise ValueError(
-                "evaluate: A and S are made from the whole, aligned panorama, so that limited "
-                f"views need level G: expected G among levels, got {self.levels}."
-            )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import SegformerForSemanticSegmentation
 
 from cvmatch.data.schema import LABELS
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural import pairs, world_seed
+from cvmatch.demo.procedural.pairs import pairs, world_seed
 from cvmatch.demo.samples import SIZES
 from cvmatch.generate.conditioning import Condition, Conditioning
 from cvmatch.generate.model import Generator

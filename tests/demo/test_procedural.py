@@ -9,17 +9,11 @@ from PIL import Image
 
 from cvmatch.data.images import classes_of, colours_of
 from cvmatch.data.schema import IGNORE, PALETTE
-from cvmatch.demo.procedural import (
-    Difficulty,
-    MakeWorld,
-    Sizes,
-    make_world,
-    pairs,
-    place,
-    tiles,
-    world_seed,
-)
+from cvmatch.demo.procedural import place
 from cvmatch.demo.procedural.paints import PLANTS, ROAD, SKY
+from cvmatch.demo.procedural.pairs import Sizes, pairs, tiles, world_seed
+from cvmatch.demo.procedural.write import make_world
+from cvmatch.demo.settings import Difficulty, MakeWorld
 
 SMALL = Sizes(aerial=128, panorama=(64, 256))
 TINY = Sizes(aerial=64, panorama=(16, 64))

@@ -15,7 +15,8 @@ from cvmatch.demo import models as base_models
 from cvmatch.evaluate import retrieval
 from cvmatch.evaluate.fid import distance
 from cvmatch.evaluate.generation import generation, segmentation
-from cvmatch.evaluate.run import Evaluate, View, check_unseen, embedded, evaluate, flat, true_rows
+from cvmatch.evaluate.run import View, check_unseen, embedded, evaluate, flat, true_rows
+from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import Store
 from cvmatch.index.shortlist_head import Own

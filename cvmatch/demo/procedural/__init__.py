@@ -6,17 +6,3 @@ W/4 west; CVUSA's vertical field of view), and so the polar view. Photometry, se
 are drawn independently for the two views, so colour is not a shortcut. Splits are by world. Each
 world is one Ray Data read task and a pure function of (seed, camera).
 """
-
-from cvmatch.demo.procedural.pairs import Difficulty, Pair, Sizes, pairs, tiles, world_seed
-from cvmatch.demo.procedural.write import MakeWorld, make_world
-
-__all__ = [
-    "Difficulty",
-    "MakeWorld",
-    "Pair",
-    "Sizes",
-    "make_world",
-    "pairs",
-    "tiles",
-    "world_seed",
-]

@@ -12,6 +12,7 @@ from cvmatch.demo.procedural import place
 from cvmatch.demo.procedural.aerial import aerial
 from cvmatch.demo.procedural.panorama import panorama
 from cvmatch.demo.procedural.roads import SPAN
+from cvmatch.demo.settings import Difficulty
 
 _FAMILIES = ("data", "pretrain")
 
@@ -24,16 +25,6 @@ class Sizes:
     """Side of the tile and of its class map."""
     panorama: tuple[int, int] = (224, 1232)
     """Height and width of the panorama."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difficulty:
-    """What makes matching harder."""
-
-    heading_noise: float = 0.0
-    """Standard deviation of the panorama's heading error, in degrees."""
-    camera_offset: float = 0.0
-    """Standard deviation of the camera's offset from the tile's centre, each way, in metres."""
 
 
 @dataclass(frozen=True)

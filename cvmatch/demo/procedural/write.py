@@ -5,7 +5,7 @@ One Ray Data read task a world writes its files; pictures never pass the driver.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -18,7 +18,8 @@ from ray.data.datasource import Datasource, ReadTask
 
 from cvmatch.data import storage
 from cvmatch.data.images import colours_of, encode
-from cvmatch.demo.procedural.pairs import Difficulty, Pair, Sizes, pairs, world_seed
+from cvmatch.demo.procedural.pairs import Pair, Sizes, pairs, world_seed
+from cvmatch.demo.settings import MakeWorld
 from cvmatch.runtime import progress
 
 _POLAR = (128, 512)
@@ -35,32 +36,6 @@ _ROWS = pa.schema(
 )
 
 Split = Literal["train", "val"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MakeWorld:
-    """Write an embedded CVUSA: `python -m cvmatch.demo.procedural --output data/demo`."""
-
-    output: str = "data/world"
-    """Directory, or a URI that cvmatch.data.storage opens; all nodes must reach it."""
-    preset: Literal["tiny", "demo", "standard", "large"] = "demo"
-    """Sizes and counts of train + val pairs: tiny 24 + 12, demo 960 + 320, standard 2,000 + 500,
-    and large 20,000 + 2,000 in CVUSA's own sizes."""
-    layout: Literal["subset", "official"] = "subset"
-    """CVUSA_subset with class maps, or CVPR_subset (with the class maps added)."""
-    train: int | None = None
-    """Training pairs, rounded up to whole worlds; None takes the preset's."""
-    val: int | None = None
-    """Held-out pairs, rounded up to whole worlds; None takes the preset's."""
-    difficulty: Difficulty = field(default_factory=Difficulty)
-    """What makes matching harder."""
-    near_gallery: bool = False
-    """Held-out pairs come from a quarter of the worlds, so tiles that overlap compete."""
-    polar: bool = False
-    """Also write the polar views, 128 x 512."""
-    seed: int = 0
-    """Data sets of different seeds share no world. Those of one seed share worlds, in other splits
-    where `train` differs: measure a model on the data set that it was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

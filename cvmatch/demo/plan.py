@@ -1,0 +1,153 @@
+"""The settings that make the whole pipeline run on a laptop: small pictures, toy base models."""
+
+from dataclasses import dataclass, replace
+
+from cvmatch.config import override
+from cvmatch.data.pairs import Ingest
+from cvmatch.demo import models as base_models
+from cvmatch.demo.settings import Demo, MakeWorld
+from cvmatch.evaluate.settings import Evaluate
+from cvmatch.generate.conditioning import Conditioning
+from cvmatch.generate.infer import Generate
+from cvmatch.generate.train import TrainGenerator
+from cvmatch.index.build import BuildIndex
+from cvmatch.match.settings import TrainMatcher
+from cvmatch.runtime.session import Pool
+from cvmatch.segment.settings import Segment, TrainSegmenter
+from cvmatch.synthesize import Synthesize
+from cvmatch.training import Fit
+from cvmatch.tune.run import Tune
+
+WIDTH = 256
+"""Columns of the toy data sets' panoramas, at 64 rows."""
+
+VIEW = (32, 128)
+"""Height and width of what the matcher's towers see: a quarter of the cost of 64 x 256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of each stage of the demo."""
+
+    world: MakeWorld
+    segmenter: TrainSegmenter
+    generator: TrainGenerator
+    synthesize: tuple[Synthesize, Synthesize]
+    """Training pairs, held-out pairs."""
+    tune: Tune
+    trial: TrainMatcher
+    """What all trials of the search share."""
+    matcher: TrainMatcher
+    index: BuildIndex
+    evaluate: Evaluate
+
+
+def settings(config: Demo) -> Settings:
+    """Settings of the stages, all below `config.output`."""
+    at, tiny = config.output, config.preset == "tiny"
+    train, val = (Ingest(root=f"{at}/world", split=split) for split in ("train", "val"))
+
+    def fit(name: str, epochs: int, batch: int, workers: int = 0) -> Fit:
+        return Fit(
+            epochs=1 if tiny else epochs,
+            batch=4 if tiny else batch,
+            workers=workers,
+            seed=config.seed,
+            storage=f"{at}/runs",
+            name=name,
+            cache=True,
+        )
+
+    matcher = TrainMatcher(
+        pairs=f"{at}/synthesized/train",
+        val=f"{at}/synthesized/val",
+        tower=base_models.TOWER,
+        panorama=VIEW,
+        polar=VIEW,
+        square=64,
+        hidden=128,
+        grid=(4, 16),
+        lr_towers=1e-3,
+        lr_heads=1e-3,
+        output=f"{at}/models/matcher",
+        fit=fit("matcher", 14, 32, config.workers),
+    )
+    return Settings(
+        world=MakeWorld(output=f"{at}/world", preset=config.preset, seed=config.seed),
+        segmenter=TrainSegmenter(
+            data=train,
+            val=val,
+            base=base_models.SEGFORMER,
+            size=128,
+            lr=1e-3,
+            lr_head=3e-3,
+            dice=0.5,
+            output=f"{at}/models/segmenter",
+            fit=fit("segmenter", 2, 8),
+        ),
+        generator=TrainGenerator(
+            data=train,
+            val=replace(val, limit=128),  # each row costs six passes of the UNet
+            diffusion=base_models.DIFFUSION,
+            clip=base_models.CLIP,
+            perceptual=base_models.TOWER,
+            conditioning=Conditioning(panorama_width=WIDTH, crops=4),
+            w_contrast=0.2,
+            w_identify=0.1,
+            train_unet="attention",
+            ema=0.95,  # without, at twice these rates: mottled (Frechet distance 24, with it 10)
+            mirror=True,
+            lr=3.5e-4,
+            lr_rays=2e-3,
+            pretrain_rays=1 if tiny else 6,
+            freeze_rays=True,
+            encoded=f"{at}/encoded",
+            output=f"{at}/models/generator",
+            fit=fit("generator", 5, 32),
+        ),
+        synthesize=(_synthesize(at, train), _synthesize(at, val)),
+        tune=_tune(at, tiny, config.seed),
+        trial=override(matcher, {"fit.workers": 0}),  # a trial is a process of its own
+        matcher=matcher,
+        index=BuildIndex(
+            tiles=val,
+            model=f"{at}/models/matcher",
+            queries=f"{at}/synthesized/val",
+            output=f"{at}/index",
+            pool=Pool(batch=32, cpus=1),
+            shortlist=5 if tiny else 50,
+            seed=config.seed,
+        ),
+        evaluate=Evaluate(
+            queries=f"{at}/synthesized/val",
+            index=f"{at}/index",
+            output=f"{at}/evaluation",
+            seed=config.seed,
+        ),
+    )
+
+
+def _synthesize(at: str, data: Ingest) -> Synthesize:
+    return Synthesize(
+        data=data,
+        generate=Generate(
+            model=f"{at}/models/generator",
+            pool=Pool(size=2, batch=16, calls=2),
+        ),
+        segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16, calls=2)),
+        output=f"{at}/synthesized/{data.split}",
+    )
+
+
+def _tune(at: str, tiny: bool, seed: int) -> Tune:
+    return Tune(
+        stage="matcher",
+        space=base_models.SPACE,
+        trials=2 if tiny else 3,
+        concurrent=3,
+        epochs=1,
+        storage=f"{at}/runs",
+        name="tune",
+        output=f"{at}/tuned",
+        seed=seed,
+    )
