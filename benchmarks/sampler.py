@@ -74,7 +74,7 @@ def ddim(model: Generator, guidance: float) -> Draw:
         scheduler: Any = DDIMScheduler.from_config(model.noise.scheduler.config)
         scheduler.set_timesteps(PROTOTYPE)
         wanted = model.wanted(condition)
-        latent = rng.normal(keys, rng.stream(0, purpose="sample"), *model.latent)
+        latent = rng.normal(keys, rng.fold_in(0, purpose="sample"), *model.latent)
         for step in scheduler.timesteps:
             at = torch.full_like(keys, int(step))
             right, wrong = (model.predict(latent, at, given) for given in (condition, null))

@@ -165,8 +165,8 @@ def embedded(config: Evaluate, model: JointFeatureLearningNet) -> dict[tuple[Vie
         if "S" in letters:
             maps = [images.decode_ids(data, side) for data in rows[schema.SYNTHETIC_CLASSES]]
             s = model.class_features(torch.from_numpy(np.stack(maps)).to(device))
-        keys = torch.tensor([rng.key(name) for name in rows[schema.PAIR_ID]])
-        turn = rng.uniform(keys, rng.stream(config.seed, purpose="heading"), 1)[:, 0] * 360
+        keys = torch.tensor([rng.row_key(name) for name in rows[schema.PAIR_ID]])
+        turn = rng.uniform(keys, rng.fold_in(config.seed, purpose="heading"), 1)[:, 0] * 360
         for view in views:
             g = model.ground_features(limited(ground, view.fov, turn * view.unknown))
             for _, level in (pair for pair in wanted if pair[0] == view):

@@ -49,7 +49,7 @@ def varied(batch: dict[str, Tensor], recipe: Recipe, seed: int) -> Pairs:
     Where the batch has `mirrored` (`encode`), mirrored pairs take their panorama from there.
     """
     plain, number = pairs_of(batch), count(recipe.turns, recipe.mirror)
-    stream = rng.stream(seed, int(batch["epoch"]), "variant")
+    stream = rng.fold_in(seed, int(batch["epoch"]), "variant")
     chosen = (rng.uniform(batch["key"], stream) * number).long()
     how = change(chosen, recipe.turns)
     if "mirrored" in batch:

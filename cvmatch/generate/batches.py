@@ -46,7 +46,7 @@ def decode_batch(batch: dict[str, np.ndarray], sizes: Sizes) -> dict[str, np.nda
     ground = [images.decode(batch[schema.GROUND][i], sizes.panorama) for i in good]
     aerial = [images.decode(batch[schema.AERIAL][i], tile) for i in good]
     classes = [_classes(batch[schema.CLASSES][i], tile) for i in good]
-    keys = [rng.key(str(batch[schema.PAIR_ID][i])) for i in good]
+    keys = [rng.row_key(str(batch[schema.PAIR_ID][i])) for i in good]
     return {
         "ground": planes(ground, sizes.panorama),
         "aerial": planes(aerial, tile),

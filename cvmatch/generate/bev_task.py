@@ -35,7 +35,7 @@ class RaysTask(nn.Module):
         if self.training:
             known = self.rivals.known(batch["key"])
             # The two views are of other hours: R@10 % of 500 by the map 88.8 to 90.4 (toy, 110 s).
-            stream = rng.stream(self.seed, int(batch["epoch"]), "colour of ground")
+            stream = rng.fold_in(self.seed, int(batch["epoch"]), "colour of ground")
             ground = jittered(ground, batch["key"], stream)
         drawn = self.rays(bev.view(ground), self.size)
         named = losses.map_terms(self.rays, drawn, pairs.tile, pairs.classes, known)

@@ -51,7 +51,7 @@ class GenerateAerial:
             except images.BadImage as error:
                 errors[row] = f"generate: {schema.GROUND}: {error}"
             else:
-                keyed[row] = panorama, rng.key(str(batch[schema.PAIR_ID][row]))
+                keyed[row] = panorama, rng.row_key(str(batch[schema.PAIR_ID][row]))
         drawn = np.full(len(errors), None, dtype=object)
         for row, picture in zip(keyed, self.draw(list(keyed.values())), strict=True):
             if isinstance(picture, Exception):

@@ -159,13 +159,13 @@ class Generator(nn.Module):
     ) -> Float[Tensor, "batch c h w"]:
         """Latents of synthetic aerials, by DPM-Solver++ with classifier-free guidance.
 
-        The noise of a row depends on its key (`draws.key(pair_id)`) and the seed alone, so a
+        The noise of a row depends on its key (`rng.row_key(pair_id)`) and the seed alone, so a
         picture does not depend on its batch.
         """
         with self._halved():
             condition = self.condition(seen)
             both = _doubled(self.conditioner, condition) if sampling.guidance != 1 else condition
-            stream = rng.stream(sampling.seed, purpose="sample")
+            stream = rng.fold_in(sampling.seed, purpose="sample")
             latent = rng.normal(keys, stream, *self.latent)
             wanted, before = self.wanted(condition), None
             solver: Any = self.noise.solver(sampling.steps)

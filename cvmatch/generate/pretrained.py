@@ -34,9 +34,9 @@ def load_encoders(diffusion: str, clip: str, revision: str = "main", folder: str
             which flag takes its directory.
     """
     clip_folder: dict[str, Any] = {"subfolder": folder} if folder else {}
-    with hub.located(diffusion, "--diffusion") as safe:
+    with hub.from_pretrained_kwargs(diffusion, "--diffusion") as safe:
         vae = AutoencoderKL.from_pretrained(diffusion, subfolder="vae", revision=revision, **safe)
-    with hub.located(clip, "--clip") as safe:
+    with hub.from_pretrained_kwargs(clip, "--clip") as safe:
         vision = CLIPVisionModel.from_pretrained(
             clip,
             dtype=torch.float32,  # transformers keeps a file's halves
@@ -53,7 +53,7 @@ def load_unet(diffusion: str, revision: str = "main") -> tuple[UNet2DConditionMo
     Raises:
         ValueError: as `load_encoders`, or the schedule is of another kind of model.
     """
-    with hub.located(diffusion, "--diffusion") as safe:
+    with hub.from_pretrained_kwargs(diffusion, "--diffusion") as safe:
         noise: Any = DDPMScheduler.load_config(diffusion, subfolder="scheduler", revision=revision)
         scheduler: Any = DDPMScheduler.from_config(noise)
         unet = UNet2DConditionModel.from_pretrained(
@@ -69,10 +69,10 @@ def sizes(diffusion: str, clip: str, panorama_width: int, revision: str = "main"
     Raises:
         ValueError: as `load_encoders`.
     """
-    with hub.located(diffusion, "--diffusion"):
+    with hub.from_pretrained_kwargs(diffusion, "--diffusion"):
         unet: Any = UNet2DConditionModel.load_config(diffusion, subfolder="unet", revision=revision)
         vae: Any = AutoencoderKL.load_config(diffusion, subfolder="vae", revision=revision)
-    with hub.located(clip, "--clip"):
+    with hub.from_pretrained_kwargs(clip, "--clip"):
         vision: Any = CLIPVisionConfig.from_pretrained(clip)
     latent = unet["sample_size"]
     return Sizes((vision.image_size, panorama_width), latent * _factor(vae), latent)

@@ -169,7 +169,7 @@ class GeneratorTask(nn.Module):
         model, recipe, keys = self.generator, self.recipe, batch["key"]
 
         def numbers(purpose: str) -> int:
-            return rng.stream(self.seed, int(batch["epoch"]), purpose)
+            return rng.fold_in(self.seed, int(batch["epoch"]), purpose)
 
         step = (rng.uniform(keys, numbers("step")) * len(model.noise.signal)).long()
         noise = rng.normal(keys, numbers("noise"), *model.latent)
@@ -207,7 +207,7 @@ class GeneratorTask(nn.Module):
         totals = {"loss_correct": latent.new_zeros(()), "loss_shuffled": latent.new_zeros(())}
         for share in VALIDATION:
             step = torch.full_like(keys, round(share * len(model.noise.signal)))
-            stream = rng.stream(self.seed, purpose=f"validation {share}")
+            stream = rng.fold_in(self.seed, purpose=f"validation {share}")
             noise = rng.normal(keys, stream, *model.latent)
             noisy, target = (
                 model.noise.add(latent, noise, step),

@@ -171,11 +171,11 @@ def _pretrain(
 
 def located(config: TrainGenerator) -> TrainGenerator:
     """The config with absolute local paths: workers have another working directory."""
-    perceptual, weights = backbones.located(config.perceptual, config.perceptual_weights)
+    perceptual, weights = backbones.resolve_paths(config.perceptual, config.perceptual_weights)
     return dataclasses.replace(
         config,
-        diffusion=hub.anywhere(config.diffusion),
-        clip=hub.anywhere(config.clip),
+        diffusion=hub.absolute_or_hub_id(config.diffusion),
+        clip=hub.absolute_or_hub_id(config.clip),
         perceptual=perceptual,
         perceptual_weights=weights,
     )

@@ -33,8 +33,8 @@ def augmented(views: Views, key: Int64[Tensor, " row"], seed: int, epoch: int) -
 
     The class map keeps its colours, which are names.
     """
-    quarter = rng.uniform(key, rng.stream(seed, epoch, "turn"))
-    mirror = rng.uniform(key, rng.stream(seed, epoch, "mirror")) < 0.5
+    quarter = rng.uniform(key, rng.fold_in(seed, epoch, "turn"))
+    mirror = rng.uniform(key, rng.fold_in(seed, epoch, "mirror")) < 0.5
     pair = turned(views, (quarter * 4).long(), mirror)
     changed = {
         name: _seen_anew(picture, key, seed, epoch, name)
@@ -82,6 +82,6 @@ def blurred(
 
 def _seen_anew(picture: Tensor, key: Tensor, seed: int, epoch: int, name: str) -> Tensor:
     """Other light and sharpness; half of the pictures keep theirs."""
-    share = (2 * rng.uniform(key, rng.stream(seed, epoch, f"blur of {name}")) - 1).clamp(min=0)
-    stream = rng.stream(seed, epoch, f"colour of {name}")
+    share = (2 * rng.uniform(key, rng.fold_in(seed, epoch, f"blur of {name}")) - 1).clamp(min=0)
+    stream = rng.fold_in(seed, epoch, f"colour of {name}")
     return jittered(blurred(picture, share), key, stream)

@@ -83,7 +83,7 @@ def decode_batch(
         pixels = np.array(decoded, dtype=np.uint8).reshape(-1, *size, 3)
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
-    keys = [rng.key(str(batch[schema.PAIR_ID][index])) for index in good]
+    keys = [rng.row_key(str(batch[schema.PAIR_ID][index])) for index in good]
     found = {
         "ground": pictures(schema.GROUND, panorama),
         "aerial": pictures(schema.AERIAL, side),

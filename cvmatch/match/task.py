@@ -121,7 +121,7 @@ class MatcherTask(nn.Module):
             views = augmented(views, batch["key"], self.seed, epoch)
         if not self.recipe.limited:
             return views
-        turn = rng.uniform(batch["key"], rng.stream(self.seed, epoch, "heading"))
+        turn = rng.uniform(batch["key"], rng.fold_in(self.seed, epoch, "heading"))
         turn = 360 * turn * self.recipe.unknown_heading
         return views._replace(ground=limited(views.ground, self.recipe.fov, turn))
 
@@ -145,7 +145,7 @@ class MatcherTask(nn.Module):
             return ground, synthetic, classes
 
         def falls(share: float, purpose: str) -> Tensor:
-            stream = rng.stream(self.seed, int(batch["epoch"]), purpose)
+            stream = rng.fold_in(self.seed, int(batch["epoch"]), purpose)
             return (rng.uniform(batch["key"], stream) < share)[:, None]
 
         no_a = falls(self.recipe.drop_synthetic, "drop synthetic")

@@ -27,7 +27,7 @@ def train(config: TrainMatcher) -> Result:
             among the training pairs.
     """
     training.preflight(config.fit)
-    config = located(config)
+    config = with_absolute_paths(config)
     rows = synthesized(config.pairs, config.joint)
     decoded = functools.partial(_decoded, config)
     val = decoded(synthesized(config.val, config.joint)) if config.val else None
@@ -46,9 +46,9 @@ def train(config: TrainMatcher) -> Result:
     return result
 
 
-def located(config: TrainMatcher) -> TrainMatcher:
+def with_absolute_paths(config: TrainMatcher) -> TrainMatcher:
     """The config with absolute local paths of the backbone: workers have another directory."""
-    name, weights = backbones.located(config.tower, config.weights)
+    name, weights = backbones.resolve_paths(config.tower, config.weights)
     return dataclasses.replace(config, tower=name, weights=weights)
 
 
@@ -76,7 +76,7 @@ def _order(config: TrainMatcher, rows: Dataset) -> training.Order:
     session.preflight(config.mine_pool)
 
     def nearby(model: str, epoch: int) -> Dataset:
-        seed = rng.stream(config.fit.seed, epoch, "near") % 2**32
+        seed = rng.fold_in(config.fit.seed, epoch, "near") % 2**32
         return _decoded(config, mined(rows, model, config.mine_pool, seed))
 
     return training.Order(config.mine_every, nearby)

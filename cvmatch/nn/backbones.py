@@ -120,12 +120,14 @@ def tower(
     return _loaded(spec, "" if weights == RANDOM else weights or os.path.join(name, _WEIGHTS))
 
 
-def located(name: str, weights: str) -> tuple[str, str]:
+def resolve_paths(name: str, weights: str) -> tuple[str, str]:
     """`name` and `weights` of `tower` so that they mean the same in every process.
 
     A directory, and a file, that are there become absolute: Ray's workers change directory.
     """
-    return hub.anywhere(name), os.path.abspath(weights) if os.path.isfile(weights) else weights
+    return hub.absolute_or_hub_id(name), os.path.abspath(weights) if os.path.isfile(
+        weights
+    ) else weights
 
 
 def save_tower(model: Tower, directory: str) -> None:

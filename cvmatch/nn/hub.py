@@ -13,21 +13,25 @@ from cvmatch.data import storage
 
 
 @contextmanager
-def located(name: str, flag: str) -> Iterator[dict[str, Any]]:
-    """Turn a failed `from_pretrained(name)` into advice; gives the arguments that loading needs.
+def from_pretrained_kwargs(name: str, flag: str) -> Iterator[dict[str, Any]]:
+    """Turn a failed `from_pretrained(name)` into advice.
 
-        with located(config.clip, "--clip") as safe:
+        with from_pretrained_kwargs(config.clip, "--clip") as safe:
             model = CLIPVisionModel.from_pretrained(config.clip, **safe)
 
-    The arguments ask for safetensors, so nothing is unpickled. `flag` is the command-line flag that
-    takes a directory in place of the hub's id.
+    Args:
+        name: Hub id or directory of the model.
+        flag: Command-line flag that takes a directory in place of the hub's id.
+
+    Yields:
+        Arguments for `from_pretrained`: safetensors only, so nothing is unpickled.
 
     Raises:
         ValueError: there is no such directory, the hub cannot be reached, or there are no
             safetensors; says what to download and which flag takes its directory.
     """
     transformers_logging.disable_progress_bar()  # weights of a laptop load in milliseconds
-    transformers_logging.set_verbosity_error()  # a new head for new classes is no mishap
+    transformers_logging.set_verbosity_error()  # of a new head for new classes
     try:
         yield {"use_safetensors": True}
     except OSError as error:
@@ -39,19 +43,19 @@ def located(name: str, flag: str) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def anywhere(name: str) -> str:
-    """`name` so that it means the same in every process (Ray's workers change directory).
+def absolute_or_hub_id(name: str) -> str:
+    """Return the absolute path of a local directory or URI, or the hub id unchanged.
 
-    A directory that is there becomes absolute; anything else is taken for a hub id and kept.
+    Ray's workers change directory, so a relative path would mean something else there.
     """
     return storage.absolute(name) if "://" in name or os.path.isdir(name) else name
 
 
 @contextmanager
-def fetched(location: str) -> Iterator[str]:
-    """A local directory with the content of `location`, for libraries that read only local files.
+def local_copy(location: str) -> Iterator[str]:
+    """Yield a local directory with the content of `location`, for libraries that read only files.
 
-    A local directory is given as it is; one behind a URI is copied for as long as the block lasts.
+    A local directory is yielded as it is; one behind a URI is copied while the block lasts.
     """
     if "://" not in location:
         yield storage.absolute(location)

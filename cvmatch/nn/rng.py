@@ -1,6 +1,6 @@
 """Random numbers as a function of the row, so that batch, worker and restart do not matter.
 
-A draw is a hash of (row key, stream, position): splitmix64 (Steele, Lea, Flood, OOPSLA 2014) as a
+A number is a hash of (row key, stream, position): splitmix64 (Steele, Lea, Flood, OOPSLA 2014) as a
 counter-based generator. The integers agree on every device; normals agree to float32 rounding.
 """
 
@@ -15,7 +15,7 @@ _MASK_63 = 2**63 - 1
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
+    """Return the int64 with the bits of an unsigned 64-bit number."""
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -24,23 +24,23 @@ _FIRST = _signed(0xBF58476D1CE4E5B9)
 _SECOND = _signed(0x94D049BB133111EB)
 
 
-def key(pair_id: str) -> int:
-    """Stable number of a row, in [0, 2**63): the same in every process and on every machine."""
+def row_key(pair_id: str) -> int:
+    """Hash a row's id to [0, 2**63): the same number in every process and on every machine."""
     return _hash(pair_id)
 
 
-def stream(seed: int, epoch: int = 0, purpose: str = "") -> int:
-    """Number of an independent sequence of draws: other seeds, epochs and purposes give others."""
+def fold_in(seed: int, epoch: int = 0, purpose: str = "") -> int:
+    """Hash seed, epoch and purpose to the number of an independent stream of random numbers."""
     return _hash(f"{seed}/{epoch}/{purpose}")
 
 
 def uniform(keys: Int64[Tensor, " row"], stream: int, *shape: int) -> Float[Tensor, " row *shape"]:
-    """Draws from [0, 1), 24 bits each, on the device of `keys`; `shape` numbers for each key."""
+    """Sample `shape` numbers from [0, 1) for each key, 24 bits each, on the device of `keys`."""
     return _uniform(keys, stream, math.prod(shape)).reshape(len(keys), *shape)
 
 
 def normal(keys: Int64[Tensor, " row"], stream: int, *shape: int) -> Float[Tensor, " row *shape"]:
-    """Draws from N(0, 1) by Box and Muller (1958), on the device of `keys`; within +-5.8."""
+    """Sample from N(0, 1) by Box and Muller (1958), on the device of `keys`; within +-5.8."""
     count = math.prod(shape)
     flat = _uniform(keys, stream, 2 * count)
     radius = torch.sqrt(-2 * torch.log1p(-flat[:, :count]))  # 1 - u is never 0, since u < 1
@@ -55,7 +55,7 @@ def _uniform(keys: Int64[Tensor, " row"], stream: int, count: int) -> Float[Tens
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """splitmix64's finaliser; int64 products wrap, as the algorithm wants."""
+    """splitmix64's finaliser; int64 products wrap, as the algorithm requires."""
     bits = (bits ^ _right(bits, 30)) * _FIRST
     bits = (bits ^ _right(bits, 27)) * _SECOND
     return bits ^ _right(bits, 31)

@@ -102,7 +102,7 @@ def decode(batch: dict[str, np.ndarray], preprocess: Preprocess) -> dict[str, np
             masks.append(preprocess.mask(classes))
         except images.BadImage as bad:
             raise images.BadImage(f"segment: pair {name}: {bad}") from bad
-        keys.append(rng.key(str(name)))
+        keys.append(rng.row_key(str(name)))
     side = preprocess.size
     return {
         "tile": np.array(tiles, dtype=np.uint8).reshape(-1, 3, side, side),
@@ -125,8 +125,8 @@ def synthesized(batch: dict[str, np.ndarray], share: float, seed: int = 0) -> di
     from those of the true pictures, so that augmentation is drawn for each by itself.
     """
     names = [str(name) for name in batch[schema.PAIR_ID]]
-    keys = torch.tensor([rng.key(name) for name in names], dtype=torch.int64)
-    taken = (rng.uniform(keys, rng.stream(seed, purpose="synthesized")) < share).numpy()
+    keys = torch.tensor([rng.row_key(name) for name in names], dtype=torch.int64)
+    taken = (rng.uniform(keys, rng.fold_in(seed, purpose="synthesized")) < share).numpy()
     rows = {
         schema.PAIR_ID: np.array([f"{name} {schema.SYNTHETIC}" for name in names], dtype=object),
         schema.AERIAL: batch[schema.SYNTHETIC],

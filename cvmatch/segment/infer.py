@@ -101,7 +101,7 @@ def segment(rows: Dataset, config: Segment) -> Dataset:
         rows,
         SegmentAerial,
         config.pool,
-        model=hub.anywhere(config.model),
+        model=hub.absolute_or_hub_id(config.model),
         source=config.source,
         flip=config.flip,
         overlap=config.overlap if config.tile else None,

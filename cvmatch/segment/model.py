@@ -49,7 +49,7 @@ class Segmenter(nn.Module):
             "id2label": dict(enumerate(names)),
             "label2id": {name: index for index, name in enumerate(names)},
         }
-        with hub.located(base, flag) as safe:
+        with hub.from_pretrained_kwargs(base, flag) as safe:
             net = SegformerForSemanticSegmentation.from_pretrained(
                 base, ignore_mismatched_sizes=True, dtype=torch.float32, **labels, **safe
             )
@@ -68,7 +68,10 @@ class Segmenter(nn.Module):
                 "A bare SegFormer has no preprocessing: train it first (--base takes it)."
             )
         preprocess = Preprocess.read(location)
-        with hub.fetched(location) as directory, hub.located(directory, "--segment.model") as safe:
+        with (
+            hub.local_copy(location) as directory,
+            hub.from_pretrained_kwargs(directory, "--segment.model") as safe,
+        ):
             net = SegformerForSemanticSegmentation.from_pretrained(
                 directory, dtype=torch.float32, **safe
             )

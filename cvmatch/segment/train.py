@@ -51,7 +51,7 @@ class SegmenterTask(nn.Module):
         """Loss and its parts; in eval mode also `confusion`, in counts a row of the batch."""
         tile, mask = batch["tile"].float(), batch["mask"]
         if self.training and self.config.augment:
-            stream = rng.stream(self.config.fit.seed, int(batch["epoch"]), "segment")
+            stream = rng.fold_in(self.config.fit.seed, int(batch["epoch"]), "segment")
             tile, mask = augment(tile, mask, rng.uniform(batch["key"], stream, 5))
         logits = enlarge(self.segmenter.logits(tile), mask.shape[-1])
         parts = {"cross_entropy": cross_entropy(logits, mask, self.class_weights)}
@@ -102,7 +102,9 @@ def train(config: TrainSegmenter) -> Result:
     if config.class_weights:
         masks = [row["mask"] for row in rows.select_columns("mask").take(COUNTED)]
         weights = class_weights(np.stack(masks), config.num_classes)
-    build = functools.partial(_build, config, hub.anywhere(config.base), preprocess, weights)
+    build = functools.partial(
+        _build, config, hub.absolute_or_hub_id(config.base), preprocess, weights
+    )
     with tracking.start("segment", config) as run:
         rows_of = _rows_of(config, held_out)
         result = training.fit(build, rows, val, config.fit, run, made_from=rows_of)

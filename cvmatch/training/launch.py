@@ -57,7 +57,7 @@ def fit(
     asked for again every few epochs. `made_from` is a hash of what the rows hold, which their
     location does not tell: with another one it is another run.
 
-    The rows hold numeric tensor columns and `key` (int64, `draws.key` of the id). A finished run
+    The rows hold numeric tensor columns and `key` (int64, `rng.row_key` of the id). A finished run
     that is started again gives its result at once. The result's checkpoint (`model/`, `state.pt`)
     and metrics are those of the best epoch by `fit.best`, else of the last.
 

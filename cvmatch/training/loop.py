@@ -111,7 +111,7 @@ def run(job: Job, place: Place) -> None:
     meter = Meter(job.directory, job.steps, job.fit.epochs, writes=place.rank == 0)
     for epoch in range(trainee.load(place.latest()), job.until):
         # Dropout and the like, which draw from torch's generator, are the same after a resume.
-        torch.manual_seed(rng.stream(job.fit.seed, epoch, f"torch {place.rank}"))
+        torch.manual_seed(rng.fold_in(job.fit.seed, epoch, f"torch {place.rank}"))
         metrics: dict[str, Any] = {"epoch": epoch + 1}
         metrics |= trainee.train(epoch, meter)
         pictures = {}
@@ -249,7 +249,7 @@ class Trainee:
         """Batches of this worker's rows on its device; shuffled by epoch in training."""
         order = {}
         if epoch is not None and self.fit.shuffle and not self.job.ordered:
-            seed = rng.stream(self.fit.seed, epoch, f"order {self.place.rank}") % 2**32
+            seed = rng.fold_in(self.fit.seed, epoch, f"order {self.place.rank}") % 2**32
             size = max(self.fit.shuffle, self.fit.share)
             order = {"local_shuffle_buffer_size": size, "local_shuffle_seed": seed}
         batches = self.place.shard(name).iter_torch_batches(

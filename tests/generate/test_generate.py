@@ -122,7 +122,7 @@ def perceptual() -> Lpips:
 
 
 def _batch(rows: int, first: int = 0, epoch: int = 0) -> dict[str, torch.Tensor]:
-    keys = [rng.key(f"{first + row:07d}") for row in range(rows)]
+    keys = [rng.row_key(f"{first + row:07d}") for row in range(rows)]
     key = torch.tensor(keys, dtype=torch.int64)
     pixels = rng.uniform(key, 7, 3, 8, 8)
     tile = torch.nn.functional.interpolate(pixels, (64, 64), mode="bilinear")
@@ -1059,7 +1059,7 @@ def test_generate_aerial_bad_rows_keep_their_reason_and_the_rest_go_on(
 def test_decode_batch_leaves_failed_rows_out_and_keys_the_rest():
     rows = {name: values[[0, 2]] for name, values in _rows().items()}
     out = decode_batch(rows, pretrained.Sizes(PANORAMA, 32, 8))
-    assert out["key"].tolist() == [rng.key("0000000")]
+    assert out["key"].tolist() == [rng.row_key("0000000")]
     assert out["ground"].shape == (1, 3, *PANORAMA)
     assert out["aerial"].shape == (1, 3, 32, 32)
     assert (out["classes"] == schema.IGNORE).all()  # it has no map
@@ -1150,7 +1150,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     ground = images.decode(given[row[schema.PAIR_ID]], PANORAMA)
     alone = model.sample(
         torch.from_numpy(ground.copy()).permute(2, 0, 1)[None].float() / 255,
-        torch.tensor([rng.key(row[schema.PAIR_ID])]),
+        torch.tensor([rng.row_key(row[schema.PAIR_ID])]),
         Sampling(steps=2),
     )
     difference = images.decode(row[schema.SYNTHETIC]) - alone[0].permute(1, 2, 0).numpy() * 255

@@ -138,7 +138,7 @@ def test_rows_that_fail_keep_their_reason_and_the_rest_is_encoded(base, tmp_path
     assert reasons["0000000"].startswith("encode: cannot be decoded")
     assert reasons["0000001"] == "aerial 1.png: no such file"
     good = tensors(read(table.slice(2)))
-    assert good["key"].tolist() == [rng.key("0000002")]
+    assert good["key"].tolist() == [rng.row_key("0000002")]
     assert good.keys() == alone.keys()
     for name, values in alone.items():
         np.testing.assert_array_equal(good[name], values)
@@ -170,7 +170,7 @@ def test_encode_names_rows_that_fail_and_gives_training_the_others(
     named = (Path(directory) / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["pair_id"] for line in named] == ids[2:4]
     keys = [row["key"] for row in encoded(directory).take_all()]
-    assert keys == [rng.key(name) for name in ids[:2] + ids[4:]]
+    assert keys == [rng.row_key(name) for name in ids[:2] + ids[4:]]
     assert encoded(directory).count() == 6
     caplog.clear()
     assert encode(asked) == directory

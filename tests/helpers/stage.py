@@ -22,8 +22,8 @@ def rows(count: int, seed: int = 0, block: int = 8) -> Dataset:
     """`count` rows of `x` (4 numbers), `y` = x @ (1, 2, 3, 4) and `key`, made when read."""
 
     def made(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        keys = np.array([rng.key(f"{seed}/{index}") for index in batch["id"]])
-        x = rng.normal(torch.tensor(keys), rng.stream(seed), 4).numpy()
+        keys = np.array([rng.row_key(f"{seed}/{index}") for index in batch["id"]])
+        x = rng.normal(torch.tensor(keys), rng.fold_in(seed), 4).numpy()
         return {"x": x, "y": x @ np.arange(1, 5, dtype=np.float32), "key": keys}
 
     blocks = max(1, count // block)
@@ -55,7 +55,7 @@ class LineTask(nn.Module):
         x = batch["x"] * self.scale
         if self.training:
             self._suffer(int(batch["epoch"]))
-            stream = rng.stream(0, int(batch["epoch"]), "noise")
+            stream = rng.fold_in(0, int(batch["epoch"]), "noise")
             x = x + self.noise * rng.normal(batch["key"], stream, 4)
             self.seen += len(x)
         error = self.line(self.drop(x))[:, 0].float() - batch["y"]

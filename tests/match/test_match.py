@@ -71,7 +71,7 @@ def rows(count, seed=0):
         "aerial": pixels(count, 3, SIZE, SIZE),
         "synthetic": pixels(count, 3, SIZE, SIZE),
         "classes": torch.randint(0, 5, (count, SIZE, SIZE), generator=random).byte(),
-        "key": torch.tensor([rng.key(str(index)) for index in range(count)]),
+        "key": torch.tensor([rng.row_key(str(index)) for index in range(count)]),
         "epoch": torch.tensor(0),
     }
 
@@ -616,7 +616,7 @@ def test_augmented_rows_turn_each_by_its_own_draw():
 
 
 def test_jittered_colours_differ_by_row_and_stream_and_keep_a_grey_picture_flat():
-    key = torch.tensor([rng.key("a"), rng.key("b")])
+    key = torch.tensor([rng.row_key("a"), rng.row_key("b")])
     grey = torch.full((2, 3, 4, 4), 0.5)
     first, second = jittered(grey, key, 1), jittered(grey, key, 2)
     assert not torch.allclose(first[0], first[1])
@@ -654,7 +654,7 @@ def test_decode_leaves_failed_rows_out_and_keeps_ids_of_classes():
         panorama=(HIGH, WIDE),
         square=SIZE,
     )
-    assert batch["key"].tolist() == [rng.key("a"), rng.key("c")]
+    assert batch["key"].tolist() == [rng.row_key("a"), rng.row_key("c")]
     assert batch["ground"].shape == (2, 3, HIGH, WIDE)
     assert (batch["aerial"][1] == 3).all()
     assert (batch["classes"] == 2).all()

@@ -5,7 +5,7 @@ import torch
 
 from cvmatch.nn import rng
 
-KEYS = torch.tensor([rng.key(f"{index:07d}") for index in range(2000)])
+KEYS = torch.tensor([rng.row_key(f"{index:07d}") for index in range(2000)])
 
 
 def test_mix_gives_the_published_sequence_of_splitmix64():
@@ -16,7 +16,7 @@ def test_mix_gives_the_published_sequence_of_splitmix64():
 
 
 def test_keys_are_distinct_and_fit_int64():
-    keys = {rng.key(f"{index:07d}") for index in range(50_000)}
+    keys = {rng.row_key(f"{index:07d}") for index in range(50_000)}
     assert len(keys) == 50_000
     assert min(keys) >= 0
     assert max(keys) < 2**63
@@ -25,7 +25,7 @@ def test_keys_are_distinct_and_fit_int64():
 
 def test_stream_differs_by_seed_epoch_and_purpose():
     streams = {
-        rng.stream(seed, epoch, purpose)
+        rng.fold_in(seed, epoch, purpose)
         for seed in range(3)
         for epoch in range(3)
         for purpose in ("", "noise", "step")
@@ -34,7 +34,7 @@ def test_stream_differs_by_seed_epoch_and_purpose():
 
 
 def test_draws_of_a_row_do_not_depend_on_the_batch():
-    number = rng.stream(3, 1, "noise")
+    number = rng.fold_in(3, 1, "noise")
     order = torch.randperm(len(KEYS), generator=torch.Generator().manual_seed(0))
     for draw in (rng.uniform, rng.normal):
         whole = draw(KEYS, number, 3, 5)
@@ -43,7 +43,7 @@ def test_draws_of_a_row_do_not_depend_on_the_batch():
 
 
 def test_uniform_is_flat_on_the_unit_interval():
-    values = rng.uniform(KEYS, rng.stream(0), 50)
+    values = rng.uniform(KEYS, rng.fold_in(0), 50)
     assert values.min() >= 0
     assert values.max() < 1
     counts = torch.histc(values, bins=20, min=0, max=1)
@@ -52,7 +52,7 @@ def test_uniform_is_flat_on_the_unit_interval():
 
 
 def test_normal_has_the_moments_of_a_normal():
-    values = rng.normal(KEYS, rng.stream(0), 50)
+    values = rng.normal(KEYS, rng.fold_in(0), 50)
     spread = 5 / math.sqrt(values.numel())  # five standard errors of the mean
     assert abs(values.mean()) < spread
     assert values.var().item() == pytest.approx(1, abs=spread * math.sqrt(2))
@@ -61,9 +61,9 @@ def test_normal_has_the_moments_of_a_normal():
 
 
 def test_draws_of_two_streams_rows_and_positions_do_not_correlate():
-    one = rng.normal(KEYS, rng.stream(0), 2)
-    two = rng.normal(KEYS, rng.stream(1), 2)
-    next_row = rng.normal(KEYS + 1, rng.stream(0), 2)
+    one = rng.normal(KEYS, rng.fold_in(0), 2)
+    two = rng.normal(KEYS, rng.fold_in(1), 2)
+    next_row = rng.normal(KEYS + 1, rng.fold_in(0), 2)
     table = torch.cat([one, two, next_row], dim=1).T
     off = torch.corrcoef(table) - torch.eye(len(table))
     assert off.abs().max() < 4.5 / math.sqrt(len(KEYS))

@@ -426,8 +426,8 @@ def test_augment_jitter_keeps_the_mask_and_the_range():
 
 
 def test_augment_row_does_not_depend_on_its_batch():
-    keys = torch.tensor([rng.key(name) for name in ("0000001", "0000002", "0000003")])
-    lots = rng.uniform(keys, rng.stream(0, 3, "segment"), 5)
+    keys = torch.tensor([rng.row_key(name) for name in ("0000001", "0000002", "0000003")])
+    lots = rng.uniform(keys, rng.fold_in(0, 3, "segment"), 5)
     tile = torch.rand(3, 3, 8, 8) * 255
     mask = torch.randint(0, 5, (3, 8, 8), dtype=torch.uint8)
     together = augment(tile, mask, lots)
@@ -493,7 +493,7 @@ def test_decode_rows_without_map_or_with_error_are_left_out():
     rows = rows_of(**{schema.ERROR: [None, "generate: no", None]})
     rows[schema.CLASSES][0] = None
     decoded = decode(rows, Preprocess(size=32))
-    assert decoded["key"].tolist() == [rng.key("0000009")]
+    assert decoded["key"].tolist() == [rng.row_key("0000009")]
     assert decoded["tile"].shape == (1, 3, 32, 32)
     assert set(np.unique(decoded["mask"])) == {2}
 

@@ -368,7 +368,7 @@ def test_each_epoch_trains_on_all_rows_in_an_order_of_its_own(ray_session, fit):
                 seen.setdefault(int(batch["epoch"]), []).extend(batch["key"].tolist())
             return super().forward(batch)
 
-    stored = [rng.key(f"0/{index}") for index in range(32)]
+    stored = [rng.row_key(f"0/{index}") for index in range(32)]
     training.fit(lambda: Watched(0.05), rows(32), None, fit)
     assert [sorted(keys) for keys in seen.values()] == [sorted(stored)] * 3
     assert seen[0] != stored
