@@ -122,5 +122,5 @@ def bad_columns(wrong: Mapping[str, str]) -> str:
     """What to say of columns that are no tensors of one shape."""
     return (
         f"training rows: expected numeric tensor columns of one shape and `key`, got {dict(wrong)}."
-        " Decode pictures to one size, and drop strings such as pair_id (rng.row_key makes the key)."
+        " Decode pictures to one size, and drop strings such as pair_id (rng.row_key makes key)."
     )

@@ -102,7 +102,7 @@ class Order:
 class Task(Protocol):
     """What a stage adds to training: an `nn.Module` with these methods.
 
-    Every random choice comes from `nn.rng` by `batch["key"]` and `batch["epoch"]` (0-d int64, on the
+    Random choices come from `nn.rng` by `batch["key"]` and `batch["epoch"]` (0-d int64, on the
     CPU; 0 in validation, so that epochs compare), so a resumed run repeats them.
     """
 
