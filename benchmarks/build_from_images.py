@@ -12,7 +12,7 @@ from matching import MatchingBench, Rows
 from stream import BATCHES, Stage, compared
 
 from cvmatch.data import schema
-from cvmatch.data.pairs import Ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.data.tables import batches
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
@@ -27,11 +27,12 @@ from cvmatch.index.reader import Index
 from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.search.files import query_of
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.segment.settings import Segment
-from cvmatch.synthesize import Synthesize, synthesize
+from cvmatch.synthesize.run import synthesize
+from cvmatch.synthesize.settings import Synthesize
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from _harness import Bench, finish, flags, sized
 from _memory import below
 from index_1m import trained
 
-from cvmatch.data.pairs import Ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.index.build import BuildIndex, build
@@ -23,7 +23,7 @@ from cvmatch.index.verify import Verify, verify
 from cvmatch.index.writer import encode_shard, write_shard
 from cvmatch.match.infer import EmbedTile
 from cvmatch.runtime import session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 
 STAGES = {
     "embed": EmbedTile.__name__,

@@ -12,7 +12,8 @@ import torch
 from _harness import Bench, finish, flags, interval
 
 from cvmatch.data import images, schema
-from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.data.pairs import ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
@@ -22,11 +23,11 @@ from cvmatch.generate.infer import Generate, generate
 from cvmatch.generate.sampling import DEFAULT
 from cvmatch.generate.train import TrainGenerator, train
 from cvmatch.runtime import session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.segment.infer import segment
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.segment.settings import Segment
-from cvmatch.training import Fit
+from cvmatch.training.settings import Fit
 
 BUDGET = 15.0
 """CPU minutes that each fine-tuning may take."""

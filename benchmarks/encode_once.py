@@ -15,7 +15,7 @@ import torch
 from _harness import Bench, finish, flags, sized
 from torch import Tensor
 
-from cvmatch.data.pairs import Ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
@@ -24,7 +24,7 @@ from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.task import GeneratorTask
 from cvmatch.generate.train import TrainGenerator, Way, build_task, training_rows
 from cvmatch.runtime import hardware, progress, session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.training.metrics import tensors
 
 DRAWN = 128

@@ -16,7 +16,8 @@ from conditioning import settings as generator_settings
 from pyarrow import parquet
 
 from cvmatch.data import images, manifest, schema
-from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.data.pairs import ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import Difficulty, MakeWorld
@@ -28,11 +29,12 @@ from cvmatch.index.build import BuildIndex, build
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.train import train
 from cvmatch.runtime import hardware, progress, session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.segment.settings import Segment
-from cvmatch.synthesize import Synthesize, synthesize
-from cvmatch.training import Fit
+from cvmatch.synthesize.run import synthesize
+from cvmatch.synthesize.settings import Synthesize
+from cvmatch.training.settings import Fit
 
 BUDGET = 15.0
 """CPU minutes that each training may take."""

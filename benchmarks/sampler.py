@@ -15,7 +15,8 @@ from diffusers import DDIMScheduler
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.data.pairs import ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld

@@ -12,18 +12,19 @@ from _harness import Bench, finish, flags
 from ray.data import Dataset
 
 from cvmatch.data import schema
-from cvmatch.data.pairs import Ingest, accepted, ingest
+from cvmatch.data.pairs import accepted, ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
 from cvmatch.generate.infer import Generate, generate
 from cvmatch.runtime import progress, session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.segment.infer import segment
 from cvmatch.segment.settings import Segment, TrainSegmenter
 from cvmatch.segment.train import train
-from cvmatch.training import Fit
+from cvmatch.training.settings import Fit
 
 BUDGET = 10.0
 """CPU minutes that the training may take."""

@@ -18,7 +18,8 @@ import torch
 from _harness import Bench, finish, flags
 from ray.data import Dataset
 
-from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.data.pairs import ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
@@ -26,11 +27,12 @@ from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import Generate, GenerateAerial, generate
 from cvmatch.generate.model import Generator
 from cvmatch.runtime import progress, session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.segment.infer import SegmentAerial, segment
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.segment.settings import Segment
-from cvmatch.synthesize import Synthesize, synthesize
+from cvmatch.synthesize.run import synthesize
+from cvmatch.synthesize.settings import Synthesize
 
 Batch = dict[str, np.ndarray]
 

@@ -14,13 +14,13 @@ from matching import ALONE, MatchingBench, Rows, settings
 from ray.data import Dataset
 from torch import Tensor, nn
 
-from cvmatch import training
 from cvmatch.data import storage
 from cvmatch.match.batches import decode, synthesized
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.match.train import build_task
 from cvmatch.runtime import hardware, progress, session
+from cvmatch.training import launch
 from cvmatch.training.metrics import tensors
 
 WARM = 3
@@ -91,9 +91,9 @@ def plain(config: TrainMatcher) -> float:
 
 
 def fitted(config: TrainMatcher, workers: int) -> float:
-    """Samples a second of `training.fit`."""
+    """Samples a second of `launch.fit`."""
     fit = replace(config.fit, workers=workers)
-    result = training.fit(functools.partial(timed, config), pairs_of(config), None, fit)
+    result = launch.fit(functools.partial(timed, config), pairs_of(config), None, fit)
     assert result.checkpoint is not None
     with open(os.path.join(result.checkpoint.path, "model", TIMES)) as file:
         return rate(json.load(file)["times"], config.fit.batch)
@@ -103,7 +103,7 @@ def curve(config: TrainMatcher, workers: int, steps: int) -> list[float]:
     """Losses of steps that all see the same pairs: a global batch is the whole data."""
     fit = replace(config.fit, workers=workers, epochs=steps)
     rows = pairs_of(config).limit(fit.batch)
-    result = training.fit(functools.partial(build_task, config), rows, None, fit)
+    result = launch.fit(functools.partial(build_task, config), rows, None, fit)
     table = result.metrics_dataframe
     return [] if table is None else table["train/loss"].tolist()
 

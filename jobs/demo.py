@@ -1,6 +1,6 @@
 """Run the whole pipeline on an embedded data set: `python jobs/demo.py` (see the README)."""
 
-from cvmatch import config, synthesize
+from cvmatch import config
 from cvmatch.data import storage
 from cvmatch.demo import run as demo
 from cvmatch.demo.plan import settings
@@ -11,6 +11,7 @@ from cvmatch.index.build import build
 from cvmatch.match import train as matcher
 from cvmatch.runtime import progress, session
 from cvmatch.segment import train as segmenter
+from cvmatch.synthesize.run import synthesize
 from cvmatch.tune import run as tune
 
 if __name__ == "__main__":
@@ -25,7 +26,7 @@ if __name__ == "__main__":
     with step("generator"):
         runs["generator"] = generator.train(plan.generator)
     with step("synthesize"):
-        made = [synthesize.synthesize(part) for part in plan.synthesize]
+        made = [synthesize(part) for part in plan.synthesize]
     with step("tune"):
         tuned = tune.search(plan.tune, plan.trial)
     with step("matcher"):

@@ -4,7 +4,8 @@ import json
 
 from cvmatch.config import parse
 from cvmatch.runtime import progress
-from cvmatch.synthesize import Synthesize, synthesize
+from cvmatch.synthesize.run import synthesize
+from cvmatch.synthesize.settings import Synthesize
 
 if __name__ == "__main__":
     progress.to_console()

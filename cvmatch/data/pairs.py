@@ -11,9 +11,8 @@ import json
 import logging
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +23,7 @@ from ray.data import DataContext, Dataset
 
 from cvmatch.data import cvusa, images, schema, storage
 from cvmatch.data.schema import AERIAL, CLASSES, ERROR, GROUND, LATITUDE, LONGITUDE, PAIR_ID
+from cvmatch.data.settings import Ingest
 from cvmatch.runtime import progress, session
 
 FILES = {AERIAL: "aerial_file", GROUND: "ground_file", CLASSES: "classes_file"}
@@ -56,33 +56,6 @@ _FAULTS = pa.schema([(PAIR_ID, pa.string()), ("file", pa.string()), ("reason", p
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ingest:
-    """A split of a data set in the layout of CVUSA or of its published subset."""
-
-    root: str = "data/world"
-    """Directory, or URI, of the data set, or one at most two levels above it."""
-    split: Literal["train", "val"] = "train"
-    """Which of the two CSVs."""
-    cache: str = ""
-    """Directory for the checked rows of each split; empty: `.cvmatch` in the data set."""
-    max_rejected: float = 0.05
-    """Largest share of the rows, in [0, 1], that may be unusable; above it the job stops."""
-    recheck: bool = False
-    """Decode all pictures again; for files that changed while the CSVs did not."""
-    block: int = 32
-    """Rows a block: what one task reads, and what a resumed stream repeats at most."""
-    limit: int = 0
-    """Rows of the CSV to take, from its top; 0: all."""
-
-    def __post_init__(self) -> None:
-        if self.block < 1 or self.limit < 0 or not 0 <= self.max_rejected <= 1:
-            raise ValueError(
-                "Ingest: expected block >= 1, limit >= 0 and max_rejected in [0, 1], got block "
-                f"{self.block}, limit {self.limit}, max_rejected {self.max_rejected}."
-            )
-
-
 def ingest(config: Ingest, pictures: Collection[str] = tuple(FILES)) -> Dataset:
     """Rows of a split, with the columns of `schema.PAIRS`; of those in FILES only `pictures`.
 
@@ -102,19 +75,6 @@ def ingest(config: Ingest, pictures: Collection[str] = tuple(FILES)) -> Dataset:
     rows = rows.repartition(target_num_rows_per_block=config.block)
     read = partial(read_pictures, root=found.root, pictures=pictures)
     return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
-
-
-def apart(data: Ingest, val: Ingest | None) -> None:
-    """Check that a training is not judged by its own rows.
-
-    Raises:
-        ValueError: both are the same split of the same root.
-    """
-    if val and (storage.absolute(data.root), data.split) == (storage.absolute(val.root), val.split):
-        raise ValueError(
-            f"validation: expected other rows than in training, got the split {val.split!r} of "
-            f"{val.root} for both. Pass another one with --val.root and --val.split."
-        )
 
 
 def fingerprint(config: Ingest) -> str:

@@ -2,6 +2,8 @@
 
 A location is a local path or anything that pyarrow.fs reads (`s3://`, `gs://`, ...). A file appears
 whole or not at all: local files are written aside and renamed; object stores commit on close.
+
+Settings use the names alone, so pyarrow is imported where a file system is needed.
 """
 
 import json
@@ -9,9 +11,10 @@ import os
 import re
 import urllib.parse
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyarrow import fs
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -22,8 +25,10 @@ def absolute(location: str) -> str:
     return location if "://" in location else os.path.abspath(os.path.expanduser(location))
 
 
-def resolve(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system of `location`, and the path in it."""
+def resolve(location: str) -> "tuple[fs.FileSystem, str]":
+    """Return the file system of `location`, and the path in it."""
+    from pyarrow import fs  # noqa: PLC0415 (see above)
+
     return fs.FileSystem.from_uri(absolute(location))
 
 
@@ -52,21 +57,22 @@ def inside(root: str, relative: str) -> str:
 def exists(location: str) -> bool:
     """Whether a file or directory is there."""
     filesystem, path = resolve(location)
-    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+    return filesystem.get_file_info(path).type.name != "NotFound"
 
 
 def is_directory(location: str) -> bool:
     """Whether a directory is there."""
     filesystem, path = resolve(location)
-    return filesystem.get_file_info(path).type == fs.FileType.Directory
+    return filesystem.get_file_info(path).type.name == "Directory"
 
 
 def names(location: str, directories: bool = False) -> list[str]:
     """Sorted names of the entries (or only `directories`) of a directory; empty where it is not."""
+    from pyarrow import fs  # noqa: PLC0415 (see above)
+
     filesystem, path = resolve(location)
-    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    kinds = (fs.FileType.Directory,) if directories else tuple(fs.FileType)
-    return sorted(info.base_name for info in found if info.type in kinds)
+    entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(e.base_name for e in entries if not directories or e.type.name == "Directory")
 
 
 def read_bytes(location: str) -> bytes:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from cvmatch.config import override
-from cvmatch.data.pairs import Ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.settings import Demo, MakeWorld
 from cvmatch.evaluate.settings import Evaluate
@@ -12,10 +12,10 @@ from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import TrainGenerator
 from cvmatch.index.build import BuildIndex
 from cvmatch.match.settings import TrainMatcher
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.segment.settings import Segment, TrainSegmenter
-from cvmatch.synthesize import Synthesize
-from cvmatch.training import Fit
+from cvmatch.synthesize.settings import Synthesize
+from cvmatch.training.settings import Fit
 from cvmatch.tune.run import Tune
 
 WIDTH = 256

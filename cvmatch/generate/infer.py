@@ -13,6 +13,7 @@ from cvmatch.generate.sampling import Sampling
 from cvmatch.nn import rng
 from cvmatch.runtime import hardware, session
 from cvmatch.runtime.batch_invariant import Rowwise, reason
+from cvmatch.runtime.settings import Pool
 
 Keyed = tuple[np.ndarray, int]
 """A panorama's pixels, uint8, and the key of its noise."""
@@ -24,7 +25,7 @@ class Generate(Sampling):
 
     model: str = "models/generator"
     """Local directory that train_generator published."""
-    pool: session.Pool = dataclasses.field(default_factory=lambda: session.Pool(batch=32, calls=2))
+    pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32, calls=2))
     """Actors."""
 
 

@@ -18,7 +18,8 @@ from ray.data import Dataset
 from torch import Tensor
 
 from cvmatch.data import geometry, images, manifest, schema, storage
-from cvmatch.data.pairs import Ingest, accepted, fingerprint, ingest, read_pictures
+from cvmatch.data.pairs import accepted, fingerprint, ingest, read_pictures
+from cvmatch.data.settings import Ingest
 from cvmatch.generate import augment, pretrained
 from cvmatch.generate.batches import Sizes, decode_batch
 from cvmatch.generate.conditioning import Conditioning
@@ -26,6 +27,7 @@ from cvmatch.generate.encoders import Frozen
 from cvmatch.generate.latent_rows import ROWS, npy
 from cvmatch.runtime import hardware, session
 from cvmatch.runtime.output_directory import REJECTED
+from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.stream import Stream, write_stream
 
 VERSION = 5  # 1 had no class maps, 2 arrays as lists, 3 pictures as files, 4 no mirrored views
@@ -56,7 +58,7 @@ class Encode:
     """Also of mirrored ones."""
     output: str
     """Directory of encoded data sets; this one's name is a fingerprint of all it depends on."""
-    pool: session.Pool
+    pool: Pool
     """Actors."""
 
 

@@ -9,9 +9,9 @@ from ray.data import Dataset
 from ray.train import Result
 from safetensors.torch import load_file
 
-from cvmatch import training
 from cvmatch.data import manifest, storage
-from cvmatch.data.pairs import Ingest, apart, fingerprint, ingest
+from cvmatch.data.pairs import fingerprint, ingest
+from cvmatch.data.settings import Ingest, check_disjoint
 from cvmatch.generate import pretrained
 from cvmatch.generate.batches import Sizes, decode
 from cvmatch.generate.bev_task import FILE, RaysTask
@@ -23,7 +23,10 @@ from cvmatch.generate.perceptual import Lpips
 from cvmatch.generate.recipe import Recipe
 from cvmatch.generate.task import GeneratorTask
 from cvmatch.nn import backbones, hub
-from cvmatch.runtime import session, tracking
+from cvmatch.runtime import tracking
+from cvmatch.runtime.settings import Pool
+from cvmatch.training import launch
+from cvmatch.training.settings import Fit
 
 Way = Literal["once", "live"]
 """When the frozen networks see a pair: before training, or in every step."""
@@ -56,18 +59,18 @@ class TrainGenerator(Recipe):
     live: they run in every step."""
     encoded: str = "data/encoded"
     """Directory, or URI, of what that pass keeps; runs with the same data and encoders share it."""
-    encode_pool: session.Pool = dataclasses.field(default_factory=session.Pool)
+    encode_pool: Pool = dataclasses.field(default_factory=Pool)
     """Actors of that pass."""
     pretrain_rays: int = 0
     """Epochs that train the rays alone before; many times cheaper than diffusion's. 0: none."""
     output: str = "models/generator"
     """Directory of the published model."""
-    fit: training.Fit = dataclasses.field(default_factory=training.Fit)
+    fit: Fit = dataclasses.field(default_factory=Fit)
     """The training loop."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        apart(self.data, self.val)
+        check_disjoint(self.data, self.val)
         if self.freeze_rays and not self.pretrain_rays:
             raise ValueError(
                 "train_generator: expected pretrain_rays of at least 1 with freeze_rays, got 0: "
@@ -91,7 +94,7 @@ def train(config: TrainGenerator) -> Result:
     Raises:
         ValueError: a base model or the data is not there, or sizes do not fit.
     """
-    training.preflight(config.fit)
+    launch.preflight(config.fit)
     config = located(config)
     sizes = pretrained.sizes(
         config.diffusion, config.clip, config.conditioning.panorama_width, config.revision
@@ -104,8 +107,8 @@ def train(config: TrainGenerator) -> Result:
         if config.pretrain_rays and config.conditioning.geometry:
             rays = _pretrain(config, data, val, sizes, rows_of)
         build = functools.partial(build_task, config, rays)
-        result = training.fit(build, data, val, config.fit, run, made_from=rows_of)
-        training.publish(result, config.output)
+        result = launch.fit(build, data, val, config.fit, run, made_from=rows_of)
+        launch.publish(result, config.output)
     return result
 
 
@@ -125,7 +128,7 @@ def training_rows(
 ) -> Dataset:
     """Pairs as the tensors of `GeneratorTask`."""
     if config.encode == "live":
-        return training.cached(decode(ingest(data), sizes), config.fit)
+        return launch.cached(decode(ingest(data), sizes), config.fit)
     directory = encode(
         Encode(
             data=data,
@@ -139,7 +142,7 @@ def training_rows(
             pool=config.encode_pool,
         )
     )
-    return training.cached(encoded(directory), config.fit)
+    return launch.cached(encoded(directory), config.fit)
 
 
 def _rows_of(config: TrainGenerator) -> str:
@@ -159,14 +162,14 @@ def _pretrain(
     name = f"{config.fit.name}-rays" if config.fit.name else ""
     # `best` is a measure of the generator's, which the rays may not have.
     fit = dataclasses.replace(config.fit, epochs=config.pretrain_rays, name=name, best="")
-    result = training.fit(
+    result = launch.fit(
         functools.partial(RaysTask, config, sizes.latent, config.conditioning.channels, fit.seed),
         data,
         val,
         fit,
         made_from=rows_of,
     )
-    return storage.absolute(training.publish(result, f"{config.output}-rays"))
+    return storage.absolute(launch.publish(result, f"{config.output}-rays"))
 
 
 def located(config: TrainGenerator) -> TrainGenerator:

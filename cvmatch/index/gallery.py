@@ -9,13 +9,13 @@ import pyarrow as pa
 import ray
 
 from cvmatch.data import manifest, pairs, schema, storage, tables
-from cvmatch.data.pairs import Ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.index import remote
 from cvmatch.index.writer import Run
 from cvmatch.match.infer import EmbedTile, U, embed_tiles
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.stream import Stream, write_stream
 
 _COLUMNS = pa.schema(

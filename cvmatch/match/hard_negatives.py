@@ -16,6 +16,7 @@ from cvmatch.data import schema
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, EmbedTile, U
 from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.runtime import session
+from cvmatch.runtime.settings import Pool
 
 GROUP = 8
 """Rows that follow each other: one, and the nearest of the others that are not yet placed."""
@@ -26,7 +27,7 @@ _RANGE = 64
 _PLACE = "place"
 
 
-def mined(rows: Dataset, model: str, pool: session.Pool, seed: int) -> Dataset:
+def mined(rows: Dataset, model: str, pool: Pool, seed: int) -> Dataset:
     """`rows` (encoded pairs) without error, in an order in which near ones follow each other.
 
     Near by the tiles that the matcher in the directory `model` ranks first for a row's panorama;
@@ -92,7 +93,7 @@ def _by_place(rows: Dataset) -> tuple[list[str], np.ndarray]:
     return ids, near
 
 
-def _by_model(rows: Dataset, model: str, pool: session.Pool) -> tuple[list[str], np.ndarray]:
+def _by_model(rows: Dataset, model: str, pool: Pool) -> tuple[list[str], np.ndarray]:
     """By the direct scores G against C, whose embeddings a FAISS index holds."""
     pairs = rows.select_columns([schema.PAIR_ID, schema.GROUND, schema.AERIAL, schema.ERROR])
     seen = session.map_actors(

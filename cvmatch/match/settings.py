@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from cvmatch.runtime.session import Pool
-from cvmatch.training import Fit
+from cvmatch.runtime.settings import Pool
+from cvmatch.training.settings import Fit
 
 Level = Literal["G", "G+A", "G+A+S", "A"]
 LEVELS: tuple[Level, ...] = ("G", "G+A", "G+A+S", "A")

@@ -6,7 +6,6 @@ import functools
 from ray.data import Dataset
 from ray.train import Result
 
-from cvmatch import training
 from cvmatch.data import manifest
 from cvmatch.match.batches import decode, pair_ids, synthesized
 from cvmatch.match.hard_negatives import mined
@@ -16,6 +15,8 @@ from cvmatch.match.task import MatcherTask
 from cvmatch.nn import backbones, rng
 from cvmatch.runtime import session, tracking
 from cvmatch.runtime.output_directory import made_from
+from cvmatch.training import launch
+from cvmatch.training.task import Order
 
 
 def train(config: TrainMatcher) -> Result:
@@ -26,7 +27,7 @@ def train(config: TrainMatcher) -> Result:
         ValueError: a backbone is not there, no row is without error, or validation pairs are
             among the training pairs.
     """
-    training.preflight(config.fit)
+    launch.preflight(config.fit)
     config = with_absolute_paths(config)
     rows = synthesized(config.pairs, config.joint)
     decoded = functools.partial(_decoded, config)
@@ -41,8 +42,8 @@ def train(config: TrainMatcher) -> Result:
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
         rows_of = manifest.digest([made_from(one) for one in (config.pairs, config.val) if one])
-        result = training.fit(build, decoded(rows), val, config.fit, run, order, rows_of)
-        training.publish(result, config.output)
+        result = launch.fit(build, decoded(rows), val, config.fit, run, order, rows_of)
+        launch.publish(result, config.output)
     return result
 
 
@@ -71,7 +72,7 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
     return MatcherTask(model, config, ids, config.fit.seed)
 
 
-def _order(config: TrainMatcher, rows: Dataset) -> training.Order:
+def _order(config: TrainMatcher, rows: Dataset) -> Order:
     """The training rows, near ones together."""
     session.preflight(config.mine_pool)
 
@@ -79,7 +80,7 @@ def _order(config: TrainMatcher, rows: Dataset) -> training.Order:
         seed = rng.fold_in(config.fit.seed, epoch, "near") % 2**32
         return _decoded(config, mined(rows, model, config.mine_pool, seed))
 
-    return training.Order(config.mine_every, nearby)
+    return Order(config.mine_every, nearby)
 
 
 def _decoded(config: TrainMatcher, rows: Dataset) -> Dataset:

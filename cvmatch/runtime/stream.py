@@ -14,7 +14,7 @@ from ray.data import Dataset
 from cvmatch.data import manifest, schema, storage
 from cvmatch.runtime import progress, session
 from cvmatch.runtime.output_directory import Judge, Written
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.throughput import Flow, each_step
 
 

@@ -16,7 +16,7 @@ from cvmatch.index.reader import Index
 from cvmatch.match.infer import EmbedQuery, embed_queries
 from cvmatch.match.settings import Embed, Level
 from cvmatch.runtime import session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.stream import Stream, write_stream
 from cvmatch.search.files import query_of
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from cvmatch.data.pairs import Ingest, apart
-from cvmatch.runtime.session import Pool
-from cvmatch.training import Fit
+from cvmatch.data.settings import Ingest, check_disjoint
+from cvmatch.runtime.settings import Pool
+from cvmatch.training.settings import Fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class TrainSegmenter:
     """The training loop."""
 
     def __post_init__(self) -> None:
-        apart(self.data, self.held_out)
+        check_disjoint(self.data, self.held_out)
         if not 0 < self.synthesized_share <= 1:
             raise ValueError(
                 "train_segmenter: synthesized_share is a share in (0, 1], got "

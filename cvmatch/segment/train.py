@@ -14,15 +14,17 @@ from ray.data import Dataset
 from ray.train import Result
 from torch import Tensor, nn
 
-from cvmatch import training
 from cvmatch.data import images, manifest, schema, storage
-from cvmatch.data.pairs import Ingest, fingerprint, ingest
+from cvmatch.data.pairs import fingerprint, ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.nn import hub, metrics, rng
 from cvmatch.runtime import tracking
 from cvmatch.runtime.output_directory import made_from
 from cvmatch.segment.batches import Preprocess, decode, decode_synthesized
 from cvmatch.segment.model import Segmenter, enlarge
 from cvmatch.segment.settings import TrainSegmenter
+from cvmatch.training import launch
+from cvmatch.training.settings import Fit
 
 JITTER = 0.3
 """Brightness, contrast and saturation are scaled by factors in 1 +- JITTER in training."""
@@ -93,7 +95,7 @@ def train(config: TrainSegmenter) -> Result:
         ValueError: no row has a class map, the synthesized rows are of another split, or the base
             model cannot be had.
     """
-    training.preflight(config.fit)
+    launch.preflight(config.fit)
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
     held_out = config.held_out
     rows = training_rows(config, preprocess)
@@ -107,19 +109,19 @@ def train(config: TrainSegmenter) -> Result:
     )
     with tracking.start("segment", config) as run:
         rows_of = _rows_of(config, held_out)
-        result = training.fit(build, rows, val, config.fit, run, made_from=rows_of)
-        training.publish(result, config.output)
+        result = launch.fit(build, rows, val, config.fit, run, made_from=rows_of)
+        launch.publish(result, config.output)
         run.image("masks", sheet(Segmenter.load(config.output), (val or rows).take(SHOWN)))
     return result
 
 
-def labelled(data: Ingest, preprocess: Preprocess, fit: training.Fit) -> Dataset:
+def labelled(data: Ingest, preprocess: Preprocess, fit: Fit) -> Dataset:
     """Decoded rows with a class map: `tile`, `mask` and `key`.
 
     Raises:
         ValueError: there is none.
     """
-    decoded = training.cached(_mapped(ingest(data), decode, preprocess=preprocess), fit)
+    decoded = launch.cached(_mapped(ingest(data), decode, preprocess=preprocess), fit)
     if not decoded.take(1):
         raise ValueError(
             f"{data.root} ({data.split}): expected rows with a class map, got none. The segmenter "
@@ -152,7 +154,7 @@ def training_rows(config: TrainSegmenter, preprocess: Preprocess) -> Dataset:
     drawn = _mapped(drawn, decode_synthesized, **options)
     true = labelled(config.data, preprocess, config.fit)
     # mix and not union, which would put them all at the end of an epoch.
-    return training.cached(true.mix(drawn, weights=[1.0, share]), config.fit)
+    return launch.cached(true.mix(drawn, weights=[1.0, share]), config.fit)
 
 
 def class_weights(masks: UInt8[np.ndarray, "n h w"], num_classes: int) -> list[float]:

@@ -31,7 +31,8 @@ from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.runtime import hardware, progress, session, tracking
 from cvmatch.training import checkpoints, loop, metrics
-from cvmatch.training.task import Fit, Order, Task
+from cvmatch.training.settings import Fit
+from cvmatch.training.task import Order, Task
 
 _log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from cvmatch.nn import rng
 from cvmatch.runtime import hardware
 from cvmatch.training import checkpoints
 from cvmatch.training.metrics import Means, Meter, tensors
-from cvmatch.training.task import Fit, Task
+from cvmatch.training.settings import Fit
+from cvmatch.training.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,90 +1,12 @@
-"""What is trained (`Task`) and how (`Fit`)."""
+"""What a stage brings to its training: a `Task`, and the order of its rows."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from ray.data import Dataset
 from torch import Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """How a model is trained."""
-
-    epochs: int = 10
-    """Passes over the training rows."""
-    batch: int = 8
-    """Rows of a step, over all workers."""
-    accumulate: int = 1
-    """Steps whose gradients are averaged before the weights move."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient; 0: not clipped."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay (AdamW)."""
-    schedule: Literal["constant", "cosine", "plateau"] = "cosine"
-    """Learning rate: constant, cosine to zero, or a tenth whenever the validation loss stalls."""
-    warmup: float = 0.03
-    """Share of the steps in which the rate rises from zero (not with plateau)."""
-    patience: int = 3
-    """Epochs without a better validation loss before plateau lowers the rate."""
-    validate_every: int = 1
-    """Epochs from one validation to the next; the last epoch always has one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast on a GPU, fp32 on a CPU."""
-    workers: int = 0
-    """Ray Train workers (DDP); 0: train in this process, without the 30 s of their start."""
-    cpus_per_worker: float = 1.0
-    """Logical CPUs of a worker."""
-    gpus_per_worker: int = 0
-    """GPUs of a worker: 0 or 1. (With `workers` = 0 a GPU is used if there is one.)"""
-    label: str = ""
-    """Value of the node label `pool` (cluster.yaml) to run workers on; empty: anywhere."""
-    seed: int = 0
-    """Seed of weights, order of rows and all draws."""
-    shuffle: int = 1024
-    """Rows that a worker holds decoded to shuffle them; 0: the order of the data set."""
-    storage: str = "runs"
-    """Directory or URI of runs, shared by all nodes."""
-    name: str = ""
-    """Name of the run: the same name and storage resume it. Empty: a new run every time."""
-    keep: int = 2
-    """Checkpoints kept, beside the latest."""
-    best: str = ""
-    """Metric whose best checkpoint is published, such as val/loss; empty: the last."""
-    best_mode: Literal["min", "max"] = "min"
-    """Whether small or large values of `best` are good."""
-    max_failures: int = 2
-    """Restarts of the workers, from the last checkpoint, before the run fails."""
-    cache: bool = False
-    """Keep the decoded rows in the object store, for data that fits in memory."""
-
-    def __post_init__(self) -> None:
-        shares = max(self.workers, 1)
-        if self.batch < 1 or self.batch % shares:
-            raise ValueError(
-                f"fit: expected a batch that {shares} workers can share evenly, got {self.batch}. "
-                f"Try --fit.batch {max(shares, round(self.batch / shares) * shares)}."
-            )
-        if min(self.epochs, self.accumulate, self.keep, self.validate_every) < 1:
-            raise ValueError(
-                f"fit: expected epochs, accumulate, keep and validate_every >= 1, got {self}."
-            )
-        if self.workers < 0:
-            raise ValueError(f"fit: expected workers >= 0, got {self.workers}.")
-        if self.schedule == "plateau" and self.validate_every > 1:
-            raise ValueError(
-                "fit: schedule plateau watches the loss of every epoch, got validate_every "
-                f"{self.validate_every}. Set --fit.validate-every 1, or another schedule."
-            )
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"fit: warmup is a share of the steps in [0, 1), got {self.warmup}.")
-
-    @property
-    def share(self) -> int:
-        """Rows of a step of one worker."""
-        return self.batch // max(self.workers, 1)
 
 
 @dataclass(frozen=True)

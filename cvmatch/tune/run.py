@@ -22,9 +22,10 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from cvmatch import config as configs
-from cvmatch import training
 from cvmatch.data import storage
 from cvmatch.runtime import progress, session, tracking
+from cvmatch.training import launch
+from cvmatch.training.settings import Fit
 from cvmatch.tune import search_space
 
 BEST, TRIALS, SEARCH = "best.yaml", "trials.json", "search.json"
@@ -129,7 +130,7 @@ def search(config: Tune, base: Any = None) -> TuneResult:
     base = base or search_space.settings(config.stage, config.base)
     space = search_space.load(config.stage, config.space)
     search_space.check(base, space)
-    fit: training.Fit = base.fit
+    fit: Fit = base.fit
     metric = config.goal[0]
     if metric.startswith("val/") and not base.val:
         raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
@@ -179,14 +180,14 @@ def _trial(params: dict[str, Any], job: _Job) -> None:
     )
     report = Report()
     listener = TuneReportCallback() if config.fit.workers else report
-    with tracking.inside(job.parent), training.listening(listener):
+    with tracking.inside(job.parent), launch.listening(listener):
         result: Result = search_space.train(job.base)(config)
     if not (config.fit.workers or report.count):  # it was finished before the search was killed
         ray.tune.report(result.metrics or {})
 
 
 def _tuner(config: Tune, space: Mapping[str, Mapping], job: _Job, location: str) -> Tuner:
-    fit: training.Fit = job.base.fit
+    fit: Fit = job.base.fit
     # With workers the trial only waits for them.
     own = {"CPU": fit.cpus_per_worker, "GPU": fit.gpus_per_worker}
     needs = {"CPU": 0.01} if fit.workers else {name: count for name, count in own.items() if count}
@@ -218,7 +219,7 @@ def _tuner(config: Tune, space: Mapping[str, Mapping], job: _Job, location: str)
     )
 
 
-def _preflight(config: Tune, fit: training.Fit) -> None:
+def _preflight(config: Tune, fit: Fit) -> None:
     shares = config.concurrent * max(fit.workers, 1)
     session.require(
         shares * fit.cpus_per_worker + session.READERS,

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cvmatch.data import schema
-from cvmatch.data.pairs import Ingest, check_pictures, fingerprint, ingest, read_pictures, rejected
+from cvmatch.data.pairs import check_pictures, fingerprint, ingest, read_pictures, rejected
+from cvmatch.data.settings import Ingest
 from cvmatch.generate.train import TrainGenerator
 from cvmatch.runtime import session
 from cvmatch.segment.settings import TrainSegmenter

@@ -25,7 +25,7 @@ from cvmatch.generate.train import TrainGenerator
 from cvmatch.index.build import BuildIndex
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.segment.settings import TrainSegmenter
-from cvmatch.synthesize import Synthesize
+from cvmatch.synthesize.settings import Synthesize
 from cvmatch.tune.run import Tune
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVi
 from transformers.models.clip import CLIPConfig, CLIPTextConfig
 
 from cvmatch.data import geometry, images, schema
-from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.data.pairs import ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.generate import finetune, infer, losses, low_freq_guidance, pretrained
 from cvmatch.generate.augment import varied
 from cvmatch.generate.batches import decode, decode_batch
@@ -37,9 +38,10 @@ from cvmatch.generate.sampling import Sampling
 from cvmatch.generate.task import VALIDATION, GeneratorTask
 from cvmatch.generate.train import TrainGenerator, build_task, located, train
 from cvmatch.nn import backbones, metrics, rng
-from cvmatch.runtime.session import Pool
-from cvmatch.training import Fit, loop
+from cvmatch.runtime.settings import Pool
+from cvmatch.training import loop
 from cvmatch.training.metrics import Means, Meter
+from cvmatch.training.settings import Fit
 
 PANORAMA = (64, 256)
 # gain 1: these tests give the map's weights themselves, or their own learning rate. coarse 0: they

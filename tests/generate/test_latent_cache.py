@@ -13,7 +13,8 @@ from pyarrow import parquet
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from cvmatch.data import images, schema
-from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.data.pairs import ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.generate import bev, pretrained
 from cvmatch.generate.augment import varied
 from cvmatch.generate.batches import decode_batch
@@ -23,7 +24,7 @@ from cvmatch.generate.latent_rows import encoded, tensors
 from cvmatch.generate.recipe import Recipe
 from cvmatch.nn import rng
 from cvmatch.runtime.output_directory import Written
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 
 PANORAMA = (128, 512)
 """Larger than the view of the rays, 64 x 256."""

@@ -13,9 +13,10 @@ from ray.train import Result
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cvmatch import training
 from cvmatch.nn import rng
 from cvmatch.runtime import tracking
+from cvmatch.training import launch
+from cvmatch.training.settings import Fit
 
 
 def rows(count: int, seed: int = 0, block: int = 8) -> Dataset:
@@ -93,7 +94,7 @@ class TrainLine:
     lr: float = 0.1
     output: str = "line"
     log: str = ""
-    fit: training.Fit = training.Fit()  # noqa: RUF009 (frozen)
+    fit: Fit = Fit()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         if self.lr > 100:
@@ -106,6 +107,6 @@ def train(config: TrainLine) -> Result:
         file.write(f"{config.fit.name}\n")
     build = functools.partial(LineTask, config.lr)
     with tracking.start("line", config) as run:
-        result = training.fit(build, rows(32), rows(config.val, seed=1), config.fit, run)
-        training.publish(result, config.output)
+        result = launch.fit(build, rows(32), rows(config.val, seed=1), config.fit, run)
+        launch.publish(result, config.output)
     return result

@@ -32,8 +32,8 @@ from cvmatch.match.train import build_task, train
 from cvmatch.nn import rng
 from cvmatch.nn.backbones import Tower, TowerSpec, save_tower
 from cvmatch.runtime.output_directory import SOURCE
-from cvmatch.runtime.session import Pool
-from cvmatch.training import Fit
+from cvmatch.runtime.settings import Pool
+from cvmatch.training.settings import Fit
 
 SIZE, HIGH, WIDE = 16, 8, 32
 SPEC = TowerSpec(arch="vgg", layers=(4, "M", 8), grid=(2, 4), dim=12)

@@ -10,7 +10,7 @@ from ray.data import DataContext
 from ray.exceptions import RayTaskError
 
 from cvmatch.runtime import session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 
 
 class Scale:

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from cvmatch.data import schema, storage, tables
-from cvmatch.data.pairs import FILES, Ingest, ingest
+from cvmatch.data.pairs import FILES, ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import Generate, GenerateAerial
@@ -28,14 +29,15 @@ from cvmatch.index import gallery
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.match.infer import EmbedQuery, EmbedTile
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.search.files import query_of
 from cvmatch.search.rows import SearchRows, search_rows
 from cvmatch.segment.batches import Preprocess
 from cvmatch.segment.infer import SegmentAerial
 from cvmatch.segment.model import Segmenter
 from cvmatch.segment.settings import Segment
-from cvmatch.synthesize import Synthesize, synthesize
+from cvmatch.synthesize.run import synthesize
+from cvmatch.synthesize.settings import Synthesize
 from tests.helpers import index as tiny
 
 pytestmark = pytest.mark.ray

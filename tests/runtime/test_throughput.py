@@ -7,7 +7,7 @@ import pytest
 import ray.data
 
 from cvmatch.runtime import session
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.throughput import Flow, each_step
 
 

@@ -18,11 +18,11 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from cvmatch import config as configs
 from cvmatch.data import images, manifest, schema
 from cvmatch.data.images import BadImage
-from cvmatch.data.pairs import Ingest
 from cvmatch.data.schema import IGNORE, PALETTE
+from cvmatch.data.settings import Ingest
 from cvmatch.nn import metrics, rng
 from cvmatch.runtime import tracking
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.segment import windows
 from cvmatch.segment.batches import FILE, Preprocess, decode, synthesized
 from cvmatch.segment.infer import SegmentAerial, segment
@@ -38,8 +38,8 @@ from cvmatch.segment.train import (
     train,
     training_rows,
 )
-from cvmatch.synthesize import Synthesize
-from cvmatch.training import Fit
+from cvmatch.synthesize.settings import Synthesize
+from cvmatch.training.settings import Fit
 
 SIZE = 64
 

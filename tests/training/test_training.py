@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cvmatch import config as configs
-from cvmatch import training
 from cvmatch.data import images
 from cvmatch.nn import rng
 from cvmatch.runtime import tracking
-from cvmatch.training import checkpoints, loop, metrics
+from cvmatch.training import checkpoints, launch, loop, metrics
+from cvmatch.training.settings import Fit
+from cvmatch.training.task import Order
 from tests.helpers.stage import LineTask, rows
 
 LINE = functools.partial(LineTask, 0.05, 0.1)
@@ -32,11 +33,11 @@ LINE = functools.partial(LineTask, 0.05, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    fit: training.Fit
+    fit: Fit
 
 
 def trained(*arguments) -> Any:
-    return training.fit(*arguments)
+    return launch.fit(*arguments)
 
 
 class Listener(UserCallback):
@@ -49,7 +50,7 @@ class Listener(UserCallback):
 
 @pytest.fixture
 def fit(tmp_path):
-    return training.Fit(epochs=3, batch=8, storage=str(tmp_path / "runs"), shuffle=64)
+    return Fit(epochs=3, batch=8, storage=str(tmp_path / "runs"), shuffle=64)
 
 
 def named(fit, name, **changes):
@@ -61,19 +62,19 @@ def named(fit, name, **changes):
 
 def test_fit_refuses_a_batch_that_workers_cannot_share():
     with pytest.raises(ValueError, match=r"3 workers can share evenly, got 8.*--fit.batch 9"):
-        training.Fit(batch=8, workers=3)
+        Fit(batch=8, workers=3)
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"keep": 0}, {"workers": -1}, {"warmup": 1.0}])
 def test_fit_refuses_what_cannot_be(wrong):
     with pytest.raises(ValueError, match="fit: "):
-        training.Fit(**wrong)
+        Fit(**wrong)
 
 
 def test_fit_reads_back_from_its_dump(tmp_path):
-    before = training.Fit(schedule="plateau", best="val/loss", clip_norm=0.5)
+    before = Fit(schedule="plateau", best="val/loss", clip_norm=0.5)
     (tmp_path / "fit.yaml").write_text(configs.dump(before))
-    assert configs.parse(training.Fit, ["--config", str(tmp_path / "fit.yaml")]) == before
+    assert configs.parse(Fit, ["--config", str(tmp_path / "fit.yaml")]) == before
 
 
 def rates(fit, steps):
@@ -89,7 +90,7 @@ def rates(fit, steps):
 
 
 def test_cosine_rises_over_the_warmup_and_falls_to_zero():
-    found = rates(training.Fit(epochs=10, warmup=0.2), steps=10)
+    found = rates(Fit(epochs=10, warmup=0.2), steps=10)
     assert found[:20] == sorted(found[:20])
     assert max(found) == pytest.approx(1.0)
     assert found[20:] == sorted(found[20:], reverse=True)
@@ -98,7 +99,7 @@ def test_cosine_rises_over_the_warmup_and_falls_to_zero():
 
 
 def test_constant_stays_after_the_warmup_and_accumulation_counts_moves():
-    found = rates(training.Fit(epochs=4, schedule="constant", warmup=0.25, accumulate=3), steps=7)
+    found = rates(Fit(epochs=4, schedule="constant", warmup=0.25, accumulate=3), steps=7)
     assert len(found) == 12  # 7 steps make 3 moves an epoch
     assert found[3:] == [1.0] * 9
 
@@ -231,7 +232,7 @@ def test_fit_learns_and_publishes_the_model(ray_session, fit, tmp_path):
     history = result.metrics_dataframe
     assert list(history["epoch"]) == list(range(1, 13))
     assert history["val/loss"].iloc[-1] < 0.05 * history["val/loss"].iloc[0]
-    output = training.publish(result, str(tmp_path / "model"))
+    output = launch.publish(result, str(tmp_path / "model"))
     weights = load_file(os.path.join(output, "line.safetensors"))
     torch.testing.assert_close(
         weights["line.weight"][0], torch.tensor([1.0, 2.0, 3.0, 4.0]), atol=0.3, rtol=0
@@ -250,7 +251,7 @@ def test_fit_asks_for_its_order_with_the_model_as_it_is_and_keeps_it(ray_session
 
     def weights(name: str, shuffle: int):
         config = named(fit, name, epochs=5, shuffle=shuffle)
-        result = trained(LINE, rows(99), None, config, None, training.Order(2, ordered))
+        result = trained(LINE, rows(99), None, config, None, Order(2, ordered))
         assert list(result.metrics_dataframe["epoch"]) == [1, 2, 3, 4, 5]
         return load_file(f"{result.checkpoint.path}/model/line.safetensors")
 
@@ -266,9 +267,7 @@ def test_fit_with_an_order_goes_on_from_where_it_stopped(ray_session, fit):
     for asked, name, stops in ((whole, "whole", [5]), (parts, "parts", [3, 5])):
         for epochs in stops:
             config = named(fit, name, epochs=epochs, schedule="constant", warmup=0.0)
-            order = training.Order(
-                2, lambda model, epoch, asked=asked: asked.append(model) or rows(16)
-            )
+            order = Order(2, lambda model, epoch, asked=asked: asked.append(model) or rows(16))
             result = trained(LINE, rows(99), None, config, None, order)
         weights = load_file(f"{result.checkpoint.path}/model/line.safetensors")
         asked.append(weights["line.weight"])
@@ -279,10 +278,10 @@ def test_fit_with_an_order_goes_on_from_where_it_stopped(ray_session, fit):
 @pytest.mark.ray
 def test_fit_of_rows_made_anew_at_their_place_is_another_run(ray_session, fit):
     run = named(fit, "rows", epochs=1)
-    first = training.fit(LINE, rows(19), None, run, made_from="one")
-    assert training.fit(LINE, rows(19), None, run, made_from="one").metrics == first.metrics
+    first = launch.fit(LINE, rows(19), None, run, made_from="one")
+    assert launch.fit(LINE, rows(19), None, run, made_from="one").metrics == first.metrics
     with pytest.raises(ValueError, match="rows made from: 'one' before, now 'two'"):
-        training.fit(LINE, rows(19), None, run, made_from="two")
+        launch.fit(LINE, rows(19), None, run, made_from="two")
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -322,9 +321,9 @@ def test_fit_validates_every_few_epochs_and_at_the_last(ray_session, fit):
     assert result.metrics["epoch"] == best  # never one that was not looked at
     unknown = named(fit, "unknown", epochs=5, validate_every=5, best="val/nothing", keep=1)
     with pytest.raises(ValueError, match="val/nothing"):
-        training.fit(LINE, rows(19), rows(13, seed=1), unknown)
+        launch.fit(LINE, rows(19), rows(13, seed=1), unknown)
     with pytest.raises(ValueError, match="validate_every 2"):
-        training.Fit(schedule="plateau", validate_every=2)
+        Fit(schedule="plateau", validate_every=2)
 
 
 class PictureTask(LineTask):
@@ -341,7 +340,7 @@ def test_fit_keeps_the_pictures_of_a_validation_in_the_checkpoint_and_the_run(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     build = functools.partial(PictureTask, 0.05)
     with tracking.start("line", Settings(fit)) as run:
-        result = training.fit(build, rows(19), rows(13, seed=1), named(fit, "shown"), run)
+        result = launch.fit(build, rows(19), rows(13, seed=1), named(fit, "shown"), run)
     with open(f"{result.checkpoint.path}/shade.png", "rb") as file:
         assert (images.decode(file.read()) == 7).all()
     client = MlflowClient(run.uri)
@@ -369,7 +368,7 @@ def test_each_epoch_trains_on_all_rows_in_an_order_of_its_own(ray_session, fit):
             return super().forward(batch)
 
     stored = [rng.row_key(f"0/{index}") for index in range(32)]
-    training.fit(lambda: Watched(0.05), rows(32), None, fit)
+    launch.fit(lambda: Watched(0.05), rows(32), None, fit)
     assert [sorted(keys) for keys in seen.values()] == [sorted(stored)] * 3
     assert seen[0] != stored
     assert seen[1] not in (stored, seen[0])
@@ -448,7 +447,7 @@ def test_fit_whose_loss_is_not_finite_stops_before_a_checkpoint(ray_session, fit
 @pytest.mark.ray
 def test_fit_logs_epochs_and_a_loss_curve_and_tells_listeners(ray_session, fit):
     listener = Listener()
-    with tracking.start("line", Settings(fit)) as run, training.listening(listener):
+    with tracking.start("line", Settings(fit)) as run, launch.listening(listener):
         trained(LINE, rows(64), rows(8), fit, run)
         trained(LINE, rows(64), None, fit)  # without a run, nobody is told
     assert listener.seen == [1, 2, 3]
@@ -462,12 +461,15 @@ def test_fit_logs_epochs_and_a_loss_curve_and_tells_listeners(ray_session, fit):
 KILLED = """
 import functools, sys
 import ray
-from tiny_stage import LineTask, rows
-from cvmatch import config, engine, training
+from tests.helpers.stage import LineTask, rows
+from cvmatch import config
+from cvmatch.runtime import session
+from cvmatch.training import launch
+from cvmatch.training.settings import Fit
 
-engine.start()  # joins the Ray of the tests
-fit = config.parse(training.Fit, sys.argv[1:])
-training.fit(functools.partial(LineTask, 0.05, 0.1, 0.2, 0.05), rows(32), rows(8), fit)
+session.start()  # joins the Ray of the tests
+fit = config.parse(Fit, sys.argv[1:])
+launch.fit(functools.partial(LineTask, 0.05, 0.1, 0.2, 0.05), rows(32), rows(8), fit)
 """
 
 
@@ -527,7 +529,7 @@ def test_two_workers_train_as_one_with_the_same_batch(ray_session, fit, tmp_path
     torch.testing.assert_close(weights[0]["line.weight"], weights[1]["line.weight"])
     assert [step for step, _ in run.history("val/loss")] == [1, 2, 3, 4]
     assert len(run.history("step/loss")) == 4
-    assert os.listdir(training.publish(two, str(tmp_path / "out"))) == ["line.safetensors"]
+    assert os.listdir(launch.publish(two, str(tmp_path / "out"))) == ["line.safetensors"]
 
 
 @pytest.mark.ray

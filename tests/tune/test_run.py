@@ -6,8 +6,8 @@ import yaml
 from mlflow import MlflowClient
 
 from cvmatch import config as configs
-from cvmatch import training
 from cvmatch.runtime import tracking
+from cvmatch.training.settings import Fit
 from cvmatch.tune import run as tune
 from cvmatch.tune import search_space
 from cvmatch.tune.run import Tune
@@ -100,7 +100,7 @@ def settings(tmp_path):
         name="search",
         output=str(tmp_path / "tuned"),
     )
-    fit = training.Fit(batch=8, warmup=0.0, schedule="constant", shuffle=0)
+    fit = Fit(batch=8, warmup=0.0, schedule="constant", shuffle=0)
     return config, TrainLine(fit=fit, log=str(tmp_path / "calls"))
 
 

@@ -5,21 +5,21 @@ until its row is written. A row that failed stays in the output with its reason 
 """
 
 import logging
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 from ray.data import Dataset
 
 from cvmatch.data import images, manifest, schema, storage
-from cvmatch.data.pairs import Ingest, accepted, fingerprint, ingest, read_pictures
+from cvmatch.data.pairs import accepted, fingerprint, ingest, read_pictures
 from cvmatch.generate import sampling
-from cvmatch.generate.infer import Generate, GenerateAerial, generate
+from cvmatch.generate.infer import GenerateAerial, generate
 from cvmatch.runtime import tracking
 from cvmatch.runtime.output_directory import Written
 from cvmatch.runtime.stream import Done, Stream, write_stream
 from cvmatch.segment.infer import SegmentAerial, segment
-from cvmatch.segment.settings import Segment
+from cvmatch.synthesize.settings import Synthesize
 
 OPERATORS = {
     "read": read_pictures.__name__,
@@ -30,22 +30,6 @@ OPERATORS = {
 """Stages that the progress shows, as `Flow` takes them."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Synthesize:
-    """Draw and segment the synthetic aerial of every pair."""
-
-    data: Ingest = field(default_factory=Ingest)
-    """Pairs."""
-    generate: Generate = field(default_factory=Generate)
-    """The generator and its actors."""
-    segment: Segment = field(default_factory=Segment)
-    """The segmenter and its actors."""
-    output: str = "data/synthesized/train"
-    """URI of the directory of rows; the same command goes on where a killed one stopped."""
-    max_rejected: float = 0.05
-    """Largest share of rows that may fail, in [0, 1]."""
 
 
 def synthesize(config: Synthesize) -> dict[str, Any]:

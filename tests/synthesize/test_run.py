@@ -17,17 +17,19 @@ from mlflow import MlflowClient
 from ray._private import state as ray_state
 
 from cvmatch.data import images, schema, tables
-from cvmatch.data.pairs import Ingest, ingest
+from cvmatch.data.pairs import ingest
+from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.model import Generator
 from cvmatch.runtime import tracking
-from cvmatch.runtime.session import Pool
+from cvmatch.runtime.settings import Pool
 from cvmatch.segment.batches import Preprocess
 from cvmatch.segment.model import Segmenter
 from cvmatch.segment.settings import Segment
-from cvmatch.synthesize import OPERATORS, Synthesize, synthesize
+from cvmatch.synthesize.run import OPERATORS, synthesize
+from cvmatch.synthesize.settings import Synthesize
 
 pytestmark = pytest.mark.ray
 

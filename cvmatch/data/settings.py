@@ -1,0 +1,46 @@
+"""Settings of the pairs that a job reads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cvmatch.data import storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingest:
+    """A split of a data set in the layout of CVUSA or of its published subset."""
+
+    root: str = "data/world"
+    """Directory, or URI, of the data set, or one at most two levels above it."""
+    split: Literal["train", "val"] = "train"
+    """Which of the two CSVs."""
+    cache: str = ""
+    """Directory for the checked rows of each split; empty: `.cvmatch` in the data set."""
+    max_rejected: float = 0.05
+    """Largest share of the rows, in [0, 1], that may be unusable; above it the job stops."""
+    recheck: bool = False
+    """Decode all pictures again; for files that changed while the CSVs did not."""
+    block: int = 32
+    """Rows a block: what one task reads, and what a resumed stream repeats at most."""
+    limit: int = 0
+    """Rows of the CSV to take, from its top; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.limit < 0 or not 0 <= self.max_rejected <= 1:
+            raise ValueError(
+                "Ingest: expected block >= 1, limit >= 0 and max_rejected in [0, 1], got block "
+                f"{self.block}, limit {self.limit}, max_rejected {self.max_rejected}."
+            )
+
+
+def check_disjoint(data: Ingest, val: Ingest | None) -> None:
+    """Check that a training is not judged by its own rows.
+
+    Raises:
+        ValueError: both are the same split of the same root.
+    """
+    if val and (storage.absolute(data.root), data.split) == (storage.absolute(val.root), val.split):
+        raise ValueError(
+            f"validation: expected other rows than in training, got the split {val.split!r} of "
+            f"{val.root} for both. Pass another one with --val.root and --val.split."
+        )

@@ -1,0 +1,1 @@
+"""Pairs -> rows with synthetic aerials and their class maps."""
