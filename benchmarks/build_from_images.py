@@ -20,10 +20,11 @@ from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate.retrieval import KS
 from cvmatch.evaluate.run import true_rows
 from cvmatch.generate.infer import Generate
-from cvmatch.index.build import BuildIndex, build
-from cvmatch.index.gallery import Gallery, dataset
-from cvmatch.index.ranking import Mode, rank
+from cvmatch.index.build import build
+from cvmatch.index.gallery import dataset
+from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import BuildIndex, GalleryConfig, Mode
 from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
@@ -72,12 +73,12 @@ def queries_of(asked: FromImages, data: str, at: str) -> str:
 
 
 def _pool(asked: FromImages) -> Pool:
-    return replace(Gallery().pool, batch=asked.batch)
+    return replace(GalleryConfig().pool, batch=asked.batch)
 
 
 def speeds(asked: FromImages, model: str, data: Ingest) -> tuple[float, float]:
     """Tiles a second of the tower in a loop, and of a pool of one in a stream."""
-    some = Gallery(tiles=replace(data, limit=asked.speed))
+    some = GalleryConfig(tiles=replace(data, limit=asked.speed))
     pool = _pool(asked)
     batches = dataset(some).iter_batches(batch_size=asked.batch, batch_format="numpy")
     held: list[Any] = list(batches)

@@ -17,9 +17,10 @@ from index_1m import trained
 from cvmatch.data.settings import Ingest
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
-from cvmatch.index.build import BuildIndex, build
+from cvmatch.index.build import build
 from cvmatch.index.reader import Index
-from cvmatch.index.verify import Verify, verify
+from cvmatch.index.settings import BuildIndex, Verify
+from cvmatch.index.verify import verify
 from cvmatch.index.writer import encode_shard, write_shard
 from cvmatch.match.infer import EmbedTile
 from cvmatch.runtime import session

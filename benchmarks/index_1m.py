@@ -22,11 +22,11 @@ from matching import MatchingBench, Rows, settings
 from pyarrow import parquet
 
 from cvmatch.data import schema, tables
-from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.build import publish
 from cvmatch.index.queries import split_queries
-from cvmatch.index.ranking import Mode, rank
+from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
-from cvmatch.index.shortlist_head import STEPS
+from cvmatch.index.settings import STEPS, BuildIndex, Mode
 from cvmatch.index.writer import vectors
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedTile

@@ -25,7 +25,8 @@ from cvmatch.evaluate.run import evaluate
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import train as train_generator
-from cvmatch.index.build import BuildIndex, build
+from cvmatch.index.build import build
+from cvmatch.index.settings import BuildIndex
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.train import train
 from cvmatch.runtime import hardware, progress, session

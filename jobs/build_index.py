@@ -3,7 +3,8 @@
 import json
 
 from cvmatch.config import parse
-from cvmatch.index.build import BuildIndex, build
+from cvmatch.index.build import build
+from cvmatch.index.settings import BuildIndex
 from cvmatch.runtime import progress
 
 if __name__ == "__main__":

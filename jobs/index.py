@@ -1,19 +1,19 @@
-"""Look after an index: `jobs/index.py info | verify | add | delete | compact | collect` [flags]."""
+"""Look after an index: `jobs/index.py info | verify | add | delete | compact | vacuum` [flags]."""
 
 import json
 import sys
 
 from cvmatch.config import parse
-from cvmatch.index import gallery, update, verify
+from cvmatch.index import gallery, settings, update, verify
 from cvmatch.runtime import progress
 
 COMMANDS = {
-    "info": (verify.Info, verify.about),
-    "verify": (verify.Verify, verify.verify),
-    "add": (update.AddTiles, update.add),
-    "delete": (update.DeleteTiles, update.delete),
-    "compact": (update.Compact, lambda at: update.compact(at, gallery.spread(at.output))),
-    "collect": (update.Collect, update.collect),
+    "info": (settings.Info, verify.about),
+    "verify": (settings.Verify, verify.verify),
+    "add": (settings.AddTiles, update.add),
+    "delete": (settings.DeleteTiles, update.delete),
+    "compact": (settings.Compact, lambda at: update.compact(at, gallery.spread(at.output))),
+    "vacuum": (settings.Vacuum, update.vacuum),
 }
 
 if __name__ == "__main__":

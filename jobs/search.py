@@ -8,7 +8,8 @@ import webbrowser
 from cvmatch.config import parse
 from cvmatch.report.found import found
 from cvmatch.runtime import progress
-from cvmatch.search.files import SearchFiles, search
+from cvmatch.search.files import search
+from cvmatch.search.settings import SearchFiles
 
 if __name__ == "__main__":
     progress.to_console(logging.WARNING)

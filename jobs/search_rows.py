@@ -4,7 +4,8 @@ import json
 
 from cvmatch.config import parse
 from cvmatch.runtime import progress
-from cvmatch.search.rows import SearchRows, search_rows
+from cvmatch.search.rows import search_rows
+from cvmatch.search.settings import SearchRows
 
 if __name__ == "__main__":
     progress.to_console()

@@ -117,7 +117,7 @@ def test_index_grows_shrinks_and_is_verified(place, world_root):
     checked = last("index.py", f"verify --index {at} --deep True")
     assert checked["tiles"] == tiles + 22
     assert checked["probes"] == tiles
-    assert last("index.py", f"collect --output {at} --keep 1")["versions"] == 4
+    assert last("index.py", f"vacuum --output {at} --keep 1")["versions"] == 4
     with pytest.raises(SystemExit, match="expected one of info, verify"):
         run("index.py", "destroy")
 

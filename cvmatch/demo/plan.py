@@ -10,7 +10,7 @@ from cvmatch.evaluate.settings import Evaluate
 from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import Generate
 from cvmatch.generate.train import TrainGenerator
-from cvmatch.index.build import BuildIndex
+from cvmatch.index.settings import BuildIndex
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.runtime.settings import Pool
 from cvmatch.segment.settings import Segment, TrainSegmenter

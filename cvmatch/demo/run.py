@@ -29,7 +29,8 @@ from cvmatch.report import (
     score_table,
     scores,
 )
-from cvmatch.search.files import SearchFiles, search
+from cvmatch.search.files import search
+from cvmatch.search.settings import SearchFiles
 from cvmatch.tune.run import TuneResult
 
 EXPECTED = {

@@ -33,7 +33,7 @@ class Part(NamedTuple):
     """Row of the first."""
 
 
-def ladder(rows: int, width: int) -> str:
+def default_factory_key(rows: int, width: int) -> str:
     """FAISS factory key for `rows` vectors of `width` numbers.
 
     Up to 10 million, scanning all codes costs at most some 20 ms and has no recall to tune; beyond,
@@ -47,7 +47,7 @@ def ladder(rows: int, width: int) -> str:
     return f"IVF{16_384 if rows <= 100_000_000 else 65_536},PQ{parts}x4"
 
 
-def candidates(rows: int) -> int:
+def default_shortlist_size(rows: int) -> int:
     """Tiles that the exact model re-ranks: what kept its first answer in index.md, section 3."""
     return min(rows, 1_000 if rows <= 200_000 else 4_000 if rows <= 10_000_000 else 10_000)
 

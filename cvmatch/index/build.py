@@ -4,8 +4,8 @@ import contextlib
 import json
 import logging
 import os
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 
@@ -13,10 +13,11 @@ from cvmatch import config as configs
 from cvmatch.data import manifest, storage, tables
 from cvmatch.data.images import PREPROCESS
 from cvmatch.index import ann, remote, shard, shortlist_head, verify, versions
-from cvmatch.index.gallery import Gallery, dataset, embed, source, spread, work_of
+from cvmatch.index.gallery import dataset, embed, source, spread, work_of
 from cvmatch.index.quality import measured
 from cvmatch.index.queries import Queries, split_queries
 from cvmatch.index.reader import EXHAUSTIVE
+from cvmatch.index.settings import BuildIndex
 from cvmatch.index.writer import Draft, Entry, Run, draft, drawn, matcher, serially
 from cvmatch.match.fingerprint import identity
 from cvmatch.match.fusion import Fusion
@@ -28,26 +29,6 @@ ENOUGH = {"top1": 0.99, "top10": 0.98}
 _SAMPLE = 65_536  # tiles from which a distilled head learns: 32 MiB of u
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildIndex(Gallery):
-    """Embed tiles and publish them as the next version of an index."""
-
-    model: str = "models/matcher"
-    """Local directory of the matcher."""
-    key: str = "auto"
-    """FAISS factory key of the shortlist; "auto" chooses by the number of tiles (`ann.ladder`)."""
-    probes: int = 64
-    """Lists that a query visits, where the key has lists (IVF)."""
-    shortlist: int = 0
-    """Tiles that a two-stage search re-ranks exactly; 0 chooses by the number of tiles."""
-    head: Literal["auto", "own", "distilled"] = "auto"
-    """Whose vectors FAISS holds: the matcher's own, or a head's that is distilled from its scores
-    on some of `queries`. auto: the own ones, unless they hold less of the exact answers than ENOUGH
-    and distilled ones hold more (asked of more than 100,000 tiles, which need a shortlist)."""
-    steps: int = shortlist_head.STEPS
-    """Steps of the distillation."""
 
 
 def build(config: BuildIndex) -> dict[str, Any]:
@@ -221,14 +202,14 @@ def _head(
 def _about(config: BuildIndex, entries: list[Entry], model: Fusion) -> dict[str, Any]:
     rows = sum(entry["rows"] for entry in entries)
     width = model.hidden
-    key = ann.ladder(rows, width) if config.key == "auto" else config.key
+    key = ann.default_factory_key(rows, width) if config.key == "auto" else config.key
     return {
         "rows": rows,
         "hidden": width,
         "preprocess": PREPROCESS,
         "config": configs.plain(config),
         "ann": {"key": key, "probes": config.probes},
-        "shortlist": min(rows, config.shortlist or ann.candidates(rows)),
+        "shortlist": min(rows, config.shortlist or ann.default_shortlist_size(rows)),
         "deleted": None,
     }
 

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -11,11 +11,11 @@ import ray
 from cvmatch.data import manifest, pairs, schema, storage, tables
 from cvmatch.data.settings import Ingest
 from cvmatch.index import remote
+from cvmatch.index.settings import GalleryConfig
 from cvmatch.index.writer import Run
 from cvmatch.match.infer import EmbedTile, U, embed_tiles
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
-from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.stream import Stream, write_stream
 
 _COLUMNS = pa.schema(
@@ -27,45 +27,7 @@ _PARTS = _COLUMNS.remove(1).append(pa.field(U, pa.large_list(pa.float16())))
 """What is kept of each: u in place of its picture."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """Tiles, and the actors that embed them."""
-
-    # A block costs Ray some 20 ms, whatever it holds: by 32 the toy tower makes 253 tiles/s, by 128
-    # 311, and 342 where an actor also decodes a batch while its network is busy.
-    tiles: Ingest = field(default_factory=lambda: Ingest(split="val", block=128))
-    """Data set whose tiles are taken."""
-    splits: tuple[Literal["train", "val"], ...] = ()
-    """Splits of it that are taken; empty: only `tiles.split`."""
-    rows: str = ""
-    """URI of a directory of rows (as jobs/synthesize.py writes) to take instead of `tiles`: any
-    Parquet files with pair_id and aerial, and where known latitude and longitude."""
-    pool: Pool = field(default_factory=lambda: Pool(batch=32, calls=2))
-    """Actors that embed tiles."""
-    max_rejected: float = 0.05
-    """Largest share of rows without an embedding, in [0, 1]."""
-    shard_rows: int = 100_000
-    """Tiles of a shard, the unit of parallel work."""
-    output: str = "data/index"
-    """Directory of the index, local or in an object store; a new version joins those there. On
-    several nodes: a path that all of them mount."""
-    queries: str = ""
-    """URI of synthesized rows for which the shortlist is measured (and, of other ones, from which a
-    distilled head learns); their tiles need not be known. Empty: not measured."""
-    sample: int = 200
-    """Queries that measure it."""
-    seed: int = 0
-    """Of the draws of queries and of training vectors."""
-
-    def __post_init__(self) -> None:
-        if self.shard_rows < 1 or self.sample < 1:
-            raise ValueError(
-                f"build_index: expected shard_rows and sample >= 1, got {self.shard_rows} and "
-                f"{self.sample}."
-            )
-
-
-def dataset(gallery: Gallery) -> ray.data.Dataset:
+def dataset(gallery: GalleryConfig) -> ray.data.Dataset:
     """The rows of the tiles, with their pictures.
 
     Raises:
@@ -90,7 +52,7 @@ def dataset(gallery: Gallery) -> ray.data.Dataset:
     )
 
 
-def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str, float]:
+def embed(gallery: GalleryConfig, model: str, made_from: dict[str, Any]) -> tuple[str, float]:
     """u of all tiles by a pool of actors, as Parquet files: their location, and seconds.
 
     Raises:
@@ -112,21 +74,21 @@ def embed(gallery: Gallery, model: str, made_from: dict[str, Any]) -> tuple[str,
     return stream.output, time.monotonic() - begin
 
 
-def source(gallery: Gallery) -> str:
+def source(gallery: GalleryConfig) -> str:
     """Fingerprint of the tiles: names and sizes of their files."""
     if gallery.rows:
         return manifest.digest(tables.sizes(gallery.rows))
     return manifest.digest([pairs.fingerprint(one) for one in _ingests(gallery)])
 
 
-def _count(gallery: Gallery) -> int:
+def _count(gallery: GalleryConfig) -> int:
     """Tiles; call it after `dataset`."""
     if gallery.rows:
         return sum(tables.rows(gallery.rows))
     return sum(pairs.accepted(one) for one in _ingests(gallery))
 
 
-def _ingests(gallery: Gallery) -> list[Ingest]:
+def _ingests(gallery: GalleryConfig) -> list[Ingest]:
     splits = gallery.splits or (gallery.tiles.split,)
     return [replace(gallery.tiles, split=split) for split in splits]
 

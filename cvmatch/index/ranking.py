@@ -1,16 +1,15 @@
 """Queries -> the best tiles of an index by the exact joint score: of all, or of a shortlist."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
 from cvmatch.index.reader import EXHAUSTIVE, Index
+from cvmatch.index.settings import Mode
 from cvmatch.match.fusion import Query
 from cvmatch.match.scoring import fastest
-
-Mode = Literal["auto", "exact", "two-stage"]
 
 _SPARE = 64  # tiles that are scored again in fp32, at least
 

@@ -18,14 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cvmatch.index.settings import STEPS
 from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.scoring import joint_scores
 
 WIDTH = 128
 """Numbers of a distilled vector."""
-
-STEPS = 600
-"""Steps of the distillation, each of 64 queries and 1,024 tiles: a minute or two on two cores."""
 
 _QUERIES, _TILES = 64, 1024
 _SHARPNESS = 50.0  # of the joint's softmax over tiles; by 20, 16 bytes held 81 % instead of 96 %

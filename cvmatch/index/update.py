@@ -16,6 +16,7 @@ from cvmatch.data import schema, storage
 from cvmatch.index import ann, build, gallery, remote, shard, verify, versions
 from cvmatch.index.queries import split_queries
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import AddTiles, Compact, DeleteTiles, GalleryConfig, Vacuum
 from cvmatch.index.shard import Store
 from cvmatch.index.writer import ASIDE, Draft, Entry, Run, draft, place_shard, serially
 from cvmatch.runtime import session
@@ -27,51 +28,6 @@ _DAY_S = 86_400.0
 
 PIECES = 16
 """Parts of the shortlist at most: each is searched by itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AddTiles(gallery.Gallery):
-    """Embed more tiles with an index's own model, and add them: nothing else is done again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeleteTiles:
-    """Let no search give some tiles any more; their numbers stay until the index is compacted."""
-
-    output: str = "data/index"
-    """Directory of the index."""
-    ids: tuple[str, ...] = ()
-    """pair_id of each."""
-    file: str = ""
-    """URI of a text file with one pair_id a line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compact:
-    """Leave deleted tiles out and merge what was added.
-
-    Ranks are those of a build of all that is left; the shortlist keeps the head and the code that
-    the first build chose, so that an index which grew much is better built again.
-    """
-
-    output: str = "data/index"
-    """Directory of the index."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collect:
-    """Remove old versions, and the files that no other one needs once they are a day old: until
-    then a job that is running may have put them there."""
-
-    output: str = "data/index"
-    """Directory of the index."""
-    keep: int = 2
-    """Versions that stay, the current one among them. A search that has an older one open goes on;
-    one that opens it later finds it gone."""
-
-    def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"collect: expected keep >= 1, got {self.keep}.")
 
 
 def add(config: AddTiles) -> dict[str, Any]:
@@ -96,7 +52,7 @@ def add(config: AddTiles) -> dict[str, Any]:
 
 def join(
     parts: str,
-    config: gallery.Gallery,
+    config: GalleryConfig,
     run: Run = serially,
     seconds: float = 0.0,
     tile: str = "",
@@ -218,14 +174,14 @@ def compact(config: Compact, run: Run = serially) -> dict[str, Any]:
     return done
 
 
-def collect(config: Collect) -> dict[str, int]:
+def vacuum(config: Vacuum) -> dict[str, int]:
     """Remove old versions of a local index; gives how many, and the files and bytes.
 
     Raises:
         ValueError: an index in an object store.
     """
     if remote.is_remote(config.output):
-        raise ValueError(f"collect: expected a local index, got {config.output}.")
+        raise ValueError(f"vacuum: expected a local index, got {config.output}.")
     root = remote.root(config.output)
     with versions.alone(root):
         return _collected(root, config.keep)
@@ -316,7 +272,7 @@ def _changed(
         "rows": rows,
         "shards": list(shards),
         "ann": info["ann"] | {"parts": list(pieces)},
-        "shortlist": min(rows, asked or ann.candidates(rows)),
+        "shortlist": min(rows, asked or ann.default_shortlist_size(rows)),
         "made_from": None,
         "asked": None,
         "recall": None,

@@ -6,7 +6,6 @@ stored pictures again, and makes all codes again.
 """
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -18,6 +17,7 @@ from pyarrow import parquet
 from cvmatch.data import schema
 from cvmatch.index import remote, shard, versions
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import Info, Verify
 from cvmatch.index.writer import Draft, EncodeShard, shard_codes
 from cvmatch.match.fingerprint import identity
 from cvmatch.match.infer import EmbedTile
@@ -28,18 +28,6 @@ PROBES = 16
 TOLERANCE = 0.02
 """Largest distance of a probe's u, of its norm: half precision and another kind of processor stay
 below 0.002; another resampling filter is at 0.1 or more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Check an index."""
-
-    index: str = "data/index"
-    """Directory of the index, local or in an object store."""
-    version: str = ""
-    """Version; empty: the current one."""
-    deep: bool = False
-    """Also hash large files, make all codes again, and embed the probes again."""
 
 
 def verify(config: Verify) -> dict[str, Any]:
@@ -69,16 +57,6 @@ def verify(config: Verify) -> dict[str, Any]:
         found["codes"] = len(index)
         found |= _check_probes(root, index)
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Info:
-    """Show what an index consists of, and what was measured when it was built."""
-
-    index: str = "data/index"
-    """Directory of the index, local or in an object store."""
-    version: str = ""
-    """Version; empty: the current one."""
 
 
 def about(config: Info) -> dict[str, Any]:

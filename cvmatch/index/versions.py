@@ -36,7 +36,7 @@ def place(root: str, aside: str, name: str) -> Files:
     """Move a finished file or directory to `root/name`, a name of its content; gives its files.
 
     What stands there under that name already is kept if these files are whole, else put right.
-    Either way they are of this moment, by which `change.collect` spares what a manifest will list.
+    Either way they are of this moment, by which `update.vacuum` spares what a manifest will list.
     """
     target = os.path.join(root, name)
     files = files_of(aside, name)
@@ -84,7 +84,7 @@ def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> d
         for name in info["files"]:
             if not os.path.exists(os.path.join(root, name)):
                 raise FileNotFoundError(
-                    f"index {root}: {name} was removed while this version was made, by collect "
+                    f"index {root}: {name} was removed while this version was made, by vacuum "
                     "perhaps. Nothing was published. Run it again."
                 )
         return _commit(root, {**info, "parent": now}, beside)

@@ -8,11 +8,10 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Int64
 
 from cvmatch.data import images, manifest, schema, storage
@@ -20,85 +19,18 @@ from cvmatch.data.geography import Area, Box, Circle
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.sampling import Sampling
 from cvmatch.index.queries import SAMPLING
-from cvmatch.index.ranking import Mode, rank
+from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
 from cvmatch.match.settings import Level
+from cvmatch.search.settings import SearchFiles
 from cvmatch.segment.infer import SegmentAerial
 
 _log = logging.getLogger(__name__)
 
 _BATCH = 16  # panoramas a step
 _PICTURES = (".jpg", ".jpeg", ".png")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchFiles:
-    """Find the tiles of panorama files."""
-
-    panorama: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Location of a 360-degree panorama, north in the middle, or of a directory of them; repeat the
-    flag for more."""
-    index: str = "data/index"
-    """Directory of the index, local or in an object store (then copied here first)."""
-    top_k: int = 10
-    """Tiles to give for each panorama."""
-    generator: str = ""
-    """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
-    segmenter: str = ""
-    """Local directory of a segmenter, to search with its class map too; empty: none."""
-    steps: int | None = None
-    """Solver steps of the generator; None: as for the queries of the index."""
-    guidance: float | None = None
-    """Guidance scale of the generator; None: as for the queries of the index."""
-    guided: float | None = None
-    """Down to which share of the noise schedule guidance acts; None: as for these queries."""
-    mode: Mode = "auto"
-    """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
-    shortlist: int = 0
-    """Tiles that a two-stage search re-ranks; 0 takes the index's own number."""
-    seed: int = 0
-    """Of the generator's noise."""
-    near: tuple[float, float, float] | None = None
-    """Only tiles within a circle: latitude, longitude (degrees), metres."""
-    box: tuple[float, float, float, float] | None = None
-    """Only tiles in a box: south, west, north, east (degrees)."""
-    any_models: bool = False
-    """Search with another generator or segmenter than the one that made the index's queries."""
-    page: str = ""
-    """Also write an HTML page of what was found there."""
-    tiles: str = ""
-    """URI of rows (`pair_id`, `aerial`) with pictures of the tiles, for the page; empty: none."""
-    open: bool = False
-    """Open the page in a browser (without --page: search.html)."""
-
-    def __post_init__(self) -> None:
-        if not self.panorama or self.top_k < 1:
-            raise ValueError(
-                f"search: expected at least one --panorama FILE and top_k >= 1, got "
-                f"{len(self.panorama)} and {self.top_k}."
-            )
-        if self.segmenter and not self.generator:
-            raise ValueError(
-                "search: --segmenter segments the synthetic aerial: give --generator too."
-            )
-        if self.near and self.box:
-            raise ValueError("search: expected --near or --box, got both.")
-
-    @property
-    def level(self) -> Level:
-        """What the queries consist of."""
-        if not self.generator:
-            return "G"
-        return "G+A+S" if self.segmenter else "G+A"
-
-    @property
-    def area(self) -> Area | None:
-        """Where the tile is looked for; None: everywhere."""
-        if self.near:
-            return Circle(*self.near)
-        return Box(*self.box) if self.box else None
 
 
 @dataclass(frozen=True)
@@ -192,16 +124,23 @@ def _check_models(config: SearchFiles, index: Index) -> None:
 
 def _inside(config: SearchFiles, index: Index) -> Int64[np.ndarray, " row"] | None:
     """Rows of the tiles that are searched; None: all."""
-    if config.area is None:
+    if (area := _area(config)) is None:
         return None
-    rows = index.inside(config.area)
+    rows = index.inside(area)
     if not len(rows):
         known = len(index) - index.tiles[schema.LATITUDE].null_count
         raise ValueError(
-            f"search: none of {len(index)} tiles lies in {config.area} ({known} have coordinates). "
+            f"search: none of {len(index)} tiles lies in {area} ({known} have coordinates). "
             "Pass a larger area, or another index."
         )
     return rows
+
+
+def _area(config: SearchFiles) -> Area | None:
+    """Where the tile is looked for; None: everywhere."""
+    if config.near:
+        return Circle(*config.near)
+    return Box(*config.box) if config.box else None
 
 
 def _places(given: tuple[str, ...]) -> list[str]:

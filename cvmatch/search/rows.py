@@ -1,7 +1,6 @@
 """Synthesized rows + an index -> the best tiles of each row, in a stream on Ray that resumes."""
 
 import logging
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,14 +10,15 @@ import ray.data
 
 from cvmatch import config as configs
 from cvmatch.data import manifest, schema, storage
-from cvmatch.index.ranking import Mode, rank
+from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import Mode
 from cvmatch.match.infer import EmbedQuery, embed_queries
-from cvmatch.match.settings import Embed, Level
+from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
-from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.stream import Stream, write_stream
 from cvmatch.search.files import query_of
+from cvmatch.search.settings import SearchRows
 
 TILES, SCORES = "tiles", "scores"
 """Columns of the output: pair_ids of the best tiles, best first, and their exact scores."""
@@ -37,28 +37,6 @@ VERSION = 2  # 1 had no answer in blocks of rows none of which had failed
 """Version of the answers: those of another one are not gone on with."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchRows:
-    """Find the tiles of many panoramas."""
-
-    rows: str = "data/synthesized/val"
-    """URI of the rows (as jobs/synthesize.py writes)."""
-    index: str = "data/index"
-    """Directory of the index; a path that all nodes mount, or an object store."""
-    output: str = "data/found"
-    """URI of the directory of answers; the same command goes on where a killed one stopped."""
-    level: Level = "G+A+S"
-    """What a query consists of."""
-    top_k: int = 10
-    """Tiles to give for each row."""
-    mode: Mode = "auto"
-    """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
-    embed: Pool = field(default_factory=lambda: Pool(batch=32))
-    """Actors that embed queries."""
-    rank: Pool = field(default_factory=lambda: Pool(batch=32))
-    """Actors that search; each maps the index's files, which they share."""
 
 
 class RankTiles:

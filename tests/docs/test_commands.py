@@ -22,7 +22,7 @@ from cvmatch import config
 from cvmatch.data import schema, tables
 from cvmatch.demo import models as base_models
 from cvmatch.generate.train import TrainGenerator
-from cvmatch.index.build import BuildIndex
+from cvmatch.index.settings import BuildIndex
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.segment.settings import TrainSegmenter
 from cvmatch.synthesize.settings import Synthesize

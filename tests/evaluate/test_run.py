@@ -18,9 +18,10 @@ from cvmatch.evaluate.generation import generation, segmentation
 from cvmatch.evaluate.run import View, check_unseen, embedded, evaluate, flat, true_rows
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import DeleteTiles
 from cvmatch.index.shard import Store
 from cvmatch.index.shortlist_head import Own
-from cvmatch.index.update import DeleteTiles, delete
+from cvmatch.index.update import delete
 from cvmatch.match.augment import limited
 from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.infer import EmbedQuery

@@ -8,8 +8,9 @@ import torch
 from pyarrow import parquet
 
 from cvmatch.data import images, manifest, schema
-from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.build import publish
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import BuildIndex
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
 from cvmatch.nn.backbones import TowerSpec

@@ -17,9 +17,10 @@ import torch
 from cvmatch import config as configs
 from cvmatch.data import schema
 from cvmatch.index import ann, versions
-from cvmatch.index.build import BuildIndex, build, publish
+from cvmatch.index.build import build, publish
 from cvmatch.index.quality import recall
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import BuildIndex
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from tests.helpers import index as tiny
@@ -238,14 +239,14 @@ def test_publish_without_rows_names_the_directory(model, output, tmp_path):
         publish(str(tmp_path), BuildIndex(model=model, output=output))
 
 
-def test_ladder_of_sizes_follows_the_table():
-    assert [ann.ladder(rows, 256) for rows in (1, 2_000, 2_001, 10**7)] == [
+def test_default_factory_key_by_size_follows_the_table():
+    assert [ann.default_factory_key(rows, 256) for rows in (1, 2_000, 2_001, 10**7)] == [
         "Flat", "Flat", "PQ64x4", "PQ64x4",
     ]  # fmt: skip
-    assert ann.ladder(10**7 + 1, 256) == "IVF16384,PQ64x4"
-    assert ann.ladder(10**8 + 1, 256) == "IVF65536,PQ64x4"
-    assert ann.ladder(10**5, 64) == "PQ32x4"
-    assert ann.ladder(10**5, 30) == "Flat"
+    assert ann.default_factory_key(10**7 + 1, 256) == "IVF16384,PQ64x4"
+    assert ann.default_factory_key(10**8 + 1, 256) == "IVF65536,PQ64x4"
+    assert ann.default_factory_key(10**5, 64) == "PQ32x4"
+    assert ann.default_factory_key(10**5, 30) == "Flat"
 
 
 @pytest.mark.parametrize(

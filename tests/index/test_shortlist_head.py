@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from cvmatch.index import build, shortlist_head
-from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.build import publish
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import BuildIndex
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.match.scoring import joint_scores

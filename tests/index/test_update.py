@@ -13,11 +13,12 @@ import torch
 
 from cvmatch.data import schema
 from cvmatch.index import ann, remote, update, versions
-from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.build import publish
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
-from cvmatch.index.update import AddTiles, Collect, Compact, DeleteTiles, compact, delete, join
-from cvmatch.index.verify import Verify, probes_of, verify
+from cvmatch.index.settings import AddTiles, BuildIndex, Compact, DeleteTiles, Vacuum, Verify
+from cvmatch.index.update import compact, delete, join
+from cvmatch.index.verify import probes_of, verify
 from cvmatch.index.writer import serially
 from cvmatch.match.fingerprint import identity
 from cvmatch.match.fusion import Query
@@ -242,9 +243,9 @@ def test_compact_of_a_compact_index_publishes_nothing(model, parts, output, capl
     assert versions.names(output)[-1] == "v000005"
 
 
-def test_collect_of_nothing_removes_nothing(model, parts, output):
+def test_vacuum_of_nothing_removes_nothing(model, parts, output):
     publish(parts["first"], BuildIndex(model=model, output=output))
-    assert update.collect(Collect(output=output)) == {"versions": 0, "files": 0, "bytes": 0}
+    assert update.vacuum(Vacuum(output=output)) == {"versions": 0, "files": 0, "bytes": 0}
     assert len(Index.open(output, deep=True)) == 16
 
 
@@ -267,13 +268,13 @@ def test_compacted_index_has_the_shards_of_one_that_was_built_at_once(
     assert verify(Verify(index=output, deep=True))["tiles"] == 22
 
 
-def test_collect_removes_what_only_old_versions_need(model, parts, output):
+def test_vacuum_removes_what_only_old_versions_need(model, parts, output):
     publish(parts["first"], BuildIndex(model=model, output=output))
     join(parts["last"], AddTiles(output=output))
     compact(Compact(output=output))
     reader = Index.open(output, version="v000001")
     age(output)
-    gone = update.collect(Collect(output=output, keep=1))
+    gone = update.vacuum(Vacuum(output=output, keep=1))
     assert gone["versions"] == 2
     assert gone["bytes"] > 0
     assert len(Index.open(output, deep=True)) == 24
@@ -282,7 +283,7 @@ def test_collect_removes_what_only_old_versions_need(model, parts, output):
         Index.open(output, version="v000001")
 
 
-def test_collect_during_a_publication_leaves_the_files_that_it_put_into_place(
+def test_vacuum_during_a_publication_leaves_the_files_that_it_put_into_place(
     model, parts, output, tmp_path
 ):
     publish(parts["last"], BuildIndex(model=model, output=output))
@@ -294,7 +295,7 @@ def test_collect_during_a_publication_leaves_the_files_that_it_put_into_place(
 
     def run(function, tasks):
         done = serially(function, tasks)
-        removed.append(update.collect(Collect(output=output, keep=1))["files"])
+        removed.append(update.vacuum(Vacuum(output=output, keep=1))["files"])
         return done
 
     # It takes the old shards of the version that goes again, and copies old files of a model.
@@ -316,7 +317,7 @@ def test_build_whose_older_shards_are_collected_meanwhile_is_not_published(model
 
     def run(function, tasks):
         done = serially(function, tasks)
-        update.collect(Collect(output=output, keep=1))
+        update.vacuum(Vacuum(output=output, keep=1))
         return done
 
     with pytest.raises(FileNotFoundError, match=r"shards/.* was removed .* Run it again"):

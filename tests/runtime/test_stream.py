@@ -28,10 +28,12 @@ from cvmatch.generate.pretrained import sizes
 from cvmatch.index import gallery
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import GalleryConfig
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from cvmatch.runtime.settings import Pool
 from cvmatch.search.files import query_of
-from cvmatch.search.rows import SearchRows, search_rows
+from cvmatch.search.rows import search_rows
+from cvmatch.search.settings import SearchRows
 from cvmatch.segment.batches import Preprocess
 from cvmatch.segment.infer import SegmentAerial
 from cvmatch.segment.model import Segmenter
@@ -185,7 +187,7 @@ def _encode(_: Path, pairs: Pairs, output: str) -> Job:
 
 
 def _embed(models: Path, pairs: Pairs, output: str) -> Job:
-    config = gallery.Gallery(
+    config = GalleryConfig(
         tiles=replace(pairs.data, cache=""), output=output, pool=Pool(batch=4), max_rejected=1.0
     )
     actor = EmbedTile(f"{models}/model", 4)

@@ -17,17 +17,19 @@ from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import Generator
 from cvmatch.generate.sampling import Sampling
 from cvmatch.index import ranking, shard
-from cvmatch.index.build import BuildIndex, publish
+from cvmatch.index.build import publish
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
+from cvmatch.index.settings import BuildIndex
 from cvmatch.index.shard import Store
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import JointFeatureLearningNet
 from cvmatch.report.found import found
 from cvmatch.search import files
-from cvmatch.search.files import SearchFiles, query_of
-from cvmatch.search.rows import SearchRows, search_rows
+from cvmatch.search.files import query_of
+from cvmatch.search.rows import search_rows
+from cvmatch.search.settings import SearchFiles, SearchRows
 from tests.helpers import index as tiny
 
 COUNT = 24

@@ -1,0 +1,93 @@
+"""Settings of a search: of panorama files, of the rows of a data set."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from cvmatch.index.settings import Mode
+from cvmatch.match.settings import Level
+from cvmatch.runtime.settings import Pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFiles:
+    """Find the tiles of panorama files."""
+
+    panorama: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Location of a 360-degree panorama, north in the middle, or of a directory of them; repeat the
+    flag for more."""
+    index: str = "data/index"
+    """Directory of the index, local or in an object store (then copied here first)."""
+    top_k: int = 10
+    """Tiles to give for each panorama."""
+    generator: str = ""
+    """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
+    segmenter: str = ""
+    """Local directory of a segmenter, to search with its class map too; empty: none."""
+    steps: int | None = None
+    """Solver steps of the generator; None: as for the queries of the index."""
+    guidance: float | None = None
+    """Guidance scale of the generator; None: as for the queries of the index."""
+    guided: float | None = None
+    """Down to which share of the noise schedule guidance acts; None: as for these queries."""
+    mode: Mode = "auto"
+    """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
+    shortlist: int = 0
+    """Tiles that a two-stage search re-ranks; 0 takes the index's own number."""
+    seed: int = 0
+    """Of the generator's noise."""
+    near: tuple[float, float, float] | None = None
+    """Only tiles within a circle: latitude, longitude (degrees), metres."""
+    box: tuple[float, float, float, float] | None = None
+    """Only tiles in a box: south, west, north, east (degrees)."""
+    any_models: bool = False
+    """Search with another generator or segmenter than the one that made the index's queries."""
+    page: str = ""
+    """Also write an HTML page of what was found there."""
+    tiles: str = ""
+    """URI of rows (`pair_id`, `aerial`) with pictures of the tiles, for the page; empty: none."""
+    open: bool = False
+    """Open the page in a browser (without --page: search.html)."""
+
+    def __post_init__(self) -> None:
+        if not self.panorama or self.top_k < 1:
+            raise ValueError(
+                f"search: expected at least one --panorama FILE and top_k >= 1, got "
+                f"{len(self.panorama)} and {self.top_k}."
+            )
+        if self.segmenter and not self.generator:
+            raise ValueError(
+                "search: --segmenter segments the synthetic aerial: give --generator too."
+            )
+        if self.near and self.box:
+            raise ValueError("search: expected --near or --box, got both.")
+
+    @property
+    def level(self) -> Level:
+        """What the queries consist of."""
+        if not self.generator:
+            return "G"
+        return "G+A+S" if self.segmenter else "G+A"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRows:
+    """Find the tiles of many panoramas."""
+
+    rows: str = "data/synthesized/val"
+    """URI of the rows (as jobs/synthesize.py writes)."""
+    index: str = "data/index"
+    """Directory of the index; a path that all nodes mount, or an object store."""
+    output: str = "data/found"
+    """URI of the directory of answers; the same command goes on where a killed one stopped."""
+    level: Level = "G+A+S"
+    """What a query consists of."""
+    top_k: int = 10
+    """Tiles to give for each row."""
+    mode: Mode = "auto"
+    """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
+    embed: Pool = field(default_factory=lambda: Pool(batch=32))
+    """Actors that embed queries."""
+    rank: Pool = field(default_factory=lambda: Pool(batch=32))
+    """Actors that search; each maps the index's files, which they share."""
