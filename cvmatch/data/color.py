@@ -1,4 +1,4 @@
-"""Other light on a picture: the augmentation that leaves its geometry alone."""
+"""Color jitter: the augmentation that leaves a picture's geometry alone."""
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -15,10 +15,10 @@ TINT = 0.1
 """Largest change of each colour channel, as a share."""
 
 
-def jittered(
+def color_jitter(
     picture: Float[Tensor, "row 3 h w"], key: Int64[Tensor, " row"], stream: int
 ) -> Float[Tensor, "row 3 h w"]:
-    """Other brightness, contrast and tint for each row; stays in [0, 1]."""
+    """Change brightness, contrast and tint at random for each row; values stay in [0, 1]."""
     change = 2 * rng.uniform(key, stream, 5)[..., None, None] - 1
     mean = picture.mean(dim=(1, 2, 3), keepdim=True)
     contrast = (picture - mean) * (1 + CONTRAST * change[:, 3:4]) + mean

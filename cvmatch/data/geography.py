@@ -1,4 +1,4 @@
-"""Distances on the earth, and areas of it."""
+"""Distances and areas on the earth."""
 
 import math
 from dataclasses import dataclass
@@ -13,18 +13,20 @@ EARTH_M = 6_371_008.8
 """Mean radius of the earth in metres (IUGG)."""
 
 
-def metres(one: Float[Tensor, "*row 2"], other: Float[Tensor, "*row 2"]) -> Float[Tensor, "*row"]:
-    """Great-circle distance between (latitude, longitude) in degrees, by the haversine formula."""
-    a, b = torch.deg2rad(one), torch.deg2rad(other)
+def haversine_distance(
+    first: Float[Tensor, "*row 2"], second: Float[Tensor, "*row 2"]
+) -> Float[Tensor, "*row"]:
+    """Return great-circle distances in metres between (latitude, longitude) in degrees."""
+    a, b = torch.deg2rad(first), torch.deg2rad(second)
     half = torch.sin((b - a) / 2).square()
     chord = half[..., 0] + torch.cos(a[..., 0]) * torch.cos(b[..., 0]) * half[..., 1]
     return 2 * EARTH_M * torch.asin(chord.clamp(0, 1).sqrt())
 
 
-def offset(start: tuple[float, float], to: tuple[float, float]) -> tuple[float, float]:
-    """Metres east and north from one (latitude, longitude) in degrees to another, on a flat map.
+def offset_m(start: tuple[float, float], to: tuple[float, float]) -> tuple[float, float]:
+    """Return metres east and north from one (latitude, longitude) in degrees to another.
 
-    Equirectangular at the start's latitude; of two sides of the date line, the short way.
+    Equirectangular, at the start's latitude; of two sides of the date line, the short way.
     """
     degree = math.radians(1) * EARTH_M
     east = (to[1] - start[1] + 180) % 360 - 180
@@ -35,10 +37,10 @@ def offset(start: tuple[float, float], to: tuple[float, float]) -> tuple[float, 
 class Area(Protocol):
     """A part of the earth."""
 
-    def holds(
+    def contains(
         self, latitude: Float[np.ndarray, " place"], longitude: Float[np.ndarray, " place"]
     ) -> Bool[np.ndarray, " place"]:
-        """Whether places (degrees; NaN: unknown, which is in no area) lie in it."""
+        """Return whether each place (degrees; NaN: unknown, which is in no area) lies in it."""
         ...
 
 
@@ -50,17 +52,17 @@ class Circle:
     """Degrees north."""
     longitude: float
     """Degrees east."""
-    metres: float
-    """Radius."""
+    radius_m: float
+    """Metres."""
 
-    def holds(
+    def contains(
         self, latitude: Float[np.ndarray, " place"], longitude: Float[np.ndarray, " place"]
     ) -> Bool[np.ndarray, " place"]:
         """See `Area`."""
         places = torch.from_numpy(np.stack([latitude, longitude], axis=1).astype(np.float64))
         centre = torch.tensor([self.latitude, self.longitude], dtype=torch.float64)
         return (
-            metres(places, centre.expand_as(places)) <= self.metres
+            haversine_distance(places, centre.expand_as(places)) <= self.radius_m
         ).numpy()  # NaN compares false
 
 
@@ -84,7 +86,7 @@ class Box:
                 "date line, west is the larger one, such as 170 and -170."
             )
 
-    def holds(
+    def contains(
         self, latitude: Float[np.ndarray, " place"], longitude: Float[np.ndarray, " place"]
     ) -> Bool[np.ndarray, " place"]:
         """See `Area`."""

@@ -1,4 +1,4 @@
-"""Geometry that ties a panorama to its tile: polar view, roll, crops by azimuth, rays on the map.
+"""Map between a panorama and its tile: polar view, rotation, crops by azimuth, bird's-eye view.
 
 Convention (CVUSA, verified on real pairs): the tile is north up; the panorama's middle column looks
 north, column 0 south, a quarter west, and azimuth grows clockwise with the column. The polar view
@@ -18,7 +18,9 @@ GROUND_FOV = 224 / 616 * 180
 
 
 def polar_grid(height: int, width: int) -> Float[Tensor, "height width 2"]:
-    """Where each pixel of the polar view lies on the tile, as grid_sample's (x, y) in [-1, 1].
+    """Return where each pixel of the polar view lies on the tile, as grid_sample's (x, y).
+
+    Both are in [-1, 1].
 
     Formula of SAFA (Shi et al. 2019): r = S/2 * (h-1-i)/h, theta = 2 pi j/w,
     row = S/2 + r cos theta, col = S/2 - r sin theta.
@@ -33,25 +35,25 @@ def polar_grid(height: int, width: int) -> Float[Tensor, "height width 2"]:
     return torch.stack([x, y], dim=-1)
 
 
-def polar(
+def to_polar(
     tile: Float[Tensor, "batch channel size size"], height: int, width: int, mode: str = "bilinear"
 ) -> Float[Tensor, "batch channel height width"]:
-    """Polar view of tiles, columns as in the panorama; `mode` is "nearest" for class maps."""
+    """Return the polar view of tiles, columns as in the panorama; "nearest" for class maps."""
     grid = polar_grid(height, width).to(tile)[None].expand(len(tile), -1, -1, -1)
     return F.grid_sample(tile, grid, mode=mode, padding_mode="border", align_corners=False)
 
 
-def polar_image(
+def to_polar_image(
     tile: UInt8[np.ndarray, "size size ..."], height: int, width: int, nearest: bool = False
 ) -> UInt8[np.ndarray, "height width ..."]:
-    """`polar` for one picture (RGB) or one map of ids (two axes; use `nearest`)."""
+    """Return the polar view of one picture (RGB) or one map of ids (two axes; use `nearest`)."""
     pixels = torch.from_numpy(np.atleast_3d(tile).astype(np.float32)).permute(2, 0, 1)[None]
-    view = polar(pixels, height, width, "nearest" if nearest else "bilinear")[0]
+    view = to_polar(pixels, height, width, "nearest" if nearest else "bilinear")[0]
     return view.permute(1, 2, 0).round().byte().numpy().reshape(height, width, *tile.shape[2:])
 
 
-def ray_grid(size: int) -> Float[Tensor, "size size 2"]:
-    """Where each cell of a north-up map lies in (column, row) of a polar picture, in [-1, 1].
+def cartesian_grid(size: int) -> Float[Tensor, "size size 2"]:
+    """Return where each cell of a north-up map lies in a polar picture, (x, y) in [-1, 1].
 
     x is the azimuth (-1 and 1 are south, 0 is north), y the distance from the centre: -1 at the
     inscribed circle, 1 at the camera; corners beyond the circle clamp. Inverse of `polar_grid`.
@@ -63,33 +65,33 @@ def ray_grid(size: int) -> Float[Tensor, "size size 2"]:
     return torch.stack([azimuth / math.pi, 1 - 2 * radius], dim=-1)
 
 
-def lay_rays(
-    rays: Float[Tensor, "batch channel radius column"], size: int
+def polar_to_cartesian(
+    polar: Float[Tensor, "batch channel radius column"], size: int
 ) -> Float[Tensor, "batch channel size size"]:
-    """Lay values along rays out as a north-up map; rows run from far (0) to the camera (last).
+    """Resample a polar feature map as a north-up map; rows run from far (0) to the camera (last).
 
-    The azimuth wraps: the first column stands again behind the last, so that south has no seam.
+    The azimuth wraps: the first column is repeated behind the last, so that south has no seam.
     """
-    columns = rays.shape[-1]
-    wrapped = torch.cat([rays[..., -1:], rays, rays[..., :1]], dim=-1)
-    grid = ray_grid(size).to(rays)
+    columns = polar.shape[-1]
+    wrapped = torch.cat([polar[..., -1:], polar, polar[..., :1]], dim=-1)
+    grid = cartesian_grid(size).to(polar)
     # Column j looks along 2 pi j / w, its left edge, as in `polar_grid`; +1 is the wrapped column.
     column = (grid[..., 0] + 1) / 2 * columns + 1
     x = (column + 0.5) / (columns + 2) * 2 - 1
-    y = grid[..., 1] - 1 / rays.shape[-2]  # row i lies at its lower edge, (h - 1 - i) / h
-    grid = torch.stack([x, y], dim=-1)[None].expand(len(rays), -1, -1, -1)
+    y = grid[..., 1] - 1 / polar.shape[-2]  # row i lies at its lower edge, (h - 1 - i) / h
+    grid = torch.stack([x, y], dim=-1)[None].expand(len(polar), -1, -1, -1)
     return F.grid_sample(wrapped, grid, padding_mode="border", align_corners=False)
 
 
-def turned_panorama(
+def rotate90_panorama(
     panorama: Shaped[Tensor, "row channel height width"],
     turns: Int64[Tensor, " row"],
     mirror: Bool[Tensor, " row"],
 ) -> Shaped[Tensor, "row channel height width"]:
-    """Panoramas of tiles that `turned_tile` has turned; exact where 4 divides the width.
+    """Rotate panoramas as `rotate90_tile` rotates their tiles; exact where 4 divides the width.
 
     Mirroring keeps column 0, which looks south in both (column j becomes column -j), so the polar
-    view of a turned tile is the turned polar view.
+    view of a rotated tile is the rotated polar view.
     """
     width = panorama.shape[-1]
     column = torch.arange(width, device=panorama.device)[None]
@@ -98,12 +100,12 @@ def turned_panorama(
     return panorama.gather(-1, index)
 
 
-def turned_tile(
+def rotate90_tile(
     tile: Shaped[Tensor, "row *channel size size"],
     turns: Int64[Tensor, " row"],
     mirror: Bool[Tensor, " row"],
 ) -> Shaped[Tensor, "row *channel size size"]:
-    """Each tile or map by its `turns` quarters counter-clockwise, then east and west exchanged."""
+    """Rotate tiles or maps by `turns` quarters counter-clockwise, then mirror east and west."""
     rows = (-1,) + (1,) * (tile.ndim - 1)
     tile = torch.where((turns % 2 == 1).view(rows), tile.rot90(1, (-2, -1)), tile)
     tile = torch.where((turns >= 2).view(rows), tile.rot90(2, (-2, -1)), tile)
@@ -111,14 +113,14 @@ def turned_tile(
 
 
 def crop_starts(width: int, crop: int, crops: int) -> list[int]:
-    """First columns of `crops` windows of `crop` columns, evenly spaced around the azimuth."""
+    """Return the first columns of `crops` windows of `crop` columns, evenly spaced in azimuth."""
     return [round(index * width / crops - crop / 2) % width for index in range(crops)]
 
 
-def azimuth_crops(
+def crop_azimuths(
     panorama: Float[Tensor, "batch channel height width"], crops: int
 ) -> Float[Tensor, "batch crops channel height height"]:
-    """Square windows around the azimuth; the first is centred on south (column 0) and wraps."""
+    """Cut square windows around the azimuth; the first is centred on south (column 0) and wraps."""
     height, width = panorama.shape[-2:]
     columns = torch.arange(height)
     windows = [
@@ -127,14 +129,14 @@ def azimuth_crops(
     return torch.stack(windows, dim=1)
 
 
-def field_of_view(
+def crop_field_of_view(
     panorama: Float[Tensor, "batch channel height width"],
     degrees: float,
     heading: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch channel height part"]:
-    """The part of each panorama that a camera of `degrees` sees when it looks along its `heading`.
+    """Cut the part of each panorama that a camera of `degrees` sees when it looks along `heading`.
 
-    Both in degrees; heading clockwise from north. 360 keeps all columns and only turns.
+    Both are in degrees; headings are clockwise from north. 360 keeps all columns and only rolls.
     """
     width = panorama.shape[-1]
     part = max(1, round(width * degrees / 360))

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cvmatch.data import schema
-from cvmatch.data.geography import metres
+from cvmatch.data.geography import haversine_distance
 from cvmatch.index.ranking import Ranked, rank
 from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Query
@@ -155,7 +155,7 @@ def _block(
     best_score, best = score.topk(min(_BEST, score.shape[1]))
     there = places[truth]
     # NaN compares false: a tile without coordinates is near nothing, itself included.
-    near = metres(*torch.broadcast_tensors(there[:, None], places[None])) <= near_m
+    near = haversine_distance(*torch.broadcast_tensors(there[:, None], places[None])) <= near_m
     near_rank = metrics.ranks(score.masked_fill(~near, -torch.inf), truth)
     return Found(
         rank=metrics.ranks(score, truth),
@@ -164,6 +164,6 @@ def _block(
         best_score=best_score,
         near_rank=near_rank,
         near=near.sum(dim=1),
-        distance=metres(places[best[:, 0]], there),
+        distance=haversine_distance(places[best[:, 0]], there),
         ten=metrics.one_of_ten(score, truth, seed=seed) if score.shape[1] >= 10 else {},
     )

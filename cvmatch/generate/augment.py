@@ -19,7 +19,7 @@ def count(turns: bool, mirror: bool) -> int:
 def change(
     variant: Int64[Tensor, " row"], turns: bool
 ) -> tuple[Int64[Tensor, " row"], Bool[Tensor, " row"]]:
-    """Quarter turns and mirror of variants, for `geometry.turned_tile`."""
+    """Quarter turns and mirror of variants, for `geometry.rotate90_tile`."""
     quarters = 4 if turns else 1
     return variant % quarters, variant >= quarters
 
@@ -55,11 +55,11 @@ def varied(batch: dict[str, Tensor], recipe: Recipe, seed: int) -> Pairs:
     if "mirrored" in batch:
         ground = _turned_views(plain.ground, batch["mirrored"].float() / 255, *how)
     else:
-        ground = geometry.turned_panorama(plain.ground, *how)
+        ground = geometry.rotate90_panorama(plain.ground, *how)
     return Pairs(
         ground,
-        geometry.turned_tile(plain.tile, *how),
-        geometry.turned_tile(plain.classes, *how),
+        geometry.rotate90_tile(plain.tile, *how),
+        geometry.rotate90_tile(plain.classes, *how),
         chosen,
     )
 
@@ -78,4 +78,4 @@ def _turned_views(
     ground = torch.where(mirror[:, None, None, None], mirrored, view)
     # After mirroring, a turn goes the other way.
     turns = torch.where(mirror, -turns, turns)
-    return geometry.turned_panorama(ground, turns, torch.zeros_like(mirror))
+    return geometry.rotate90_panorama(ground, turns, torch.zeros_like(mirror))

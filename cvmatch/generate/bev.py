@@ -91,7 +91,7 @@ class Rays(nn.Module):
             x = x + layer(x)
         x = F.dropout(x, _DROPOUT, self.training)
         rays = self.leave(x)[:, :, 0].unflatten(1, (-1, BINS))
-        return geometry.lay_rays(rays, size)
+        return geometry.polar_to_cartesian(rays, size)
 
     @torch.no_grad()
     def follow(self, true: Float[Tensor, "batch 3 size size"]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cvmatch.data.color import jittered
+from cvmatch.data.color import color_jitter
 from cvmatch.generate import bev, losses
 from cvmatch.generate.augment import pairs_of, varied
 from cvmatch.generate.bev import Rays
@@ -36,7 +36,7 @@ class RaysTask(nn.Module):
             known = self.rivals.known(batch["key"])
             # The two views are of other hours: R@10 % of 500 by the map 88.8 to 90.4 (toy, 110 s).
             stream = rng.fold_in(self.seed, int(batch["epoch"]), "colour of ground")
-            ground = jittered(ground, batch["key"], stream)
+            ground = color_jitter(ground, batch["key"], stream)
         drawn = self.rays(bev.view(ground), self.size)
         named = losses.map_terms(self.rays, drawn, pairs.tile, pairs.classes, known)
         if self.training:

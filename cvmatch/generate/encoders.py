@@ -58,7 +58,7 @@ class Frozen(nn.Module):
                 f"got {tuple(panorama.shape[-2:])}. Decode them to that size, or train with "
                 "--conditioning.panorama-width."
             )
-        crops = geometry.azimuth_crops(panorama, self.conditioning.crops)
+        crops = geometry.crop_azimuths(panorama, self.conditioning.crops)
         seen = self.clip(self._normalised(crops.flatten(0, 1)))
         if self.conditioning.mode == "pooled":
             states = seen.pooler_output.unflatten(0, crops.shape[:2]).mean(dim=1, keepdim=True)

@@ -105,8 +105,8 @@ class EncodePairs:
         for variant in range(augment.count(self.config.turns, self.config.mirror)):
             chosen = torch.full((len(tile),), variant, device=at)
             turns, mirror = augment.change(chosen, self.config.turns)
-            latents.append(self.frozen.encode(geometry.turned_tile(tile, turns, mirror)))
-            seen = self.frozen.look(geometry.turned_panorama(ground, turns, mirror))
+            latents.append(self.frozen.encode(geometry.rotate90_tile(tile, turns, mirror)))
+            seen = self.frozen.look(geometry.rotate90_panorama(ground, turns, mirror))
             states.append(seen.states)
             if not turns.any():  # a view can be turned later, but not mirrored: `variants.varied`
                 views.append((seen.view * 255).round().byte())

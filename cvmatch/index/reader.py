@@ -136,7 +136,7 @@ class Index:
     def inside(self, area: geography.Area) -> Int64[np.ndarray, " row"]:
         """Rows of tiles in an area; one without coordinates is in none."""
         places = (self.tiles[name].to_numpy() for name in (schema.LATITUDE, schema.LONGITUDE))
-        rows = np.flatnonzero(area.holds(*places))
+        rows = np.flatnonzero(area.contains(*places))
         return rows[~self._is_dead(rows)]
 
     def _with_dead(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cvmatch.data import geometry
-from cvmatch.data.color import jittered
+from cvmatch.data.color import color_jitter
 from cvmatch.nn import rng
 from cvmatch.nn.backbones import MEAN
 
@@ -47,14 +47,14 @@ def augmented(views: Views, key: Int64[Tensor, " row"], seed: int, epoch: int) -
 def turned(views: Views, turns: Int64[Tensor, " row"], mirror: Bool[Tensor, " row"]) -> Views:
     """Each row's maps by `turns` quarters counter-clockwise, then east and west exchanged.
 
-    The panorama with them (`geometry.turned_panorama`).
+    The panorama with them (`geometry.rotate90_panorama`).
     """
     how = (turns, mirror)
     return Views(
-        geometry.turned_panorama(views.ground, *how),
-        geometry.turned_tile(views.aerial, *how),
-        None if views.synthetic is None else geometry.turned_tile(views.synthetic, *how),
-        None if views.classes is None else geometry.turned_tile(views.classes, *how),
+        geometry.rotate90_panorama(views.ground, *how),
+        geometry.rotate90_tile(views.aerial, *how),
+        None if views.synthetic is None else geometry.rotate90_tile(views.synthetic, *how),
+        None if views.classes is None else geometry.rotate90_tile(views.classes, *how),
     )
 
 
@@ -65,7 +65,7 @@ def limited(
 
     The rest has ImageNet's mean colour, which the towers' normalisation turns to zero.
     """
-    part = geometry.field_of_view(ground, degrees, heading)
+    part = geometry.crop_field_of_view(ground, degrees, heading)
     canvas = ground.new_tensor(MEAN)[:, None, None].expand_as(ground).clone()
     first = round(ground.shape[-1] / 2 - part.shape[-1] / 2)
     canvas[..., first : first + part.shape[-1]] = part
@@ -84,4 +84,4 @@ def _seen_anew(picture: Tensor, key: Tensor, seed: int, epoch: int, name: str) -
     """Other light and sharpness; half of the pictures keep theirs."""
     share = (2 * rng.uniform(key, rng.fold_in(seed, epoch, f"blur of {name}")) - 1).clamp(min=0)
     stream = rng.fold_in(seed, epoch, f"colour of {name}")
-    return jittered(blurred(picture, share), key, stream)
+    return color_jitter(blurred(picture, share), key, stream)

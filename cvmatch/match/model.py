@@ -188,7 +188,7 @@ class JointFeatureLearningNet(Fusion):
     def _view(self, tile: Tensor, mode: str) -> Tensor:
         if self.config.view == "square":
             return tile
-        return geometry.polar(tile, *self.config.polar, mode)
+        return geometry.to_polar(tile, *self.config.polar, mode)
 
 
 def load_fusion(directory: str, device: torch.device | str = "cpu") -> Fusion:

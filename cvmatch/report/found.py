@@ -53,7 +53,7 @@ def _example(answer: Answer, pictures: places.Pictures) -> Example:
 def _positions(answer: Answer) -> list[tuple[float, float]]:
     """Metres east and north of the tiles with coordinates from the first one."""
     found = [place for tile in answer.tiles if (place := _place(tile))]
-    return [geography.offset(found[0], place) for place in found]
+    return [geography.offset_m(found[0], place) for place in found]
 
 
 def _place(tile: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -7,10 +7,10 @@ from cvmatch.data import geography
 
 def test_offset_is_the_distance_of_near_places_and_goes_the_short_way_round():
     start, to = (60.0, 179.999), (60.001, -179.999)
-    east, north = geography.offset(start, to)
+    east, north = geography.offset_m(start, to)
     both = torch.tensor([start, to], dtype=torch.float64)
     assert np.hypot(east, north) == pytest.approx(
-        geography.metres(both[0], both[1]).item(), rel=1e-4
+        geography.haversine_distance(both[0], both[1]).item(), rel=1e-4
     )
     assert east == pytest.approx(north, rel=1e-3)  # twice the degrees, at half the size
     assert north > 0
@@ -21,12 +21,12 @@ def test_areas_hold_what_lies_in_them():
     longitude = np.array([0.0, 1.0, 0.0, 0.0, 179.9])
     degree = 2 * np.pi * geography.EARTH_M / 360
     circle = geography.Circle(0.0, 0.0, degree * 1.001)
-    assert circle.holds(latitude, longitude).tolist() == [True, True, False, False, False]
+    assert circle.contains(latitude, longitude).tolist() == [True, True, False, False, False]
     box = geography.Box(-1.0, -0.5, 20.0, 0.5)
-    assert box.holds(latitude, longitude).tolist() == [True, False, True, False, False]
+    assert box.contains(latitude, longitude).tolist() == [True, False, True, False, False]
     across = geography.Box(-1.0, 179.0, 1.0, -179.0)  # over the date line
-    assert across.holds(latitude, longitude).tolist() == [False] * 4 + [True]
-    assert across.holds(latitude[:1], np.array([-179.5])).tolist() == [True]
+    assert across.contains(latitude, longitude).tolist() == [False] * 4 + [True]
+    assert across.contains(latitude[:1], np.array([-179.5])).tolist() == [True]
 
 
 def test_box_with_a_meridian_out_of_range_is_refused():

@@ -171,11 +171,11 @@ def test_summary_guess_among_the_tiles_nearby_is_that_of_each_query():
 def test_metres_of_known_arcs():
     pole, equator = torch.tensor([90.0, 0.0]), torch.tensor([0.0, 123.0])
     quarter = math.pi / 2 * 6_371_008.8
-    assert geography.metres(pole, equator).item() == pytest.approx(quarter, rel=1e-6)
+    assert geography.haversine_distance(pole, equator).item() == pytest.approx(quarter, rel=1e-6)
     one = torch.tensor([[60.0, 10.0]], dtype=torch.float64)
     other = torch.tensor([[60.0, 10.001]], dtype=torch.float64)
     step = 6_371_008.8 * math.radians(0.001) * math.cos(math.radians(60))
-    assert geography.metres(one, other).item() == pytest.approx(step, rel=1e-6)
+    assert geography.haversine_distance(one, other).item() == pytest.approx(step, rel=1e-6)
 
 
 def test_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):

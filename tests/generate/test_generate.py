@@ -509,8 +509,8 @@ def test_variant_of_a_row_turns_its_latent_panorama_and_tile_alike(toy: str):
     for mirror in (False, True):
         for turns in range(4):
             how = torch.full((6,), turns), torch.full((6,), mirror)
-            latents.append(generator.frozen.encode(geometry.turned_tile(tile, *how)))
-            states.append(generator.frozen.look(geometry.turned_panorama(ground, *how)).states)
+            latents.append(generator.frozen.encode(geometry.rotate90_tile(tile, *how)))
+            states.append(generator.frozen.look(geometry.rotate90_panorama(ground, *how)).states)
     stored = {"latent": torch.stack(latents, 1), "states": torch.stack(states, 1)}
     torch.testing.assert_close(task(batch | stored)["loss"], live, rtol=1e-5, atol=1e-5)
     other = stored | {"latent": stored["latent"].roll(1, 1)}
@@ -1187,8 +1187,8 @@ def test_encode_keeps_what_live_training_would_compute(toy: str, world_root: str
         assert len(np.unique(found["classes"])) > 2
         ground, tile = (torch.from_numpy(row[n].copy())[None] / 255 for n in ("ground", "aerial"))
         mirrored = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
-        tiles = torch.cat([tile, geometry.turned_tile(tile, *mirrored)])
-        views = torch.cat([ground, geometry.turned_panorama(ground, *mirrored)])
+        tiles = torch.cat([tile, geometry.rotate90_tile(tile, *mirrored)])
+        views = torch.cat([ground, geometry.rotate90_panorama(ground, *mirrored)])
         latent, states = (torch.from_numpy(found[name].copy()) for name in ("latent", "states"))
         torch.testing.assert_close(latent.float(), model.frozen.encode(tiles), atol=5e-3, rtol=2e-3)
         seen = model.frozen.look(views).states

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cvmatch import config as configs
 from cvmatch.data import geometry, images, manifest, schema, storage
-from cvmatch.data.color import jittered
+from cvmatch.data.color import color_jitter
 from cvmatch.match import losses
 from cvmatch.match.augment import Views, augmented, blurred, turned
 from cvmatch.match.batches import decode, decode_batch, synthesized
@@ -170,7 +170,7 @@ def test_square_view_and_polar_view_read_the_same_tile_differently():
     seen = views(rows(3))
     polar, square = network(polar=(SIZE, SIZE)), network(view="square")
     square.load_state_dict(polar.state_dict())
-    unrolled = geometry.polar(seen.aerial, SIZE, SIZE)
+    unrolled = geometry.to_polar(seen.aerial, SIZE, SIZE)
     torch.testing.assert_close(square.tile(unrolled), polar.tile(seen.aerial))
     assert not torch.allclose(square.tile(seen.aerial), polar.tile(seen.aerial))
 
@@ -577,10 +577,10 @@ def test_turned_pair_has_the_polar_view_of_the_turned_tile(turns, mirror):
     # A smooth tile (as real ones, after resizing), whose polar view stands in for the panorama.
     coarse = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     tile = F.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 1)
-    pair = Views(geometry.polar(tile, 32, 64), tile, tile, (tile[:, 0] * 4).byte())
+    pair = Views(geometry.to_polar(tile, 32, 64), tile, tile, (tile[:, 0] * 4).byte())
     chosen = torch.tensor([turns, turns]), torch.tensor([mirror, mirror])
     ground, aerial, synthetic, classes = turned(pair, *chosen)
-    torch.testing.assert_close(geometry.polar(aerial, 32, 64), ground, atol=1e-5, rtol=0)
+    torch.testing.assert_close(geometry.to_polar(aerial, 32, 64), ground, atol=1e-5, rtol=0)
     expected = torch.rot90(tile, turns, (-2, -1))
     expected = expected.flip(-1) if mirror else expected
     assert torch.equal(aerial, expected)
@@ -618,7 +618,7 @@ def test_augmented_rows_turn_each_by_its_own_draw():
 def test_jittered_colours_differ_by_row_and_stream_and_keep_a_grey_picture_flat():
     key = torch.tensor([rng.row_key("a"), rng.row_key("b")])
     grey = torch.full((2, 3, 4, 4), 0.5)
-    first, second = jittered(grey, key, 1), jittered(grey, key, 2)
+    first, second = color_jitter(grey, key, 1), color_jitter(grey, key, 2)
     assert not torch.allclose(first[0], first[1])
     assert not torch.allclose(first, second)
     assert torch.equal(first, first[..., :1, :1].expand(2, 3, 4, 4))

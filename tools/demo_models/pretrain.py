@@ -46,7 +46,7 @@ def pretrain_tower(
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
         views = (
-            geometry.polar(aerial[rows].float() / 255, *panorama.shape[-2:]),  # pyright: ignore
+            geometry.to_polar(aerial[rows].float() / 255, *panorama.shape[-2:]),  # pyright: ignore
             panorama[rows].float() / 255,
         )
         total = torch.zeros(())
@@ -77,7 +77,7 @@ def pretrain_clip(
     )
     clip = CLIPVisionModel(config)
     head = nn.Linear(96, RINGS * len(LABELS))
-    crops = geometry.azimuth_crops(panorama, CROPS)
+    crops = geometry.crop_azimuths(panorama, CROPS)
     half = SECTORS // CROPS // 2
     by_crop = torch.roll(shares, half, dims=2).unflatten(2, (CROPS, -1)).mean(dim=3)
 
@@ -123,7 +123,7 @@ def class_shares(
     """Shares of the classes by distance (far first) and direction (from south, clockwise)."""
     parts = []
     for part in classes.split(64):
-        view = geometry.polar(part[:, None].float(), 2 * RINGS * 8, 4 * SECTORS, "nearest")[:, 0]
+        view = geometry.to_polar(part[:, None].float(), 2 * RINGS * 8, 4 * SECTORS, "nearest")[:, 0]
         one_hot = F.one_hot(view.long(), len(LABELS)).permute(0, 3, 1, 2).float()
         parts.append(F.adaptive_avg_pool2d(one_hot, (RINGS, SECTORS)).permute(0, 2, 3, 1))
     return torch.cat(parts)
