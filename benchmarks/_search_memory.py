@@ -35,7 +35,7 @@ def searched(root: str, place: str) -> dict[str, float]:
     begin = time.perf_counter()
     index = Index.open(root)
     opened = time.perf_counter() - begin
-    for at in range(len(query.v)):
+    for at in range(len(query.query_proj)):
         rank(index, query.rows(slice(at, at + 1)), 10, "two-stage")
     return {
         "private_mib": private(),

@@ -76,12 +76,12 @@ def trained(at: str) -> tuple[str, str]:
 
 
 def real(model: str, locations: list[str]) -> Float16[np.ndarray, "tile hidden"]:
-    """u of the tiles of synthesized rows."""
+    """tile_proj of the tiles of synthesized rows."""
     embed, found = EmbedTile(model, 32), []
     columns = [schema.PAIR_ID, schema.AERIAL, schema.ERROR]
     for location in locations:
         for table in tables.batches(location, columns):
-            found.append(embed({name: table[name].to_numpy() for name in columns})["u"])
+            found.append(embed({name: table[name].to_numpy() for name in columns})["tile_proj"])
     return np.concatenate(found)
 
 
@@ -103,23 +103,25 @@ def synthetic(
 
 
 def write_parts(chunks: Iterator[np.ndarray], location: str) -> str:
-    """u as the pool writes it."""
+    """tile_proj as the pool writes it."""
     os.makedirs(location)
     begin = 0
-    for number, u in enumerate(chunks):
-        ids = [f"{row:09d}" for row in range(begin, begin + len(u))]
-        degrees = pa.array(np.arange(begin, begin + len(u)) * 1e-5)
+    for number, tile_proj in enumerate(chunks):
+        ids = [f"{row:09d}" for row in range(begin, begin + len(tile_proj))]
+        degrees = pa.array(np.arange(begin, begin + len(tile_proj)) * 1e-5)
         table = pa.table(
             {
                 schema.PAIR_ID: ids,
                 schema.LATITUDE: degrees,
                 schema.LONGITUDE: degrees,
-                "u": pa.FixedSizeListArray.from_arrays(pa.array(u.reshape(-1)), u.shape[1]),
-                schema.ERROR: pa.nulls(len(u), pa.string()),
+                "tile_proj": pa.FixedSizeListArray.from_arrays(
+                    pa.array(tile_proj.reshape(-1)), tile_proj.shape[1]
+                ),
+                schema.ERROR: pa.nulls(len(tile_proj), pa.string()),
             }
         )
         parquet.write_table(table, f"{location}/part-{number:05d}.parquet")
-        begin += len(u)
+        begin += len(tile_proj)
     return location
 
 
@@ -130,7 +132,7 @@ def faiss_size(index: faiss.Index) -> int:
 
 def rivals(index: Index, count: int) -> Iterator[Contender]:
     """HNSW32 and IVF-Flat over the same vectors, one after the other."""
-    tile = np.concatenate([vectors(index.head, part) for part in index.u.parts()])
+    tile = np.concatenate([vectors(index.head, part) for part in index.tile_proj.parts()])
     lists = int(4 * len(tile) ** 0.5)
     for name, key, set_search in (
         ("IVF-Flat", f"IVF{lists},Flat", lambda one: setattr(one, "nprobe", 64)),
@@ -190,7 +192,7 @@ def per_second(index: Index, queries: Query, mode: Mode) -> float:
     some = queries.rows(slice(16)) if mode == "exact" else queries
     begin = time.perf_counter()
     rank(index, some, 10, mode)
-    return len(some.v) / (time.perf_counter() - begin)
+    return len(some.query_proj) / (time.perf_counter() - begin)
 
 
 def private_mib(root: str, queries: Query, at: str) -> dict[str, float]:
@@ -249,12 +251,12 @@ def report(
     exact = np.concatenate(
         [
             rank(index, query.rows(slice(row, row + 1)), 10, "exact").rows
-            for row in range(len(query.v))
+            for row in range(len(query.query_proj))
         ]
     )
-    exhaustive_ms = 1000 * (time.perf_counter() - begin) / len(query.v)
+    exhaustive_ms = 1000 * (time.perf_counter() - begin) / len(query.query_proj)
     stages = info["seconds"]
-    width = vectors(index.head, index.u.take(np.arange(1))).shape[1]
+    width = vectors(index.head, index.tile_proj.take(np.arange(1))).shape[1]
     own_s = stages["template"] + stages["codes"] + stages["merge"]
     found = {
         "ours": {"build_s": own_s, "bytes_per_tile": info["bytes_per_tile"]["ann"]}
@@ -290,19 +292,22 @@ def report(
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
     notes = (
         f"{asked.tiles} tiles: {base} real ones, the rest mixtures of two of them about their mean "
-        f"with the spread that these have; u of {info['hidden']} numbers in half precision "
-        f"(beside the shortlist, {2 * info['hidden']} bytes a tile). {len(query.v)} queries of "
-        f"level G+A+S whose tiles are among the real ones. All shortlists hold the same vectors "
+        f"with the spread that these have; tile_proj of {info['hidden']} numbers in half precision "
+        f"(beside the shortlist, {2 * info['hidden']} bytes a tile). "
+        f"{len(query.query_proj)} queries of level G+A+S whose tiles are "
+        f"among the real ones. All shortlists hold the same vectors "
         f"({info['head']} head, {width} numbers), give {count} tiles, and have the same exact "
         "second stage, whose time is in the milliseconds. Recall is of the exact joint's answers.",
         f"Ours: {info['ann']['key']}, packed; built in shards, with the making of the vectors from "
-        "u, the training and the merge. The rivals are given the vectors in memory. HNSW32 is what "
-        "autofaiss chooses at this size; efSearch is the number of tiles that it is asked for.",
-        f"Seconds of the build, two tasks of Ray at a time: {seconds} (embed: none, u is "
+        "tile_proj, the training and the merge. The rivals are given the vectors in memory. HNSW32 "
+        "is what autofaiss chooses at this size; "
+        "efSearch is the number of tiles that it is asked for.",
+        f"Seconds of the build, two tasks of Ray at a time: {seconds} (embed: none, tile_proj is "
         f"synthetic). Peak memory of the build, over this process and Ray's, without mapped files: "
         f"{peaks[1]:.0f} MiB, and {peaks[0]:.0f} MiB with a tenth of the tiles.",
-        f"All {len(query.v)} queries (exact: 16) in one call: {speeds['two-stage']:.0f} a second "
-        f"in two stages, {speeds['exact']:.2f} exact. A process that opened the index (in "
+        f"All {len(query.query_proj)} queries (exact: 16) in one call: "
+        f"{speeds['two-stage']:.0f} a second in two stages, {speeds['exact']:.2f} exact. "
+        f"A process that opened the index (in "
         f"{memory['open_ms']:.0f} ms, of it {memory['check_ms']:.0f} ms for checks) and answered: "
         f"{memory['private_mib']:.0f} MiB private, of which {memory['imports_mib']:.0f} MiB are "
         "what importing the libraries writes. One forked from a process that has imported them, "

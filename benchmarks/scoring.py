@@ -10,7 +10,7 @@ from _harness import Bench, finish, flags, sized
 from torch import Tensor, nn
 
 from cvmatch.match.fusion import Query
-from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
+from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.scoring import CHUNK, fastest, joint_scores
 from cvmatch.nn import metrics
 from cvmatch.runtime import hardware, progress
@@ -41,24 +41,22 @@ def features(rows: int, width: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def unsplit(
-    model: JointFeatureLearningNet, embedding: Tensor, a: Tensor, c: Tensor, chunk: int = 512
-) -> Tensor:
+def unsplit(model: Matcher, embedding: Tensor, a: Tensor, c: Tensor, chunk: int = 512) -> Tensor:
     """Scores by FFN_C's first layer on [a; c] of each pair, from stored tower features."""
-    weight = torch.cat([model.candidate_query.weight, model.candidate_tile.weight], dim=1)
+    weight = torch.cat([model.query_aerial_linear.weight, model.tile_linear.weight], dim=1)
     rows = []
     for own, query in zip(a, embedding, strict=True):
         parts = []
         for tiles in c.split(chunk):
             both = torch.cat([own.expand(len(tiles), -1), tiles], dim=1)
-            first = nn.functional.linear(both, weight, model.candidate_query.bias)
-            parts.append(model.candidate_rest(first) @ query)
+            first = nn.functional.linear(both, weight, model.query_aerial_linear.bias)
+            parts.append(model.candidate_mlp(first) @ query)
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 
 @torch.no_grad()
-def all_towers(model: JointFeatureLearningNet, pairs: int) -> Tensor:
+def all_towers(model: Matcher, pairs: int) -> Tensor:
     """Scores as the prototype's evaluation has them: every tower, once more for every pair."""
     side = model.config.square
     scores = []
@@ -103,13 +101,13 @@ def main(asked: ScoringBench) -> None:
     asked = filled(asked)
     hardware.keep_memory()
     torch.manual_seed(0)
-    model = JointFeatureLearningNet(MatcherConfig(hidden=asked.hidden)).eval()
+    model = Matcher(MatcherConfig(hidden=asked.hidden)).eval()
     width = model.aerial_tower.dim
     c, a = features(asked.unsplit, width, 1), features(asked.queries, width, 2)
     with torch.no_grad():
         query = model.fuse(features(asked.queries, width, 3), a, features(asked.queries, width, 4))
-        u = model.candidate_tile(c)
-    many = u.repeat(-(-asked.tiles // len(u)), 1)[: asked.tiles].half()
+        tile_proj = model.tile_linear(c)
+    many = tile_proj.repeat(-(-asked.tiles // len(tile_proj)), 1)[: asked.tiles].half()
     quick = fastest(torch.device("cpu"))
     pairs = asked.queries * asked.tiles
     ways: dict[str, tuple[int, Callable[[], object]]] = {
@@ -133,8 +131,8 @@ def main(asked: ScoringBench) -> None:
             for name, (_, work) in list(ways.items())[1:]:
                 times[name].append(seconds(work))
     rate = {name: ways[name][0] / statistics.median(found) for name, found in times.items()}
-    exact, split = unsplit(model, query.embedding, a, c), joint_scores(model, query, u)
-    half = joint_scores(model, query, u.half(), torch.bfloat16)
+    exact, split = unsplit(model, query.embedding, a, c), joint_scores(model, query, tile_proj)
+    half = joint_scores(model, query, tile_proj.half(), torch.bfloat16)
     report(asked, rate, exact, {"fp32": split, "bf16": half}, quick, query)
 
 
@@ -164,11 +162,12 @@ def report(
     ]
     gemm = {kind: rate[f"split, {kind}"] / rate[f"products alone, {kind}"] for kind in found}
     notes = (
-        f"VGG16 towers with random weights, heads {asked.hidden} wide, {len(query.v)} queries, "
-        f"{torch.get_num_threads()} threads; medians of {asked.rounds} rounds. u is stored in half "
-        f"precision. This CPU scores fastest in {str(quick).removeprefix('torch.')}.",
+        f"VGG16 towers with random weights, heads {asked.hidden} wide, "
+        f"{len(query.query_proj)} queries, {torch.get_num_threads()} threads; medians of "
+        f"{asked.rounds} rounds. tile_proj is stored in half precision. "
+        f"This CPU scores fastest in {str(quick).removeprefix('torch.')}.",
         f"Against the unsplit layer over {len(every)} tiles: largest error {error['fp32']:.1e} in "
-        f"fp32 and {error['bf16']:.1e} in bf16 (u in half precision); equal ranks in "
+        f"fp32 and {error['bf16']:.1e} in bf16 (tile_proj in half precision); equal ranks in "
         f"{100 * same['fp32']:.2f} % and {100 * same['bf16']:.1f} % of all (query, tile).",
         f"The two matrix products take {100 * gemm['fp32']:.0f} % of the split form's time in fp32 "
         f"and {100 * gemm['bf16']:.0f} % in bf16.",

@@ -126,7 +126,7 @@ def two_stage(
 def milliseconds(index: Index, query: Query, mode: Any) -> float:
     """Median time of one query's search, in ms, after a warm-up; the query is already embedded."""
     times = []
-    for at in [0, 0, *range(min(_TIMED, len(query.v)))]:
+    for at in [0, 0, *range(min(_TIMED, len(query.query_proj)))]:
         begin = time.perf_counter()
         rank(index, query.rows(slice(at, at + 1)), _BEST, mode)
         times.append(time.perf_counter() - begin)

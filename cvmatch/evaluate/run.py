@@ -28,8 +28,8 @@ from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.reader import Index
 from cvmatch.match.augment import limited
 from cvmatch.match.fusion import Query
-from cvmatch.match.model import JointFeatureLearningNet
-from cvmatch.match.settings import Level
+from cvmatch.match.model import Matcher
+from cvmatch.match.settings import Modality
 from cvmatch.match.task import IDS, training_ids
 from cvmatch.nn import rng
 from cvmatch.runtime import progress, tracking
@@ -78,7 +78,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         )
     check_unseen(ids, index.heads)
     truth = true_rows(ids, index)
-    model = JointFeatureLearningNet.load(index.heads, index.device)
+    model = Matcher.load(index.heads, index.device)
     with tracking.start("evaluate", config) as run:
         queries = embedded(config, model)
         results: dict[str, Any] = {"index": _about(index), "queries": len(ids), "failed": failed}
@@ -141,17 +141,17 @@ def true_rows(ids: list[str], index: Index) -> Int64[Tensor, " query"]:
 
 
 @torch.inference_mode()
-def embedded(config: Evaluate, model: JointFeatureLearningNet) -> dict[tuple[View, Level], Query]:
+def embedded(config: Evaluate, model: Matcher) -> dict[tuple[View, Modality], Query]:
     """Queries of all views and levels; each tower sees each picture once.
 
     Limited views keep level G alone, since A and S were made from the whole, aligned panorama.
     """
     headings = (False, True) if config.unknown_heading else (False,)
     views = [View(degrees, unknown) for degrees in config.fov for unknown in headings]
-    wanted: list[tuple[View, Level]] = [
+    wanted: list[tuple[View, Modality]] = [
         (v, level) for v in views for level in config.levels if v.whole or level == "G"
     ]
-    parts: dict[tuple[View, Level], list[Query]] = {key: [] for key in wanted}
+    parts: dict[tuple[View, Modality], list[Query]] = {key: [] for key in wanted}
     letters = set("".join(config.levels)) - {"+"}
     device = model.device
     total = -(-sum(tables.rows(config.queries)) // _BATCH)
@@ -233,7 +233,7 @@ def _planes(pictures: list[bytes], size: tuple[int, int]) -> Float[Tensor, "n 3 
 
 
 def _per_query(
-    ids: list[str], index: Index, view: View, level: Level, found: retrieval.Found
+    ids: list[str], index: Index, view: View, level: Modality, found: retrieval.Found
 ) -> pa.Table:
     best = [[tile[schema.PAIR_ID] for tile in index.about(rows[:5])] for rows in found.best.numpy()]
     distance = pa.array(found.distance.numpy(), from_pandas=True)  # NaN -> null

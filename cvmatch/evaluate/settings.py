@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cvmatch.match.settings import LEVELS, Level
+from cvmatch.match.settings import MODALITIES, Modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Evaluate:
     """URI of synthesized rows that the matcher was not trained on."""
     index: str = "data/index"
     """Local directory of an index that holds the queries' tiles; its model is measured."""
-    levels: tuple[Level, ...] = LEVELS
+    levels: tuple[Modality, ...] = MODALITIES
     """What queries consist of."""
     modes: tuple[Literal["exact", "two-stage"], ...] = ("exact", "two-stage")
     """Searches that are timed; two-stage is also compared with the exact answer."""

@@ -1,4 +1,4 @@
-"""Tiles -> the next version of an index: u of each tile, its shards, the shortlist, its recall."""
+"""Tiles -> the next version of an index: tile projections, shards, the shortlist, its recall."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ from cvmatch.index.queries import Queries, split_queries
 from cvmatch.index.reader import EXHAUSTIVE
 from cvmatch.index.settings import BuildIndex
 from cvmatch.index.writer import Draft, Entry, Run, draft, drawn, matcher, serially
-from cvmatch.match.fingerprint import identity
 from cvmatch.match.fusion import Fusion
+from cvmatch.match.model import fingerprint_parts
 from cvmatch.runtime import session, tracking
 
 ENOUGH = {"top1": 0.99, "top10": 0.98}
 """Shares of the exact best tiles that a shortlist should hold."""
 
-_SAMPLE = 65_536  # tiles from which a distilled head learns: 32 MiB of u
+_SAMPLE = 65_536  # tiles from which a distilled head learns: 32 MiB of tile_proj
 
 _log = logging.getLogger(__name__)
 
@@ -75,13 +75,13 @@ def publish(
     probes: pa.Table | None = None,
     seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """Make the rows of Parquet files (pair_id, u, latitude, longitude, error) the current version.
+    """Make rows of Parquet files the current version: pair_id, tile_proj, position, error.
 
     `kept`: the manifest of a version whose shards are taken instead of `parts`. `probes`: tiles
     whose pictures are kept, to verify the index. `seconds`: what embedding took.
 
     Raises:
-        ValueError: no good row, a pair_id twice, u of another width or not finite in half
+        ValueError: no good row, a pair_id twice, tile_proj of another width or not finite in half
             precision, or more than `max_rejected` of the rows failed.
     """
     root = remote.root(config.output)
@@ -89,7 +89,7 @@ def publish(
     with draft(root, run) as work:
         work.seconds["embed"] = seconds
         maker = work.heads(config.model)
-        model, parts_of = matcher(root, maker), identity(config.model)
+        model, parts_of = matcher(root, maker), fingerprint_parts(config.model)
         if kept:
             entries = [{k: one[k] for k in ("sha", "rows", "row_start")} for one in kept["shards"]]
             same = ("shards/", "probes/")
@@ -188,7 +188,7 @@ def _head(
     queries: Queries | None,
 ) -> shortlist_head.Head:
     if kind == "own":
-        return shortlist_head.Own(model)
+        return shortlist_head.MatcherHead(model)
     if queries is None:
         raise ValueError(
             "build_index: a distilled head learns from queries: pass --queries (synthesized rows), "
@@ -215,12 +215,12 @@ def _about(config: BuildIndex, entries: list[Entry], model: Fusion) -> dict[str,
 
 
 def _made_from(config: BuildIndex) -> dict[str, Any]:
-    """What u, and its cut into shards, depend on."""
+    """What tile_proj, and its cut into shards, depend on."""
     return {
-        "tile": identity(config.model)["tile"],
+        "tile": fingerprint_parts(config.model)["tile"],
         "preprocess": PREPROCESS,
         "shard_rows": config.shard_rows,
-        "batch": config.pool.batch,  # the last bits of u depend on it
+        "batch": config.pool.batch,  # the last bits of tile_proj depend on it
         "tiles": source(config),
     }
 
@@ -228,7 +228,7 @@ def _made_from(config: BuildIndex) -> dict[str, Any]:
 def _asked(config: BuildIndex) -> str:
     """Fingerprint of all that a build depends on but for its tiles: settings, matcher, queries."""
     seen = tables.sizes(config.queries) if config.queries else []
-    return manifest.digest([configs.plain(config), identity(config.model), seen])
+    return manifest.digest([configs.plain(config), fingerprint_parts(config.model), seen])
 
 
 def _is_whole(root: str, info: dict[str, Any], config: BuildIndex) -> bool:

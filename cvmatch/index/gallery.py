@@ -1,4 +1,4 @@
-"""Pictures of tiles -> u of each, by a pool of actors, in a stream that resumes."""
+"""Pictures of tiles -> tile_proj of each, by a pool of actors, in a stream that resumes."""
 
 import time
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from cvmatch.data.settings import Ingest
 from cvmatch.index import remote
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.index.writer import Run
-from cvmatch.match.infer import EmbedTile, U, embed_tiles
+from cvmatch.match.infer import TILE_PROJ, EmbedTile, embed_tiles
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
 from cvmatch.runtime.stream import Stream, write_stream
@@ -23,8 +23,8 @@ _COLUMNS = pa.schema(
     for name in (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
 )
 
-_PARTS = _COLUMNS.remove(1).append(pa.field(U, pa.large_list(pa.float16())))
-"""What is kept of each: u in place of its picture."""
+_PARTS = _COLUMNS.remove(1).append(pa.field(TILE_PROJ, pa.large_list(pa.float16())))
+"""What is kept of each: tile_proj in place of its picture."""
 
 
 def dataset(gallery: GalleryConfig) -> ray.data.Dataset:
@@ -53,7 +53,7 @@ def dataset(gallery: GalleryConfig) -> ray.data.Dataset:
 
 
 def embed(gallery: GalleryConfig, model: str, made_from: dict[str, Any]) -> tuple[str, float]:
-    """u of all tiles by a pool of actors, as Parquet files: their location, and seconds.
+    """tile_proj of all tiles by a pool of actors, as Parquet files: their location, and seconds.
 
     Raises:
         ValueError: see `dataset` and `write_stream`.

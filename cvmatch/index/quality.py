@@ -21,7 +21,7 @@ def measured(root: str, info: dict[str, Any], query: Query) -> dict[str, float]:
 def recall(index: Index, query: Query) -> dict[str, float]:
     """Share, in [0, 1], of the exact model's best 1 and best 10 tiles that the shortlist holds."""
     best = min(10, len(index) - len(index.dead))
-    found = torch.zeros(len(query.v), best, dtype=torch.bool)
+    found = torch.zeros(len(query.query_proj), best, dtype=torch.bool)
     for begin in range(0, len(found), _QUERIES):
         part = query.rows(slice(begin, begin + _QUERIES))
         exact = rank(index, part, best, "exact").rows

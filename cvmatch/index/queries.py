@@ -11,15 +11,15 @@ from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.generate.sampling import Sampling
 from cvmatch.index.shard import CHUNK
 from cvmatch.match.fusion import Query
-from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
-from cvmatch.match.model import JointFeatureLearningNet
-from cvmatch.match.settings import Level
+from cvmatch.match.infer import EMBEDDING, QUERY_PROJ, EmbedQuery
+from cvmatch.match.model import Matcher
+from cvmatch.match.settings import Modality
 from cvmatch.runtime import hardware
 
 DISTIL = 1_000
 """Queries at most from which a head is distilled."""
 
-_LEVELS = ("G", "G+A", "G+A+S")
+_MODALITIES = ("G", "G+A", "G+A+S")
 
 SAMPLING = tuple(field.name for field in fields(Sampling) if field.name != "seed")
 """Settings of the generator that queries of one index should share."""
@@ -46,8 +46,8 @@ def split_queries(location: str, model: str, sample: int, seed: int) -> Queries 
     """
     if not location:
         return None
-    alone = JointFeatureLearningNet.config_of(model).alone
-    levels: tuple[Level, ...] = ("G",) if alone else _LEVELS
+    alone = Matcher.config_of(model).alone
+    levels: tuple[Modality, ...] = ("G",) if alone else _MODALITIES
     columns = [schema.PAIR_ID, schema.ERROR]
     ids = [
         pair_id
@@ -74,7 +74,7 @@ def _made_by(location: str) -> dict[str, Any]:
     return about["models"] | {name: sampling[name] for name in SAMPLING if name in sampling}
 
 
-def _embedded(location: str, model: str, level: Level, ids: list[str]) -> Query:
+def _embedded(location: str, model: str, level: Modality, ids: list[str]) -> Query:
     names = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
     pictures = [names[letter] for letter in level.split("+")]
     columns = [schema.PAIR_ID, *pictures, schema.ERROR]
@@ -89,5 +89,7 @@ def _embedded(location: str, model: str, level: Level, ids: list[str]) -> Query:
             f"build_index: expected {pictures} in some rows of {location}, got none. "
             "Run jobs/synthesize.py on them, or leave --queries out."
         )
-    found = (np.concatenate([part[name] for part in parts])[good] for name in (EMBEDDING, V))
+    found = (
+        np.concatenate([part[name] for part in parts])[good] for name in (EMBEDDING, QUERY_PROJ)
+    )
     return Query(*(torch.from_numpy(value).to(hardware.device()) for value in found))

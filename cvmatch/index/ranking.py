@@ -46,7 +46,7 @@ def _exact(
     index: Index, query: Query, top_k: int, among: Int64[np.ndarray, " row"] | None = None
 ) -> Ranked:
     """The best of all tiles: in the type that is fastest, then in fp32 those that may be it."""
-    dtype = fastest(query.v.device)
+    dtype = fastest(query.query_proj.device)
     if dtype == torch.float32:
         return _sorted(*_best(index, query, top_k, dtype, among), top_k)
     rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype, among)
@@ -72,8 +72,8 @@ def _best(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the `count` best tiles (or all) by scores in `dtype`, and these; -1 and -inf where
     only deleted tiles are left."""
-    best = torch.empty(len(query.v), 0)
-    rows = torch.empty(len(query.v), 0, dtype=torch.int64)
+    best = torch.empty(len(query.query_proj), 0)
+    rows = torch.empty(len(query.query_proj), 0, dtype=torch.int64)
     begin = 0
     for part in index.scores(query, dtype, among):
         best = torch.cat([best, part.cpu()], dim=1)

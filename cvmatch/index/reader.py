@@ -16,9 +16,8 @@ from cvmatch.data import geography, manifest, schema
 from cvmatch.data.images import PREPROCESS
 from cvmatch.index import ann, remote, shard, shortlist_head, versions
 from cvmatch.index.shortlist_head import Head
-from cvmatch.match.fingerprint import identity
 from cvmatch.match.fusion import Fusion, Query
-from cvmatch.match.model import load_fusion
+from cvmatch.match.model import fingerprint_parts, load_fusion
 from cvmatch.match.scoring import joint_scores
 from cvmatch.runtime import hardware
 
@@ -33,10 +32,10 @@ TEMPLATE = "template.faiss"
 class Index:
     """A version of an index, opened for searching."""
 
-    u: shard.Store
+    tile_proj: shard.Store
     """What is stored of each tile, memory-mapped."""
     tiles: pa.Table
-    """pair_id, latitude and longitude (degrees or null) of each row of u, memory-mapped."""
+    """pair_id, latitude and longitude (degrees or null) of each row of tile_proj, memory-mapped."""
     ann: list[ann.Part]
     """Shortlist: scores are cosines of the head's vectors."""
     head: Head
@@ -44,14 +43,14 @@ class Index:
     dead: Int64[np.ndarray, " row"]
     """Rows that were deleted, sorted."""
     matcher: Fusion
-    """What scores need of the model that made u, in evaluation mode."""
+    """What scores need of the model that made tile_proj, in evaluation mode."""
     manifest: dict[str, Any]
     """What the version consists of, and what was measured."""
     heads: str
     """Local directory of the model."""
 
     def __len__(self) -> int:
-        return len(self.u)
+        return len(self.tile_proj)
 
     @classmethod
     def open(cls, uri: str, model: str = "", version: str = "", deep: bool = False) -> "Index":
@@ -102,8 +101,8 @@ class Index:
     ) -> Iterator[Float[Tensor, "query part"]]:
         """Scores of all tiles (or of some) in the order of the rows, a part of them at a time.
 
-        Exact but for the rounding of u to half precision (3e-4), and of `dtype`; -inf of deleted
-        tiles.
+        Exact but for the rounding of tile_proj to half precision (3e-4), and of `dtype`; -inf of
+        deleted tiles.
         """
         begin = 0
         for part in self._parts(rows):
@@ -116,7 +115,7 @@ class Index:
 
     def of_rows(self, query: Query, rows: Int64[np.ndarray, " row"]) -> Float[Tensor, "query row"]:
         """Scores in fp32 of some tiles."""
-        return joint_scores(self.matcher, query, self._tensor(self.u.take(rows)))
+        return joint_scores(self.matcher, query, self._tensor(self.tile_proj.take(rows)))
 
     def nearest(self, query: Query, count: int = 0) -> Int64[np.ndarray, "query found"]:
         """Rows of the shortlist, best first, -1 behind the end.
@@ -156,10 +155,10 @@ class Index:
         self, rows: Int64[np.ndarray, " row"] | None
     ) -> Iterator[Float16[np.ndarray, "_ h"]]:
         if rows is None:
-            yield from self.u.parts()
+            yield from self.tile_proj.parts()
             return
         for begin in range(0, len(rows), shard.CHUNK):
-            yield self.u.take(rows[begin : begin + shard.CHUNK])
+            yield self.tile_proj.take(rows[begin : begin + shard.CHUNK])
 
     def _tensor(self, part: Float16[np.ndarray, "row hidden"]) -> Float16[Tensor, "row hidden"]:
         if not part.flags.writeable:  # memory-mapped: torch wants to be told that it may not write
@@ -178,7 +177,7 @@ def opened(root: str, info: dict[str, Any]) -> Index:
     heads = os.path.join(root, "heads", info["model"])
     matcher = load_fusion(heads, hardware.device())
     return Index(
-        u=shard.Store(arrays),
+        tile_proj=shard.Store(arrays),
         tiles=pa.concat_tables(tables),
         ann=[_part(root, one, info["ann"]["probes"]) for one in info["ann"]["parts"]],
         head=shortlist_head.load(os.path.join(root, "coarse", info["coarse"]), matcher),
@@ -228,7 +227,9 @@ def _check_maker(uri: str, info: dict[str, Any], model: str) -> None:
         )
     if model and (got := manifest.fingerprint(model)) != info["model"]:
         other = {
-            name: value for name, value in identity(model).items() if value != info["parts"][name]
+            name: value
+            for name, value in fingerprint_parts(model).items()
+            if value != info["parts"][name]
         }
         kept = "" if "tile" in other else " (no tile is embedded again: that part is the same)"
         raise ValueError(

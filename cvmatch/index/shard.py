@@ -21,24 +21,24 @@ from cvmatch.data import schema, tables
 from cvmatch.data.schema import ERROR, LATITUDE, LONGITUDE, PAIR_ID
 from cvmatch.index import versions
 
-U = "u"
+TILE_PROJ = "tile_proj"
 """Column of the parts: Matcher.tile, fp16."""
 
 AT = "at"
 """Column of accepted tiles: their row among all rows of the parts."""
 
 CHUNK = 65_536
-"""Tiles a step: 64 MiB of u in float32 at 256 wide."""
+"""Tiles a step: 64 MiB of tile_proj in float32 at 256 wide."""
 
 TILES = pa.schema([schema.PAIRS.field(name) for name in (PAIR_ID, LATITUDE, LONGITUDE)])
 """What is known of each tile."""
 
 Maker = Mapping[str, Any]
-"""What made u (goes into shard.json)."""
+"""What made tile_proj (goes into shard.json)."""
 
 
 class Store:
-    """u of all tiles: arrays of shards, one behind the other."""
+    """tile_proj of all tiles: arrays of shards, one behind the other."""
 
     def __init__(self, arrays: Sequence[Float16[np.ndarray, "_ hidden"]]) -> None:
         self.arrays = list(arrays)
@@ -103,31 +103,33 @@ def _placed(table: pa.Table) -> pa.Table:
 
 
 def gather(parts: str, at: Int64[np.ndarray, " tile"], width: int) -> Float16[np.ndarray, "tile w"]:
-    """u of the rows `at` of the parts, in that order; reads only the files that hold some.
+    """tile_proj of the rows `at` of the parts, in that order; reads only the files that hold some.
 
     Raises:
-        ValueError: u of another width than `width`, or not finite in half precision.
+        ValueError: tile_proj of another width than `width`, or not finite in half precision.
     """
-    u = np.empty((len(at), width), np.float16)
+    tile_proj = np.empty((len(at), width), np.float16)
     order = np.argsort(at)
     wanted = at[order]
     for at_file, end, name in _files(parts):
         begin = at_file
         if np.diff(np.searchsorted(wanted, [begin, end])) == 0:
             continue
-        for table in tables.batches(parts, [U], CHUNK, [name]):
+        for table in tables.batches(parts, [TILE_PROJ], CHUNK, [name]):
             first, last = np.searchsorted(wanted, [begin, begin + len(table)])
             if last > first:
-                values = _matrix(table[U].combine_chunks(), width)
-                u[order[first:last]] = _finite(values[wanted[first:last] - begin], parts)
+                values = _matrix(table[TILE_PROJ].combine_chunks(), width)
+                tile_proj[order[first:last]] = _finite(values[wanted[first:last] - begin], parts)
             begin += len(table)
-    return u
+    return tile_proj
 
 
-def write(folder: str, u: Float16[np.ndarray, "tile width"], tiles: pa.Table, maker: Maker) -> str:
+def write(
+    folder: str, tile_proj: Float16[np.ndarray, "tile width"], tiles: pa.Table, maker: Maker
+) -> str:
     """Write a shard; gives its name."""
     os.makedirs(folder)
-    np.save(os.path.join(folder, "u.npy"), u)
+    np.save(os.path.join(folder, "u.npy"), tile_proj)
     # Made anew, since equal columns may have other buffers, and so other bytes, by their history.
     table = pa.table([tiles[name].to_pylist() for name in TILES.names], schema=TILES)
     with pa.ipc.new_file(os.path.join(folder, "tiles.arrow"), TILES) as file:
@@ -139,7 +141,7 @@ def write(folder: str, u: Float16[np.ndarray, "tile width"], tiles: pa.Table, ma
 
 
 def read(folder: str, rereads: bool) -> tuple[Float16[np.ndarray, "tile hidden"], pa.Table]:
-    """u and the tiles, memory-mapped. `rereads`: u will be read whole, and not here and there."""
+    """Return tile_proj and the tiles, memory-mapped; with `rereads` for reading all of it."""
     with open(os.path.join(folder, "u.npy"), "rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -147,9 +149,9 @@ def read(folder: str, rereads: bool) -> tuple[Float16[np.ndarray, "tile hidden"]
         if not rereads and hasattr(mmap, "MADV_RANDOM"):
             # Reading ahead makes a cold gather of 1,000 rows 5 times slower (index.md, section 4).
             content.madvise(mmap.MADV_RANDOM)
-        u = np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
+        tile_proj = np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
     with pa.memory_map(os.path.join(folder, "tiles.arrow")) as file:
-        return u, pa.ipc.open_file(file).read_all()
+        return tile_proj, pa.ipc.open_file(file).read_all()
 
 
 def about(folder: str) -> dict[str, Any]:
@@ -169,8 +171,8 @@ def _files(parts: str) -> Iterator[tuple[int, int, str]]:
 def _finite(values: np.ndarray, parts: str) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(
-            f"build_index: u of some rows of {parts} is not finite in half precision (65,504 at "
-            "most). Check the matcher's training."
+            f"build_index: tile_proj of some rows of {parts} is not finite in half precision "
+            "(65,504 at most). Check the matcher's training."
         )
     return values
 
@@ -180,7 +182,7 @@ def _matrix(column: pa.Array, width: int) -> Shaped[np.ndarray, "row width"]:
     flat = values.flatten().to_numpy(zero_copy_only=False)
     if flat.size != len(column) * width:
         raise ValueError(
-            f"build_index: expected u of {width} numbers a row, as the matcher has, got "
+            f"build_index: expected tile_proj of {width} numbers a row, as the matcher has, got "
             f"{flat.size} for {len(column)} rows. Embed the tiles with the model that is indexed."
         )
     with np.errstate(over="ignore"):  # beyond fp16: reported by the caller

@@ -1,4 +1,4 @@
-"""The shortlist head: what FAISS holds of a tile, a function of its `u` alone, and a query's part.
+"""The shortlist head: what FAISS holds of a tile, a function of its `tile_proj`; a query's part.
 
 The matcher has one of its own: the tile under the null synthetic aerial, exact for queries of G
 alone. A distilled head is smaller: two towers trained on the exact joint scores, without pictures
@@ -40,7 +40,7 @@ class Head(Protocol):
         """Where the vectors are computed."""
         ...
 
-    def tile(self, u: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile width"]:
+    def tile(self, tile_proj: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile width"]:
         """Unit vectors of tiles."""
         ...
 
@@ -53,7 +53,7 @@ class Head(Protocol):
         ...
 
 
-class Own:
+class MatcherHead:
     """The matcher's own: tiles under the null synthetic aerial."""
 
     def __init__(self, matcher: Fusion) -> None:
@@ -64,9 +64,9 @@ class Own:
         """The matcher's."""
         return self.matcher.device
 
-    def tile(self, u: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
+    def tile(self, tile_proj: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
         """Candidate embeddings."""
-        return self.matcher.shortlist(u)
+        return self.matcher.shortlist(tile_proj)
 
     def query(self, query: Query) -> Float[Tensor, "query hidden"]:
         """Query embeddings."""
@@ -92,13 +92,13 @@ class Distilled(nn.Module):
         """Of the weights."""
         return self.sharpness.device
 
-    def tile(self, u: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile width"]:
+    def tile(self, tile_proj: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile width"]:
         """Unit vectors of tiles."""
-        return F.normalize(self.tile_linear(u) + self.tile_rest(u), dim=-1)
+        return F.normalize(self.tile_linear(tile_proj) + self.tile_rest(tile_proj), dim=-1)
 
     def query(self, query: Query) -> Float[Tensor, "query width"]:
-        """Unit vectors of queries, from embedding and v."""
-        x = torch.cat([query.embedding, query.v], dim=-1).float()
+        """Unit vectors of queries, from embedding and query_proj."""
+        x = torch.cat([query.embedding, query.query_proj], dim=-1).float()
         return F.normalize(self.query_linear(x) + self.query_rest(x), dim=-1)
 
     def save(self, directory: str) -> None:
@@ -113,7 +113,7 @@ def load(directory: str, matcher: Fusion) -> Head:
     with open(os.path.join(directory, _CONFIG), encoding="utf-8") as file:
         plain = json.load(file)
     if plain.pop("kind") == "own":
-        return Own(matcher)
+        return MatcherHead(matcher)
     head = Distilled(**plain)
     head.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)))
     return head.to(matcher.device).eval()
@@ -122,15 +122,15 @@ def load(directory: str, matcher: Fusion) -> Head:
 def distil(
     matcher: Fusion,
     queries: Query,
-    u: Float16[np.ndarray, "tile hidden"],
+    tile_proj: Float16[np.ndarray, "tile hidden"],
     steps: int = STEPS,
     seed: int = 0,
 ) -> Distilled:
     """A head whose ranking of tiles is the joint's: listwise KL, queries and tiles drawn anew.
 
-    Queries need no known tile. `u`: a sample of the gallery.
+    Queries need no known tile. `tile_proj`: a sample of the gallery.
     """
-    device = queries.v.device
+    device = queries.query_proj.device
     random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -138,10 +138,10 @@ def distil(
     optimizer = torch.optim.AdamW(head.parameters(), _LR, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
     for _ in range(steps):
-        drawn = torch.randint(len(queries.v), (_QUERIES,), generator=random)
-        tiles = torch.randint(len(u), (_TILES,), generator=random).numpy()
+        drawn = torch.randint(len(queries.query_proj), (_QUERIES,), generator=random)
+        tiles = torch.randint(len(tile_proj), (_TILES,), generator=random).numpy()
         some = queries.rows(drawn.to(device))
-        part = torch.from_numpy(u[tiles]).float().to(device)
+        part = torch.from_numpy(tile_proj[tiles]).float().to(device)
         wanted = (_SHARPNESS * joint_scores(matcher, some, part)).log_softmax(dim=1)
         given = (head.sharpness.exp() * head.query(some) @ head.tile(part).T).log_softmax(dim=1)
         loss = F.kl_div(given, wanted, log_target=True, reduction="batchmean")

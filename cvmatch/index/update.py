@@ -60,7 +60,7 @@ def join(
     """Add the rows of Parquet files (see `build.publish`) to the current version.
 
     A shard of just those tiles that were deleted is there still: its rows live again. `tile`: the
-    tower (`identity`) that embedded the rows, which has to be the version's.
+    tower (`fingerprint_parts`) that embedded the rows, which has to be the version's.
 
     Raises:
         ValueError: an id is there already, or another tower; as `build.publish`; or see

@@ -19,14 +19,14 @@ from cvmatch.index import remote, shard, versions
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import Info, Verify
 from cvmatch.index.writer import Draft, EncodeShard, shard_codes
-from cvmatch.match.fingerprint import identity
 from cvmatch.match.infer import EmbedTile
+from cvmatch.match.model import fingerprint_parts
 
 PROBES = 16
 """Tiles whose pictures are kept."""
 
 TOLERANCE = 0.02
-"""Largest distance of a probe's u, of its norm: half precision and another kind of processor stay
+"""Largest distance of a probe's tile_proj, of its norm: half precision and another processor stay
 below 0.002; another resampling filter is at 0.1 or more."""
 
 
@@ -40,7 +40,7 @@ def verify(config: Verify) -> dict[str, Any]:
     index = Index.open(config.index, version=config.version, deep=config.deep)
     root, info = remote.root(config.index), index.manifest
     _check_ids(index, config.index)
-    if (got := identity(index.heads)) != info["parts"]:
+    if (got := fingerprint_parts(index.heads)) != info["parts"]:
         raise ValueError(f"index {root}: expected a model of the parts {info['parts']}, got {got}.")
     for entry in info["shards"]:
         maker = shard.about(os.path.join(root, "shards", entry["sha"]))["maker"]
@@ -120,8 +120,8 @@ def _check_probes(root: str, index: Index) -> dict[str, Any]:
     batch[schema.ERROR] = np.full(len(kept), None)
     size = (index.manifest["made_from"] or {}).get("batch", len(kept))
     again = EmbedTile(index.heads, size)(batch)
-    wanted = index.u.take(rows).astype(np.float64)
-    apart = np.linalg.norm(again[shard.U] - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
+    wanted = index.tile_proj.take(rows).astype(np.float64)
+    apart = np.linalg.norm(again[shard.TILE_PROJ] - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     if not (apart <= TOLERANCE).all():
         raise ValueError(
             f"index {root}: of {len(kept)} stored pictures {(apart > TOLERANCE).sum()} give other "

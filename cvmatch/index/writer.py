@@ -91,7 +91,7 @@ class Draft:
         return entries
 
     def store(self, entries: Sequence[Entry]) -> Store:
-        """u of shards."""
+        """tile_proj of shards."""
         folders = [os.path.join(self.root, "shards", entry["sha"]) for entry in entries]
         return Store([shard.read(folder, rereads=True)[0] for folder in folders])
 
@@ -154,17 +154,17 @@ class WriteShard:
 
 def write_shard(task: WriteShard) -> tuple[str, int, versions.Files]:
     """Do it; gives name, rows and files. Doing it again ends in the same files."""
-    u = shard.gather(task.parts, task.tiles[shard.AT].to_numpy(), task.width)
-    return place_shard(task.root, u, task.tiles, task.maker)
+    tile_proj = shard.gather(task.parts, task.tiles[shard.AT].to_numpy(), task.width)
+    return place_shard(task.root, tile_proj, task.tiles, task.maker)
 
 
 def place_shard(
-    root: str, u: Float16[np.ndarray, "tile width"], tiles: pa.Table, maker: Maker
+    root: str, tile_proj: Float16[np.ndarray, "tile width"], tiles: pa.Table, maker: Maker
 ) -> tuple[str, int, versions.Files]:
     """Write a shard and put it into place."""
     with _aside(root) as aside:
         folder = os.path.join(aside, "shard")
-        sha = shard.write(folder, u, tiles, maker)
+        sha = shard.write(folder, tile_proj, tiles, maker)
         return sha, len(tiles), versions.place(root, folder, f"shards/{sha}")
 
 
@@ -187,11 +187,11 @@ def encode_shard(task: EncodeShard) -> tuple[str, versions.Files]:
 
 def shard_codes(task: EncodeShard) -> faiss.Index:
     """The codes."""
-    u, _ = shard.read(os.path.join(task.root, "shards", task.sha), rereads=True)
+    tile_proj, _ = shard.read(os.path.join(task.root, "shards", task.sha), rereads=True)
     folder = os.path.join(task.root, "coarse", task.coarse)
     head = shortlist_head.load(folder, matcher(task.root, task.maker))
     template = faiss.read_index(os.path.join(folder, TEMPLATE))
-    return ann.encoded(template, (vectors(head, part) for part in Store([u]).parts()))
+    return ann.encoded(template, (vectors(head, part) for part in Store([tile_proj]).parts()))
 
 
 @functools.lru_cache(maxsize=1)
@@ -201,13 +201,13 @@ def matcher(root: str, maker: str) -> Fusion:
 
 
 @torch.inference_mode()
-def vectors(head: Head, u: Float16[np.ndarray, "tile _"]) -> Float32[np.ndarray, "tile _"]:
+def vectors(head: Head, tile_proj: Float16[np.ndarray, "tile _"]) -> Float32[np.ndarray, "tile _"]:
     """The head's vectors of tiles, always computed in the same steps, on one thread: the last bits
     of a matrix product depend on both, and so would codes at the edge of a cell."""
     with hardware.one_thread():
         found = [
             head.tile(torch.from_numpy(part.astype(np.float32)).to(head.device)).cpu()
-            for part in Store([u]).parts(_STEP)
+            for part in Store([tile_proj]).parts(_STEP)
         ]
     return torch.cat(found).float().numpy()
 

@@ -1,9 +1,9 @@
 """What scores need of a matcher beside its towers: the fusion heads, and the nulls.
 
 `candidate = FFN_C([a; c])` uses the *query's* synthetic aerial, so a tile has no embedding of its
-own. FFN_C's first layer is linear, hence W1 [a; c] + b1 = (W1c c) + (W1a a + b1) = u + v: a tile
-keeps `u`, a query computes `v` once, and a pair costs two small layers. Exact, and ~10^5 times
-faster than running the towers for each pair.
+own. FFN_C's first layer is linear, hence W1 [a; c] + b1 = (W1c c) + (W1a a + b1) = tile_proj +
+query_proj: a tile keeps `tile_proj`, a query computes `query_proj` once, and a pair costs two small
+layers. Exact, and ~10^5 times faster than running the towers for each pair.
 """
 
 from typing import NamedTuple
@@ -23,15 +23,15 @@ class Query(NamedTuple):
 
     embedding: Float[Tensor, "query hidden"]
     """FFN_G([g; a; s]), unit norm."""
-    v: Float[Tensor, "query hidden"]
+    query_proj: Float[Tensor, "query hidden"]
     """W1a a + b1: the query's part of FFN_C's first layer."""
 
     def rows(self, which: "slice | Tensor") -> "Query":
         """Some of the queries."""
-        return Query(self.embedding[which], self.v[which])
+        return Query(self.embedding[which], self.query_proj[which])
 
 
-class Rest(nn.Module):
+class ResidualMLP(nn.Module):
     """What follows the first layer of a fusion head: x + W3 relu(W2 relu(x) + b2) + b3, unit norm.
 
     The sum with x makes a head start as a linear one. Without it, G found C among 500 (`standard`
@@ -59,19 +59,19 @@ class Fusion(nn.Module):
         self.null_ground = nn.Parameter(torch.zeros(ground))
         self.null_synthetic = nn.Parameter(torch.zeros(aerial))
         self.null_classes = nn.Parameter(torch.zeros(classes))
-        self.query_first = nn.Linear(ground + aerial + classes, hidden)
-        self.query_rest = Rest(hidden)
-        self.candidate_tile = nn.Linear(aerial, hidden, bias=False)  # W1c
-        self.candidate_query = nn.Linear(aerial, hidden)  # W1a, b1
-        self.candidate_rest = Rest(hidden)
+        self.query_linear = nn.Linear(ground + aerial + classes, hidden)
+        self.query_mlp = ResidualMLP(hidden)
+        self.tile_linear = nn.Linear(aerial, hidden, bias=False)  # W1c
+        self.query_aerial_linear = nn.Linear(aerial, hidden)  # W1a, b1
+        self.candidate_mlp = ResidualMLP(hidden)
         # A and S start without a say, as new inputs of a pre-trained network do: G learns first.
-        nn.init.zeros_(self.candidate_query.weight)
-        self.query_first.weight.data[:, ground:] = 0
+        nn.init.zeros_(self.query_aerial_linear.weight)
+        self.query_linear.weight.data[:, ground:] = 0
 
     @property
     def hidden(self) -> int:
-        """Width of u, of v and of the embeddings."""
-        return self.candidate_tile.out_features
+        """Width of tile_proj, of query_proj and of the embeddings."""
+        return self.tile_linear.out_features
 
     @property
     def device(self) -> torch.device:
@@ -99,29 +99,29 @@ class Fusion(nn.Module):
         g = self.null_ground.expand(len(given[0]), -1) if ground is None else ground
         a = self.null_synthetic.expand(len(given[0]), -1) if synthetic is None else synthetic
         s = self.null_classes.expand(len(given[0]), -1) if classes is None else classes
-        embedding = self.query_rest(self.query_first(torch.cat([g, a, s], dim=1)))
-        return Query(embedding, self.candidate_query(a))
+        embedding = self.query_mlp(self.query_linear(torch.cat([g, a, s], dim=1)))
+        return Query(embedding, self.query_aerial_linear(a))
 
     def joint(
-        self, u: Float[Tensor, "*#pair hidden"], v: Float[Tensor, "*#pair hidden"]
+        self, tile_proj: Float[Tensor, "*#pair hidden"], query_proj: Float[Tensor, "*#pair hidden"]
     ) -> Float[Tensor, "*pair hidden"]:
         """Candidate embedding FFN_C([a; c]) of pairs, unit norm, from its two halves."""
-        return self.candidate_rest(u + v)
+        return self.candidate_mlp(tile_proj + query_proj)
 
     def pair_scores(
-        self, query: Query, u: Float[Tensor, "tile hidden"]
+        self, query: Query, tile_proj: Float[Tensor, "tile hidden"]
     ) -> Float[Tensor, "query tile"]:
         """Cosine of each query and each tile, each tile embedded with that query's own A.
 
         All pairs at once, with gradient; `score.joint_scores` is for many tiles.
         """
-        candidate = self.joint(u[None], query.v[:, None])
+        candidate = self.joint(tile_proj[None], query.query_proj[:, None])
         return (candidate.float() * query.embedding[:, None].float()).sum(-1)
 
-    def shortlist(self, u: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
+    def shortlist(self, tile_proj: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
         """A tile's own embedding (unit norm), under the null synthetic aerial: what FAISS holds.
 
         Its product with a query of level G is that level's exact score.
         """
-        v = self.candidate_query(self.null_synthetic)
-        return self.joint(u, v.expand(len(u), -1))
+        query_proj = self.query_aerial_linear(self.null_synthetic)
+        return self.joint(tile_proj, query_proj.expand(len(tile_proj), -1))

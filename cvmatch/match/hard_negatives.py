@@ -13,8 +13,8 @@ from ray.data import Dataset
 from scipy.spatial import KDTree
 
 from cvmatch.data import schema
-from cvmatch.match.infer import EMBEDDING, EmbedQuery, EmbedTile, U
-from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.infer import EMBEDDING, TILE_PROJ, EmbedQuery, EmbedTile
+from cvmatch.match.model import Matcher
 from cvmatch.runtime import session
 from cvmatch.runtime.settings import Pool
 
@@ -101,16 +101,16 @@ def _by_model(rows: Dataset, model: str, pool: Pool) -> tuple[list[str], np.ndar
     )
     good = _good(seen.take_all())
     good.sort(key=lambda row: row[schema.PAIR_ID])
-    net = JointFeatureLearningNet.load(model)
+    net = Matcher.load(model)
     with torch.inference_mode():
-        u = torch.from_numpy(np.stack([row[U] for row in good])).float()
-        tile = net.shortlist(u).numpy()
+        tile_proj = torch.from_numpy(np.stack([row[TILE_PROJ] for row in good])).float()
+        tile = net.shortlist(tile_proj).numpy()
     query = np.stack([row[EMBEDDING] for row in good])
     return [row[schema.PAIR_ID] for row in good], nearest(query, tile, _RANGE)
 
 
 class _EmbedPair:
-    """`embedding` of level G, and `u`, of each pair."""
+    """`embedding` of level G, and `tile_proj`, of each pair."""
 
     def __init__(self, model: str, batch: int) -> None:
         self.query, self.tile = EmbedQuery(model, "G"), EmbedTile(model, batch)

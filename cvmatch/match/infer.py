@@ -1,4 +1,4 @@
-"""Embed rows with a trained matcher: `u` of tiles, `embedding` and `v` of queries."""
+"""Embed rows with a trained matcher: `tile_proj` of tiles, `embedding`, `query_proj` of queries."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from cvmatch.data import images, schema
 from cvmatch.match.fusion import Query
-from cvmatch.match.model import JointFeatureLearningNet
-from cvmatch.match.settings import Embed, Level
+from cvmatch.match.model import Matcher
+from cvmatch.match.settings import Embed, Modality
 from cvmatch.runtime import hardware, session
 from cvmatch.runtime.batch_invariant import Rowwise, reason
 
-U = "u"
+TILE_PROJ = "tile_proj"
 EMBEDDING = "embedding"
-V = "v"
+QUERY_PROJ = "query_proj"
 
 _PICTURES = (
     schema.GROUND,
@@ -28,15 +28,15 @@ _PICTURES = (
 
 
 class EmbedTile:
-    """`aerial` (encoded) -> `u` (hidden, float16); pictures are dropped.
+    """`aerial` (encoded) -> `tile_proj` (hidden, float16); pictures are dropped.
 
     A row with `error`, or with a picture that cannot be decoded, gets zeros. The network takes
-    `batch` tiles at a time: u of a tile depends on their number, and on nothing else but the tile.
+    `batch` tiles at a time: tile_proj depends on the tile and on this number, on nothing else.
     """
 
     def __init__(self, model: str, batch: int) -> None:
         self.device = hardware.device()
-        self.model = JointFeatureLearningNet.load(model, self.device)
+        self.model = Matcher.load(model, self.device)
         self.tiles = Rowwise(self._tiles, batch)
 
     @torch.inference_mode()
@@ -46,28 +46,28 @@ class EmbedTile:
         side = (config.square, config.square)
         decoders = {schema.AERIAL: lambda data: images.decode(data, side)}
         good, errors, (aerial,) = _decoded(batch, decoders, "embed tile")
-        u = np.zeros((len(errors), config.hidden), dtype=np.float16)
+        tile_proj = np.zeros((len(errors), config.hidden), dtype=np.float16)
         for row, made in zip(good, self.tiles(aerial), strict=True):
             if isinstance(made, Exception):
                 errors[row] = f"embed tile: {reason(made)}"
             else:
-                u[row] = made
-        return _kept(batch) | {U: u, schema.ERROR: errors}
+                tile_proj[row] = made
+        return _kept(batch) | {TILE_PROJ: tile_proj, schema.ERROR: errors}
 
     def _tiles(self, aerial: list[np.ndarray]) -> list[np.ndarray]:
         return [*self.model.tile(_planes(aerial, self.device)).cpu().half().numpy()]
 
 
 class EmbedQuery:
-    """`ground`, `synthetic`, `synthetic_classes` -> `embedding` (unit norm) and `v`, both float32.
+    """`ground`, `synthetic`, `synthetic_classes` -> `embedding` (unit norm), `query_proj`; float32.
 
-    Reads what `level` names, and drops pictures. A row with `error`, or
-    with a picture that cannot be decoded, gets zeros.
+    Reads what `level` names, and drops pictures. A row with `error`, or with a picture that cannot
+    be decoded, gets zeros.
     """
 
-    def __init__(self, model: str, level: Level) -> None:
+    def __init__(self, model: str, level: Modality) -> None:
         self.device = hardware.device()
-        self.model = JointFeatureLearningNet.load(model, self.device)
+        self.model = Matcher.load(model, self.device)
         self.level = level
 
     @torch.inference_mode()
@@ -84,11 +84,14 @@ class EmbedQuery:
         decoders = dict(every[letter] for letter in letters)
         good, errors, pictures = _decoded(batch, decoders, "embed query")
         embedding = np.zeros((len(errors), config.hidden), dtype=np.float32)
-        v = np.zeros((len(errors), config.hidden), dtype=np.float32)
+        query_proj = np.zeros((len(errors), config.hidden), dtype=np.float32)
         if good:
             query = self._query(dict(zip(letters, pictures, strict=True)))
-            embedding[good], v[good] = query.embedding.cpu().numpy(), query.v.cpu().numpy()
-        return _kept(batch) | {EMBEDDING: embedding, V: v, schema.ERROR: errors}
+            embedding[good], query_proj[good] = (
+                query.embedding.cpu().numpy(),
+                query.query_proj.cpu().numpy(),
+            )
+        return _kept(batch) | {EMBEDDING: embedding, QUERY_PROJ: query_proj, schema.ERROR: errors}
 
     def _query(self, pictures: dict[str, list[np.ndarray]]) -> Query:
         ground, synthetic = (
@@ -101,13 +104,13 @@ class EmbedQuery:
 
 
 def embed_tiles(rows: Dataset, config: Embed) -> Dataset:
-    """Rows with `aerial` -> the same, no pictures, with `u`."""
+    """Add `tile_proj` to rows with `aerial`; drop pictures."""
     size = config.pool.batch
     return session.map_actors(rows, EmbedTile, config.pool, model=config.model, batch=size)
 
 
 def embed_queries(rows: Dataset, config: Embed) -> Dataset:
-    """Rows with what `config.level` reads -> the same, no pictures, with `embedding` and `v`."""
+    """Add `embedding` and `query_proj` to rows with what `config.level` reads; drop pictures."""
     return session.map_actors(rows, EmbedQuery, config.pool, model=config.model, level=config.level)
 
 

@@ -1,4 +1,4 @@
-"""JointFeatureLearningNet: pictures of a query (G, A, S) and of tiles (C) -> what scores need.
+"""Matcher: pictures of a query (G, A, S) and of tiles (C) -> what scores need.
 
 The towers are here; what joins their features, and how a pair is scored, is in `fusion.py`.
 """
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cvmatch.data import geometry, images
+from cvmatch.data import geometry, images, manifest
 from cvmatch.data.schema import PALETTE
 from cvmatch.match.fusion import ALONE, Fusion, Query
 from cvmatch.match.settings import View
@@ -22,7 +22,10 @@ from cvmatch.nn.backbones import Tower, TowerSpec, normalise
 _TOWERS = ("ground", "aerial", "classes")
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
-_FORMAT = 2  # 1 had heads without a skip
+_FORMAT = 3  # 1 had heads without a skip, 2 other names of layers
+_TILE = ("aerial_tower.", "tile_linear.")
+_TAIL = ("candidate_mlp.",)
+_TILE_CONFIG = ("aerial", "view", "polar", "square", "preprocess", "format")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class MatcherConfig:
     square: int = 256
     """Side to which tiles are decoded, in pixels."""
     hidden: int = 256
-    """Width of the fusion layers, of the embeddings, and of `u` (2 bytes a number)."""
+    """Width of the fusion layers, of the embeddings, and of `tile_proj` (2 bytes a number)."""
     preprocess: str = images.PREPROCESS
     """Version of decoding and resizing that the weights were trained with."""
 
@@ -89,7 +92,7 @@ class MatcherConfig:
         return config
 
 
-class JointFeatureLearningNet(Fusion):
+class Matcher(Fusion):
     """Towers for G, S and (one for both) A and C, in front of the fusion heads.
 
     Where the config says so, one tower is shared by G, A and C, or there is none for S.
@@ -135,8 +138,8 @@ class JointFeatureLearningNet(Fusion):
         return _standard(self.classes_tower(normalise(self._view(colours, "nearest"))))
 
     def tile(self, aerial: Float[Tensor, "tile 3 s s"]) -> Float[Tensor, "tile hidden"]:
-        """`u` = W1c c of tiles: all that is stored of them."""
-        return self.candidate_tile(self.aerial_features(aerial))
+        """`tile_proj` = W1c c of tiles: all that is stored of them."""
+        return self.tile_linear(self.aerial_features(aerial))
 
     def query(
         self,
@@ -160,7 +163,7 @@ class JointFeatureLearningNet(Fusion):
         save_file(state, os.path.join(directory, _WEIGHTS))
 
     @classmethod
-    def load(cls, directory: str, device: torch.device | str = "cpu") -> "JointFeatureLearningNet":
+    def load(cls, directory: str, device: torch.device | str = "cpu") -> "Matcher":
         """The model that `save` wrote, in evaluation mode (VGG's dropout acts in training only).
 
         Raises:
@@ -192,14 +195,14 @@ class JointFeatureLearningNet(Fusion):
 
 
 def load_fusion(directory: str, device: torch.device | str = "cpu") -> Fusion:
-    """What scores need of the model that `JointFeatureLearningNet.save` wrote, in evaluation mode.
+    """What scores need of the model that `Matcher.save` wrote, in evaluation mode.
 
     Its towers are not read: with three VGG16, that leaves 22 MB of 1.6 GB.
 
     Raises:
-        ValueError: see `JointFeatureLearningNet.load`.
+        ValueError: see `Matcher.load`.
     """
-    config = JointFeatureLearningNet.config_of(directory)
+    config = Matcher.config_of(directory)
     with safe_open(os.path.join(directory, _WEIGHTS), "pt") as file:
         names = [name for name in file.keys() if "_tower." not in name]  # noqa: SIM118 (no dict)
         state = {name: file.get_tensor(name) for name in names}
@@ -209,6 +212,32 @@ def load_fusion(directory: str, device: torch.device | str = "cpu") -> Fusion:
     model = Fusion(ground, aerial, classes, config.hidden)
     model.load_state_dict(state)
     return model.to(device).eval()
+
+
+def fingerprint_parts(directory: str) -> dict[str, str]:
+    """Hash (SHA-256, hex) each part of a saved matcher, so that a change redoes only what it must.
+
+    `tile`: what makes `tile_proj` of a tile, the tower of tiles and W1c. `tail`: what follows
+    FFN_C's first layer, so scores and the shortlist. `query`: everything else.
+
+    Raises:
+        ValueError: see `Matcher.load`.
+    """
+    config = Matcher.config_of(directory).plain()
+    lines: dict[str, list] = {
+        "tile": [[config[name] for name in _TILE_CONFIG]],
+        "tail": [],
+        "query": [config],
+    }
+    for name, line in sorted(manifest.tensors(directory).items()):
+        lines[_part_of(name)].append(line)
+    return {part: manifest.digest(values) for part, values in lines.items()}
+
+
+def _part_of(name: str) -> str:
+    if name.startswith(_TILE):
+        return "tile"
+    return "tail" if name.startswith(_TAIL) else "query"
 
 
 def _towers(config: MatcherConfig) -> tuple[Tower, Tower, Tower]:

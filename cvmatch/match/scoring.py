@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cvmatch.match.fusion import Fusion, Query, Rest
+from cvmatch.match.fusion import Fusion, Query, ResidualMLP
 
 CHUNK = {"cpu": 2048, "cuda": 65_536}
 """Tiles scored at a time. On a CPU, 100k at once are 3.5 times slower (allocator and cache);
@@ -33,29 +33,29 @@ def fastest(device: torch.device) -> torch.dtype:
 def joint_scores(
     model: Fusion,
     query: Query,
-    u: Float[Tensor, "tile hidden"],
+    tile_proj: Float[Tensor, "tile hidden"],
     dtype: torch.dtype = torch.float32,
     chunk: int = 0,
 ) -> Float[Tensor, "query tile"]:
-    """`pair_scores` in fp32, computed in `dtype`; `u` may be the stored half precision.
+    """`pair_scores` in fp32, computed in `dtype`; `tile_proj` may be the stored half precision.
 
     Equal to the joint form FFN_C([a; c]) but for rounding: 1e-6 in fp32. `chunk` 0 takes CHUNK's.
     """
-    rest = _Fast(model.candidate_rest, dtype)
-    embedding, v = query.embedding.float(), query.v.to(dtype)
-    found = torch.empty(len(v), len(u), device=v.device)
-    step = chunk or CHUNK[v.device.type]
-    for begin in range(0, len(u), step):
-        tiles = u[begin : begin + step].to(dtype)
-        for row in range(len(v)):
-            found[row, begin : begin + step] = rest.cosines(tiles, v[row], embedding[row])
+    rest = _Fast(model.candidate_mlp, dtype)
+    embedding, query_proj = query.embedding.float(), query.query_proj.to(dtype)
+    found = torch.empty(len(query_proj), len(tile_proj), device=query_proj.device)
+    step = chunk or CHUNK[query_proj.device.type]
+    for begin in range(0, len(tile_proj), step):
+        tiles = tile_proj[begin : begin + step].to(dtype)
+        for row in range(len(query_proj)):
+            found[row, begin : begin + step] = rest.cosines(tiles, query_proj[row], embedding[row])
     return found
 
 
 class _Fast:
-    """`Rest` times a vector, in memory that is used again."""
+    """`ResidualMLP` times a vector, in memory that is used again."""
 
-    def __init__(self, rest: Rest, dtype: torch.dtype) -> None:
+    def __init__(self, rest: ResidualMLP, dtype: torch.dtype) -> None:
         layers = (rest.middle, rest.last)
         self.weights = [(layer.weight.to(dtype).T, layer.bias.to(dtype)) for layer in layers]
         self.buffers: list[Tensor] = []
@@ -63,7 +63,7 @@ class _Fast:
     def cosines(
         self,
         tiles: Float[Tensor, "tile hidden"],
-        v: Float[Tensor, " hidden"],
+        query_proj: Float[Tensor, " hidden"],
         embedding: Float[Tensor, " hidden"],
     ) -> Float[Tensor, " tile"]:
         """Cosines of one query and the tiles."""
@@ -71,7 +71,7 @@ class _Fast:
             self.buffers = [torch.empty_like(tiles) for _ in range(3)]
         first, active, middle = self.buffers
         (w2, b2), (w3, b3) = self.weights
-        torch.add(tiles, v, out=first)
+        torch.add(tiles, query_proj, out=first)
         torch.clamp(first, min=0, out=active)
         torch.addmm(b2, active, w2, out=middle).relu_()
         # The product with the query in fp32: bf16 would give scores of 8 bits, and ties.

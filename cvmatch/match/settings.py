@@ -6,8 +6,8 @@ from typing import Literal
 from cvmatch.runtime.settings import Pool
 from cvmatch.training.settings import Fit
 
-Level = Literal["G", "G+A", "G+A+S", "A"]
-LEVELS: tuple[Level, ...] = ("G", "G+A", "G+A+S", "A")
+Modality = Literal["G", "G+A", "G+A+S", "A"]
+MODALITIES: tuple[Modality, ...] = ("G", "G+A", "G+A+S", "A")
 """What a query may consist of; learned nulls stand in for the rest."""
 
 View = Literal["polar", "square"]
@@ -145,7 +145,7 @@ class Embed:
 
     model: str = "models/matcher"
     """Local directory that train_matcher published."""
-    level: Level = "G+A+S"
+    level: Modality = "G+A+S"
     """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
     pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32))
     """Actors."""

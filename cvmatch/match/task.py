@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from cvmatch.data import storage
 from cvmatch.match import losses
 from cvmatch.match.augment import Views, augmented, limited
-from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.model import Matcher
 from cvmatch.match.settings import MatcherLossConfig
 from cvmatch.nn import metrics, rng
 
@@ -30,7 +30,7 @@ class MatcherTask(nn.Module):
 
     def __init__(
         self,
-        model: JointFeatureLearningNet,
+        model: Matcher,
         recipe: MatcherLossConfig,
         ids: tuple[str, ...] = (),
         seed: int = 0,
@@ -75,15 +75,17 @@ class MatcherTask(nn.Module):
         )
         # In validation, workers see different numbers of batches, so nothing can be gathered.
         gathered = losses.gathered if self.training else nn.Identity()
-        u = model.candidate_tile(tile)
+        tile_proj = model.tile_linear(tile)
         alone = model.fuse(ground, None, None)
-        own = gathered(model.shortlist(u).float())
-        with torch.autocast(u.device.type, enabled=False):  # bf16 has ties: 8 bits of a cosine
+        own = gathered(model.shortlist(tile_proj).float())
+        with torch.autocast(
+            tile_proj.device.type, enabled=False
+        ):  # bf16 has ties: 8 bits of a cosine
             found = {"direct": gathered(alone.embedding.float() @ own.T)}
         if views.classes is not None:
             classes = self._features(model.class_features, views.classes)
             query = model.fuse(*self._dropped(ground, synthetic[0], classes, batch))
-            found["joint"] = gathered(model.pair_scores(query, gathered(u.float())))
+            found["joint"] = gathered(model.pair_scores(query, gathered(tile_proj.float())))
         return found
 
     def groups(self) -> list[dict[str, Any]]:
@@ -96,7 +98,7 @@ class MatcherTask(nn.Module):
         ]
 
     def save(self, directory: str) -> None:
-        """Write the directory that `JointFeatureLearningNet.load` and `training_ids` read."""
+        """Write the directory that `Matcher.load` and `training_ids` read."""
         self.model.save(directory)
         text = "".join(f"{pair_id}\n" for pair_id in self.ids)
         storage.write_text(storage.join(directory, IDS), text)

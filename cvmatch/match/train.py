@@ -9,7 +9,7 @@ from ray.train import Result
 from cvmatch.data import manifest
 from cvmatch.match.batches import decode, pair_ids, synthesized
 from cvmatch.match.hard_negatives import mined
-from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
+from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import backbones, rng
@@ -68,7 +68,7 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
         square=config.square,
         hidden=config.hidden,
     )
-    model = JointFeatureLearningNet(model_config, (ground, aerial, classes))
+    model = Matcher(model_config, (ground, aerial, classes))
     return MatcherTask(model, config, ids, config.fit.seed)
 
 

@@ -22,8 +22,8 @@ from cvmatch.index.queries import SAMPLING
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Query
-from cvmatch.match.infer import EMBEDDING, EmbedQuery, V
-from cvmatch.match.settings import Level
+from cvmatch.match.infer import EMBEDDING, QUERY_PROJ, EmbedQuery
+from cvmatch.match.settings import Modality
 from cvmatch.search.settings import SearchFiles
 from cvmatch.segment.infer import SegmentAerial
 
@@ -63,7 +63,9 @@ def search(config: SearchFiles) -> Iterator[Answer]:
 
 def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
     """What `EmbedQuery` gave for a batch, on the device of the index's model."""
-    return Query(*(torch.from_numpy(batch[name]).to(index.device) for name in (EMBEDDING, V)))
+    return Query(
+        *(torch.from_numpy(batch[name]).to(index.device) for name in (EMBEDDING, QUERY_PROJ))
+    )
 
 
 def _search(
@@ -197,7 +199,7 @@ def _made(batch: dict[str, np.ndarray], row: int) -> dict[str, bytes | None]:
 
 
 def _tiles(
-    index: Index, place: str, level: Level, rows: np.ndarray, scores: np.ndarray
+    index: Index, place: str, level: Modality, rows: np.ndarray, scores: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     tiles = index.about(rows[rows >= 0])
     for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1):

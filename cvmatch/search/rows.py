@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class RankTiles:
-    """`embedding`, `v` -> `tiles`, `scores`: a list for each row, empty where it has an `error`."""
+    """`embedding`, `query_proj` -> `tiles`, `scores`: lists, empty where a row has an `error`."""
 
     def __init__(self, index: str, version: str, top_k: int, mode: Mode) -> None:
         self.index, self.top_k = Index.open(index, version=version), top_k
@@ -50,7 +50,7 @@ class RankTiles:
         """One batch."""
         query = query_of(batch, self.index)
         ranked = rank(self.index, query, self.top_k, self.mode)
-        tiles, scores = (np.empty(len(query.v), dtype=object) for _ in range(2))
+        tiles, scores = (np.empty(len(query.query_proj), dtype=object) for _ in range(2))
         errors = schema.read_errors(batch[schema.ERROR])
         for row, error in enumerate(errors):
             kept = int((ranked.rows[row] >= 0).sum()) if error is None else 0

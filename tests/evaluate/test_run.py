@@ -20,13 +20,13 @@ from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import DeleteTiles
 from cvmatch.index.shard import Store
-from cvmatch.index.shortlist_head import Own
+from cvmatch.index.shortlist_head import MatcherHead
 from cvmatch.index.update import delete
 from cvmatch.match.augment import limited
 from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.match.model import JointFeatureLearningNet
-from cvmatch.match.settings import LEVELS
+from cvmatch.match.model import Matcher
+from cvmatch.match.settings import MODALITIES
 from cvmatch.nn.backbones import MEAN
 from cvmatch.report import evaluation
 from tests.helpers import index as tiny
@@ -49,19 +49,19 @@ def index(folder):
 
 @pytest.fixture(scope="module")
 def model(index):
-    return JointFeatureLearningNet.load(index.heads)
+    return Matcher.load(index.heads)
 
 
 def of_equal_tiles(index, model):
     """The index with zeros for all tiles, and another model."""
-    u = Store([np.zeros_like(array) for array in index.u.arrays])
-    return Index(**{**vars(index), "matcher": model, "u": u})
+    tile_proj = Store([np.zeros_like(array) for array in index.tile_proj.arrays])
+    return Index(**{**vars(index), "matcher": model, "tile_proj": tile_proj})
 
 
 def plane(angles, places=None, dead=()):
     """An index of tiles at angles (degrees) of a plane, whose score is the cosine of the angle."""
     model = Fusion(ground=4, aerial=4, classes=4, hidden=2).eval()
-    for weight in model.candidate_rest.parameters():
+    for weight in model.candidate_mlp.parameters():
         torch.nn.init.zeros_(weight)
     places = places or [(0.01 * number, 0.0) for number in range(len(angles))]
     tiles = pa.table(
@@ -71,9 +71,18 @@ def plane(angles, places=None, dead=()):
             schema.LONGITUDE: pa.array([place[1] for place in places], pa.float64()),
         }
     )
-    u = directions(angles).numpy().astype(np.float16)
-    about = {"shortlist": len(u)}
-    return Index(Store([u]), tiles, [], Own(model), np.array(dead, np.int64), model, about, "")
+    tile_proj = directions(angles).numpy().astype(np.float16)
+    about = {"shortlist": len(tile_proj)}
+    return Index(
+        Store([tile_proj]),
+        tiles,
+        [],
+        MatcherHead(model),
+        np.array(dead, np.int64),
+        model,
+        about,
+        "",
+    )
 
 
 def directions(angles):
@@ -180,7 +189,7 @@ def test_metres_of_known_arcs():
 
 def test_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
     batch = EmbedQuery(index.heads, "G+A+S")(tiny.columns(tiny.rows(10)))
-    query = Query(torch.from_numpy(batch["embedding"]), torch.from_numpy(batch["v"]))
+    query = Query(torch.from_numpy(batch["embedding"]), torch.from_numpy(batch["query_proj"]))
     truth = torch.arange(10)
     found = retrieval.exhaustive(index, query, truth, 1000.0)
     numbers = retrieval.two_stage(index, query, truth, found)
@@ -195,7 +204,7 @@ def test_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
 
 def test_two_stage_equal_scores_count_against_the_query(index, model):
     collapsed = Fusion(ground=4, aerial=4, classes=4, hidden=model.hidden).eval()
-    for weight in collapsed.candidate_rest.parameters():
+    for weight in collapsed.candidate_mlp.parameters():
         torch.nn.init.zeros_(weight)
     opened, truth = of_equal_tiles(index, collapsed), torch.arange(10)
     same = Query(torch.ones(10, model.hidden), torch.zeros(10, model.hidden))
@@ -207,14 +216,14 @@ def test_two_stage_equal_scores_count_against_the_query(index, model):
 
 def test_constant_embeddings_are_never_above_chance(tmp_path):
     opened = tiny.index(str(tmp_path), COUNT)
-    model = JointFeatureLearningNet.load(opened.heads)
+    model = Matcher.load(opened.heads)
     opened = of_equal_tiles(opened, model)
-    for weight in (model.query_first.weight, model.candidate_query.weight):
+    for weight in (model.query_linear.weight, model.query_aerial_linear.weight):
         torch.nn.init.zeros_(weight)
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
     config = Evaluate(queries=str(tmp_path / "queries"))
     queries = embedded(config, model)
-    assert [level for _, level in queries] == list(LEVELS)
+    assert [level for _, level in queries] == list(MODALITIES)
     for query in queries.values():
         found = retrieval.exhaustive(opened, query, torch.arange(COUNT), 1000.0)
         numbers = retrieval.summary(found, COUNT, draws=10)
@@ -229,16 +238,16 @@ def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
     # A query and a tile's embedding with that query's A are equal: in a loss or a protocol that
     # embedded each tile with the A of its own pair, it would find every tile.
     opened = tiny.index(str(tmp_path), COUNT)
-    model = JointFeatureLearningNet.load(opened.heads)
+    model = Matcher.load(opened.heads)
     g, a = model.null_ground.numel(), model.null_synthetic.numel()
     with torch.no_grad():
-        for layer in (model.query_first, model.candidate_query, model.candidate_tile):
+        for layer in (model.query_linear, model.query_aerial_linear, model.tile_linear):
             for weight in layer.parameters():
                 weight.zero_()
         code = torch.randn(model.hidden, a, generator=torch.Generator().manual_seed(0))
-        model.candidate_query.weight.copy_(code)
-        model.query_first.weight[:, g : g + a] = code
-        for rest in (model.query_rest, model.candidate_rest):
+        model.query_aerial_linear.weight.copy_(code)
+        model.query_linear.weight[:, g : g + a] = code
+        for rest in (model.query_mlp, model.candidate_mlp):
             for weight in rest.parameters():
                 weight.zero_()
     opened = of_equal_tiles(opened, model)
@@ -246,7 +255,7 @@ def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
     queries = embedded(Evaluate(queries=str(tmp_path / "queries")), model)
     query = queries[View(360.0, False), "G+A"]
     with torch.inference_mode():
-        candidate = model.joint(torch.zeros(COUNT, model.hidden), query.v)
+        candidate = model.joint(torch.zeros(COUNT, model.hidden), query.query_proj)
     own = (candidate * query.embedding).sum(1)
     torch.testing.assert_close(own, torch.ones(COUNT))  # the leak
     found = retrieval.exhaustive(opened, query, torch.arange(COUNT), 1000.0)
@@ -290,11 +299,11 @@ def test_true_rows_of_tiles_that_the_index_lacks_are_named(index):
 def test_embedded_levels_equal_the_actors(index, model, folder):
     config = Evaluate(queries=os.path.join(folder, "queries"))
     queries = embedded(config, model)
-    for level in LEVELS:
+    for level in MODALITIES:
         batch = EmbedQuery(index.heads, level)(tiny.columns(tiny.rows(10)))
         query = queries[View(360.0, False), level]
         np.testing.assert_allclose(query.embedding.numpy(), batch["embedding"], atol=1e-4)
-        np.testing.assert_allclose(query.v.numpy(), batch["v"], atol=1e-3)
+        np.testing.assert_allclose(query.query_proj.numpy(), batch["query_proj"], atol=1e-3)
 
 
 def test_embedded_limited_views_have_level_g_alone(model, folder):
@@ -304,7 +313,7 @@ def test_embedded_limited_views_have_level_g_alone(model, folder):
     queries = embedded(config, model)
     names = [(view.name, level) for view, level in queries]
     limited = [("360-unknown", "G"), ("90-north", "G"), ("90-unknown", "G")]
-    assert sorted(names) == sorted([("360-north", level) for level in LEVELS] + limited)
+    assert sorted(names) == sorted([("360-north", level) for level in MODALITIES] + limited)
     whole = queries[View(360.0, False), "G"].embedding
     for view in (View(360.0, True), View(90.0, False), View(90.0, True)):
         assert not torch.allclose(queries[view, "G"].embedding, whole, atol=1e-3)

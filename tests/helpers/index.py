@@ -12,7 +12,7 @@ from cvmatch.index.build import publish
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import BuildIndex
 from cvmatch.match.infer import EmbedTile
-from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig
+from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.nn.backbones import TowerSpec
 
 TOWER = TowerSpec(arch="shufflenet_v2_x0_5")  # small, and made without a large classifier
@@ -24,7 +24,7 @@ def matcher(directory: str, seed: int = 0, hidden: int = 16, alone: bool = False
         ground=TOWER, aerial=TOWER, classes=TOWER, panorama=(16, 64), polar=(16, 64), square=32,
         hidden=hidden, alone=alone,
     )  # fmt: skip
-    model = JointFeatureLearningNet(config)
+    model = Matcher(config)
     for null in (model.null_ground, model.null_synthetic, model.null_classes):
         torch.nn.init.normal_(null)
     for layer in (model.query_first, model.candidate_query):  # A and S begin without a say
@@ -35,7 +35,7 @@ def matcher(directory: str, seed: int = 0, hidden: int = 16, alone: bool = False
 
 
 @torch.no_grad()
-def _calibrate(model: JointFeatureLearningNet) -> None:
+def _calibrate(model: Matcher) -> None:
     """Give batch normalisation the statistics of such pictures: else all features are alike."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -98,11 +98,11 @@ def columns(table: pa.Table) -> dict[str, np.ndarray]:
 def parts(table: pa.Table, model: str, directory: str) -> str:
     """What the pool writes for these rows, as two files, in an order of their own."""
     embedded = EmbedTile(model, 8)(columns(table))
-    u = pa.FixedSizeListArray.from_arrays(
-        pa.array(embedded["u"].reshape(-1)), embedded["u"].shape[1]
+    tile_proj = pa.FixedSizeListArray.from_arrays(
+        pa.array(embedded["tile_proj"].reshape(-1)), embedded["tile_proj"].shape[1]
     )
     names = (schema.PAIR_ID, schema.LATITUDE, schema.LONGITUDE)
-    done = table.select(names).append_column("u", u)
+    done = table.select(names).append_column("tile_proj", tile_proj)
     done = done.append_column(schema.ERROR, pa.array(embedded[schema.ERROR], pa.string()))
     return write_parts(done.take(np.random.default_rng(1).permutation(len(done))), directory)
 

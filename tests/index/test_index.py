@@ -43,11 +43,13 @@ def output(tmp_path):
     return str(tmp_path / "index")
 
 
-def table(ids, u, errors=None):
+def table(ids, tile_proj, errors=None):
     return pa.table(
         {
             schema.PAIR_ID: ids,
-            "u": pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(u).astype(np.float32)), 16),
+            "tile_proj": pa.FixedSizeListArray.from_arrays(
+                pa.array(np.ravel(tile_proj).astype(np.float32)), 16
+            ),
             schema.ERROR: pa.array(errors or [None] * len(ids), pa.string()),
         }
     )
@@ -58,10 +60,10 @@ def test_publish_rows_in_any_order_stores_each_u_under_its_own_id(model, parts, 
     opened = Index.open(output, model=model, deep=True)
     embedded = EmbedTile(model, 8)(tiny.columns(tiny.rows(12)))
     assert opened.tiles[schema.PAIR_ID].to_pylist() == list(embedded[schema.PAIR_ID])
-    (u,) = opened.u.arrays
-    np.testing.assert_array_equal(u, embedded["u"])
-    assert u.dtype == np.float16
-    assert not u.flags.writeable
+    (tile_proj,) = opened.tile_proj.arrays
+    np.testing.assert_array_equal(tile_proj, embedded["tile_proj"])
+    assert tile_proj.dtype == np.float16
+    assert not tile_proj.flags.writeable
     assert opened.tiles[schema.LATITUDE].to_pylist() == [0.01 * number for number in range(12)]
 
 
@@ -117,11 +119,11 @@ def test_publish_interrupted_at_every_rename_keeps_the_old_version(
 def test_reader_while_a_new_version_is_published_keeps_its_own(model, parts, output, tmp_path):
     publish(parts, BuildIndex(model=model, output=output))
     reader = Index.open(output)
-    before = np.array(reader.u.arrays[0])
+    before = np.array(reader.tile_proj.arrays[0])
     more = tiny.parts(tiny.rows(15, seed=1), model, str(tmp_path / "more"))
     info = publish(more, BuildIndex(model=model, output=output))
     assert (info["version"], info["parent"]) == ("v000002", "v000001")
-    np.testing.assert_array_equal(reader.u.arrays[0], before)
+    np.testing.assert_array_equal(reader.tile_proj.arrays[0], before)
     assert len(Index.open(output)) == 15
     assert len(Index.open(output, version="v000001")) == 12
 
@@ -230,7 +232,7 @@ def test_publish_unusable_rows_are_refused(model, output, tmp_path, done, messag
 
 def test_publish_u_of_another_width_is_refused(parts, output, tmp_path):
     wide = tiny.matcher(str(tmp_path / "wide"), hidden=20)
-    with pytest.raises(ValueError, match="expected u of 20 numbers a row"):
+    with pytest.raises(ValueError, match="expected tile_proj of 20 numbers a row"):
         publish(parts, BuildIndex(model=wide, output=output))
 
 
@@ -283,11 +285,11 @@ def test_recall_measured_at_build_equals_brute_force(model, parts, output, tmp_p
     info = publish(parts, config)
     opened = Index.open(output)
     embedded = EmbedQuery(model, "G+A+S")(tiny.columns(queries))
-    query = Query(*(torch.from_numpy(embedded[name]) for name in ("embedding", "v")))
-    u = torch.from_numpy(opened.u.take(np.arange(12))).float()
+    query = Query(*(torch.from_numpy(embedded[name]) for name in ("embedding", "query_proj")))
+    tile_proj = torch.from_numpy(opened.tile_proj.take(np.arange(12))).float()
     with torch.inference_mode():
-        exact = opened.matcher.pair_scores(query, u).topk(10).indices
-        near = (query.embedding @ opened.matcher.shortlist(u).T).topk(3).indices
+        exact = opened.matcher.pair_scores(query, tile_proj).topk(10).indices
+        near = (query.embedding @ opened.matcher.shortlist(tile_proj).T).topk(3).indices
     held = (exact[:, :, None] == near[:, None]).any(2).double()
     assert info["recall"]["top1"] == pytest.approx(held[:, 0].mean().item())
     assert info["recall"]["top10"] == pytest.approx(held.mean().item())
@@ -334,7 +336,9 @@ def test_build_through_the_actor_pool_equals_the_model_run_here(
     expected = EmbedTile(model, 8)(tiny.columns(rows))
     kept = [number for number in range(30) if number != 4]
     assert opened.tiles[schema.PAIR_ID].to_pylist() == list(expected[schema.PAIR_ID][kept])
-    np.testing.assert_allclose(opened.u.take(np.arange(29)), expected["u"][kept], atol=1e-2)
+    np.testing.assert_allclose(
+        opened.tile_proj.take(np.arange(29)), expected["tile_proj"][kept], atol=1e-2
+    )
     rejected = os.path.join(output, "versions", "v000001", "rejected.jsonl")
     with open(rejected) as file:
         assert json.loads(file.read())["pair_id"] == "0000004"

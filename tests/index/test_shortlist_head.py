@@ -9,7 +9,7 @@ from cvmatch.index.build import publish
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import BuildIndex
 from cvmatch.match.fusion import Query
-from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.model import Matcher
 from cvmatch.match.scoring import joint_scores
 from tests.helpers import index as tiny
 
@@ -29,28 +29,28 @@ def queries(count, seed):
     return Query(embedding, 2 * torch.randn(count, 16, generator=random))
 
 
-def held(model, head, query, u, count):
+def held(model, head, query, tile_proj, count):
     """Share of the joint's best tiles among the head's best `count`."""
-    best = joint_scores(model, query, u).argmax(1)
+    best = joint_scores(model, query, tile_proj).argmax(1)
     with torch.inference_mode():
-        near = (head.query(query) @ head.tile(u.float()).T).topk(count).indices
+        near = (head.query(query) @ head.tile(tile_proj.float()).T).topk(count).indices
     return (near == best[:, None]).any(1).double().mean().item()
 
 
 def test_distilled_head_ranks_unseen_tiles_for_unseen_queries_as_the_joint_does(model, tmp_path):
-    net = JointFeatureLearningNet.load(model)
+    net = Matcher.load(model)
     head = shortlist_head.distil(net, queries(400, 0), gallery(3_000, 1), steps=300)
-    u, asked = torch.from_numpy(gallery(2_000, 2)), queries(100, 3)
-    assert held(net, shortlist_head.Distilled(16), asked, u, 50) < 0.3
-    assert held(net, head, asked, u, 50) > 0.9
+    tile_proj, asked = torch.from_numpy(gallery(2_000, 2)), queries(100, 3)
+    assert held(net, shortlist_head.Distilled(16), asked, tile_proj, 50) < 0.3
+    assert held(net, head, asked, tile_proj, 50) > 0.9
     head.save(str(tmp_path))
     again = shortlist_head.load(str(tmp_path), net)
     torch.testing.assert_close(again.query(asked), head.query(asked))
-    torch.testing.assert_close(again.tile(u.float()), head.tile(u.float()))
+    torch.testing.assert_close(again.tile(tile_proj.float()), head.tile(tile_proj.float()))
 
 
 def test_distillation_repeats_itself(model):
-    net = JointFeatureLearningNet.load(model)
+    net = Matcher.load(model)
     one, other = (
         shortlist_head.distil(net, queries(50, 0), gallery(200, 1), steps=5).state_dict()
         for _ in range(2)

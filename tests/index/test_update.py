@@ -20,9 +20,8 @@ from cvmatch.index.settings import AddTiles, BuildIndex, Compact, DeleteTiles, V
 from cvmatch.index.update import compact, delete, join
 from cvmatch.index.verify import probes_of, verify
 from cvmatch.index.writer import serially
-from cvmatch.match.fingerprint import identity
 from cvmatch.match.fusion import Query
-from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.model import Matcher, fingerprint_parts
 from tests.helpers import index as tiny
 
 
@@ -69,7 +68,7 @@ def test_shards_of_any_size_hold_the_same_tiles_and_give_the_same_answers(
     one, other = Index.open(output), Index.open(many, deep=True)
     assert one.tiles[schema.PAIR_ID].to_pylist() == other.tiles[schema.PAIR_ID].to_pylist()
     rows = np.array([23, 0, 6, 7, 20])
-    np.testing.assert_array_equal(one.u.take(rows), other.u.take(rows))
+    np.testing.assert_array_equal(one.tile_proj.take(rows), other.tile_proj.take(rows))
     for mode in ("exact", "two-stage"):
         assert ids_found(one, mode) == ids_found(other, mode)
 
@@ -299,7 +298,7 @@ def test_vacuum_during_a_publication_leaves_the_files_that_it_put_into_place(
         return done
 
     # It takes the old shards of the version that goes again, and copies old files of a model.
-    net = JointFeatureLearningNet.load(model)
+    net = Matcher.load(model)
     net.candidate_rest.last.weight.data += 1
     net.save(str(tmp_path / "other"))
     age(str(tmp_path / "other"))
@@ -453,8 +452,8 @@ def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
     assert (found["tiles"], found["probes"], found["codes"]) == (24, 16, 24)
     assert found["probes_apart"] < 1e-2
 
-    turned = JointFeatureLearningNet.tile
-    monkeypatch.setattr(JointFeatureLearningNet, "tile", lambda self, x: turned(self, x.flip(1)))
+    turned = Matcher.tile
+    monkeypatch.setattr(Matcher, "tile", lambda self, x: turned(self, x.flip(1)))
     with pytest.raises(ValueError, match=r"of 16 stored pictures \d+ give other numbers"):
         verify(Verify(index=output, deep=True))
     monkeypatch.undo()
@@ -490,13 +489,13 @@ def test_version_stays_whole_when_equal_weights_come_without_a_file_or_with_one_
 
 
 def test_identity_names_the_part_that_changed(model, tmp_path):
-    own = identity(model)
+    own = fingerprint_parts(model)
     changes = {"tile": "candidate_tile", "tail": "candidate_rest.last", "query": "query_first"}
     for part, name in changes.items():
-        net = JointFeatureLearningNet.load(model)
+        net = Matcher.load(model)
         net.get_submodule(name).weight.data += 1
         net.save(str(tmp_path / part))
-        found = identity(str(tmp_path / part))
+        found = fingerprint_parts(str(tmp_path / part))
         assert {key for key in own if own[key] != found[key]} == {part}
 
 
@@ -504,7 +503,7 @@ def test_open_with_a_model_of_the_same_tower_says_that_no_tile_is_embedded_again
     model, parts, output, tmp_path
 ):
     publish(parts["first"], BuildIndex(model=model, output=output))
-    net = JointFeatureLearningNet.load(model)
+    net = Matcher.load(model)
     net.candidate_rest.last.weight.data += 1
     net.save(str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"\['tail'\].*no tile is embedded again.*build_index"):

@@ -24,9 +24,9 @@ from cvmatch.match.batches import decode, decode_batch, synthesized
 from cvmatch.match.fusion import Query
 from cvmatch.match.hard_negatives import GROUP, grouped, mined, nearest
 from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
-from cvmatch.match.model import JointFeatureLearningNet, MatcherConfig, load_fusion
+from cvmatch.match.model import Matcher, MatcherConfig, load_fusion
 from cvmatch.match.scoring import joint_scores
-from cvmatch.match.settings import LEVELS, Embed, TrainMatcher
+from cvmatch.match.settings import MODALITIES, Embed, TrainMatcher
 from cvmatch.match.task import IDS, MatcherTask, training_ids
 from cvmatch.match.train import build_task, train
 from cvmatch.nn import rng
@@ -50,11 +50,11 @@ CONFIG = MatcherConfig(
 
 def network(seed=0, **changes):
     torch.manual_seed(seed)
-    model = JointFeatureLearningNet(dataclasses.replace(CONFIG, **changes))
+    model = Matcher(dataclasses.replace(CONFIG, **changes))
     # As training leaves them; zeros, with which they begin, would hide what is forgotten.
     for null in (model.null_ground, model.null_synthetic, model.null_classes):
         torch.nn.init.normal_(null)
-    for layer in (model.query_first, model.candidate_query):
+    for layer in (model.query_linear, model.query_aerial_linear):
         torch.nn.init.normal_(layer.weight, std=0.3)
     return model.eval()
 
@@ -83,9 +83,9 @@ def views(batch):
 
 def joined(model, synthetic, tile):
     """FFN_C of the issue: one linear layer over the concatenation [a; c]."""
-    weight = torch.cat([model.candidate_query.weight, model.candidate_tile.weight], dim=1)
-    first = F.linear(torch.cat([synthetic, tile]), weight, model.candidate_query.bias)
-    rest = model.candidate_rest
+    weight = torch.cat([model.query_aerial_linear.weight, model.tile_linear.weight], dim=1)
+    first = F.linear(torch.cat([synthetic, tile]), weight, model.query_aerial_linear.bias)
+    rest = model.candidate_mlp
     return F.normalize(first + rest.last(rest.middle(first.relu()).relu()), dim=0)
 
 
@@ -109,9 +109,9 @@ def test_scores_split_equal_the_concatenated_form():
 def test_scores_chunked_equal_those_of_one_piece(chunk):
     model = network()
     query = Query(F.normalize(torch.randn(4, 10), dim=1), torch.randn(4, 10))
-    u = torch.randn(6, 10)
+    tile_proj = torch.randn(6, 10)
     torch.testing.assert_close(
-        joint_scores(model, query, u, chunk=chunk), model.pair_scores(query, u)
+        joint_scores(model, query, tile_proj, chunk=chunk), model.pair_scores(query, tile_proj)
     )
 
 
@@ -119,19 +119,19 @@ def test_scores_chunked_equal_those_of_one_piece(chunk):
 def test_scores_of_tiles_stored_in_half_precision_stay_close():
     model = network()
     query = Query(F.normalize(torch.randn(4, 10), dim=1), torch.randn(4, 10))
-    u = torch.randn(50, 10)
-    scores = joint_scores(model, query, u.half())
+    tile_proj = torch.randn(50, 10)
+    scores = joint_scores(model, query, tile_proj.half())
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, model.pair_scores(query, u), atol=5e-3, rtol=0)
+    torch.testing.assert_close(scores, model.pair_scores(query, tile_proj), atol=5e-3, rtol=0)
 
 
 @torch.no_grad()
 def test_scores_in_bf16_are_near_and_keep_the_best_in_reach():
     model = network(hidden=64)
     query = Query(F.normalize(torch.randn(4, 64), dim=1), torch.randn(4, 64))
-    u = torch.randn(500, 64)
-    exact = joint_scores(model, query, u)
-    found = joint_scores(model, query, u, torch.bfloat16)
+    tile_proj = torch.randn(500, 64)
+    exact = joint_scores(model, query, tile_proj)
+    found = joint_scores(model, query, tile_proj, torch.bfloat16)
     assert found.dtype == torch.float32
     assert 0 < (found - exact).abs().max() < 0.02
     best = found.topk(20).indices
@@ -141,9 +141,9 @@ def test_scores_in_bf16_are_near_and_keep_the_best_in_reach():
 @torch.no_grad()
 def test_shortlist_times_a_ground_query_is_its_exact_score():
     model, seen = network(), views(rows(5))
-    query, u = model.query(seen.ground), model.tile(seen.aerial)
+    query, tile_proj = model.query(seen.ground), model.tile(seen.aerial)
     torch.testing.assert_close(
-        query.embedding @ model.shortlist(u).T, joint_scores(model, query, u)
+        query.embedding @ model.shortlist(tile_proj).T, joint_scores(model, query, tile_proj)
     )
 
 
@@ -151,7 +151,7 @@ def test_shortlist_times_a_ground_query_is_its_exact_score():
 def test_query_of_each_level_depends_on_its_own_pictures_only():
     model, seen, other = network(), views(rows(3)), views(rows(3, seed=1))
     named = {"G": "ground", "A": "synthetic", "S": "classes"}
-    for level in LEVELS:
+    for level in MODALITIES:
         used = [named[letter] for letter in level.split("+")]
         before = model.query(**{name: getattr(seen, name) for name in used})
         assert torch.allclose(before.embedding.norm(dim=1), torch.ones(3))
@@ -178,7 +178,7 @@ def test_square_view_and_polar_view_read_the_same_tile_differently():
 def test_model_saved_and_loaded_scores_the_same(tmp_path):
     model, seen = network(), views(rows(3))
     model.save(str(tmp_path))
-    again = JointFeatureLearningNet.load(str(tmp_path))
+    again = Matcher.load(str(tmp_path))
     assert again.config == model.config
     with torch.no_grad():
         first, second = (
@@ -199,19 +199,19 @@ def test_heads_loaded_without_towers_score_as_the_whole_model(tmp_path, alone):
     if not alone:
         features["synthetic"] = model.aerial_features(seen.synthetic)
         features["classes"] = model.class_features(seen.classes)
-    u = model.tile(seen.aerial)
-    first, second = (joint_scores(m, m.fuse(**features), u) for m in (model, heads))
+    tile_proj = model.tile(seen.aerial)
+    first, second = (joint_scores(m, m.fuse(**features), tile_proj) for m in (model, heads))
     assert torch.equal(first, second)
-    assert torch.equal(model.shortlist(u), heads.shortlist(u))
+    assert torch.equal(model.shortlist(tile_proj), heads.shortlist(tile_proj))
 
 
-@pytest.mark.parametrize("load", [JointFeatureLearningNet.load, load_fusion])
+@pytest.mark.parametrize("load", [Matcher.load, load_fusion])
 def test_model_directory_absent_is_refused_with_advice(tmp_path, load):
     with pytest.raises(ValueError, match=r"jobs/train_matcher.py published\), found none"):
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("load", [JointFeatureLearningNet.load, load_fusion])
+@pytest.mark.parametrize("load", [Matcher.load, load_fusion])
 def test_model_of_an_older_format_is_refused(tmp_path, load):
     network().save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -223,7 +223,7 @@ def test_model_of_an_older_format_is_refused(tmp_path, load):
 def test_model_of_another_preprocessing_is_refused(tmp_path):
     network(preprocess="opencv-linear-0").save(str(tmp_path))
     with pytest.raises(ValueError, match=rf"opencv-linear-0.*{images.PREPROCESS}"):
-        JointFeatureLearningNet.load(str(tmp_path))
+        Matcher.load(str(tmp_path))
 
 
 # --- losses ---
@@ -331,13 +331,13 @@ def copy_of_a(model):
     """Weights with which both embeddings are a code of A, and the tile is never looked at."""
     width = model.aerial_tower.dim
     with torch.no_grad():
-        heads = (model.query_first, model.query_rest, model.candidate_tile, model.candidate_query)
-        for part in (*heads, model.candidate_rest):
+        heads = (model.query_linear, model.query_mlp, model.tile_linear, model.query_aerial_linear)
+        for part in (*heads, model.candidate_mlp):
             for weight in part.parameters():
                 weight.zero_()
         code = torch.randn(model.config.hidden, width, generator=torch.Generator().manual_seed(3))
-        model.candidate_query.weight.copy_(code)
-        model.query_first.weight[:, width : 2 * width].copy_(code)  # a stands between g and s
+        model.query_aerial_linear.weight.copy_(code)
+        model.query_linear.weight[:, width : 2 * width].copy_(code)  # a stands between g and s
     return model
 
 
@@ -352,7 +352,7 @@ def test_loss_does_not_reward_a_model_that_looks_at_a_alone(name, chance):
         a = model.aerial_features(batch["synthetic"].float() / 255)
         query = model.fuse(None, a, None)
         # What the leak would give: each tile embedded with its *own* pair's A finds itself.
-        leak = query.embedding @ model.joint(torch.zeros(6, 10), query.v).T
+        leak = query.embedding @ model.joint(torch.zeros(6, 10), query.query_proj).T
         assert torch.allclose(leak.diagonal(), torch.ones(6))
         assert losses.triplet(leak, 0.3) < 0.25
         named = task(batch)
@@ -427,9 +427,9 @@ def test_direct_branch_alone_needs_neither_a_nor_s_and_refuses_them():
         model.fuse(torch.zeros(2, 12), torch.zeros(2, 12), None)
     with pytest.raises(ValueError, match="trained on G alone"):
         model.query(batch["ground"].float() / 255, classes=batch["classes"])
-    u = model.tile(batch["aerial"].float() / 255)
+    tile_proj = model.tile(batch["aerial"].float() / 255)
     direct = task.eval().scores(batch)["direct"]
-    torch.testing.assert_close(direct, joint_scores(model, query, u), atol=1e-5, rtol=0)
+    torch.testing.assert_close(direct, joint_scores(model, query, tile_proj), atol=1e-5, rtol=0)
 
 
 def test_shared_tower_sees_both_views(tmp_path):
@@ -440,7 +440,7 @@ def test_shared_tower_sees_both_views(tmp_path):
     seen = views(rows(2))
     before = model.ground_features(seen.ground)
     model.save(str(tmp_path))
-    again = JointFeatureLearningNet.load(str(tmp_path))
+    again = Matcher.load(str(tmp_path))
     torch.testing.assert_close(again.ground_features(seen.ground), before)
     next(again.aerial_tower.parameters()).data.mul_(2)
     assert not torch.allclose(again.ground_features(seen.ground), before)
@@ -671,17 +671,17 @@ def test_embed_tile_passes_failed_rows_through_and_drops_pictures(tmp_path):
     model.save(str(tmp_path))
     given = columns(row("a", shade=9), row("b", error="earlier"), row("c", aerial=b"no picture"))
     found = EmbedTile(str(tmp_path), 4)(given)
-    assert set(found) == {"pair_id", "latitude", "longitude", "error", "u"}
+    assert set(found) == {"pair_id", "latitude", "longitude", "error", "tile_proj"}
     assert found["error"][:2].tolist() == [None, "earlier"]
     assert found["error"][2].startswith("embed tile: aerial: ")
     with torch.no_grad():
         expected = model.tile(torch.full((1, 3, SIZE, SIZE), 9 / 255))[0].half().numpy()
-    assert found["u"].dtype == np.float16
-    assert np.array_equal(found["u"][0], expected)
-    assert not found["u"][1:].any()
+    assert found["tile_proj"].dtype == np.float16
+    assert np.array_equal(found["tile_proj"][0], expected)
+    assert not found["tile_proj"][1:].any()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", MODALITIES)
 def test_embed_query_reads_what_its_level_names(tmp_path, level):
     model = network()
     model.save(str(tmp_path))
@@ -697,7 +697,7 @@ def test_embed_query_reads_what_its_level_names(tmp_path, level):
         expected = model.query(ground, synthetic, classes)
     assert found["error"].tolist() == [None]
     np.testing.assert_allclose(found["embedding"], expected.embedding.numpy(), atol=1e-6)
-    np.testing.assert_allclose(found["v"], expected.v.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found["query_proj"], expected.query_proj.numpy(), atol=1e-5)
 
 
 def test_embed_query_without_a_column_it_reads_says_so(tmp_path):
@@ -792,7 +792,7 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     tiles = embed_tiles(ray.data.read_parquet(config.val), Embed(model=config.output))
     found = tiles.take_all()
     assert [item["error"] is None for item in found].count(False) == 1
-    assert found[0]["u"].shape == (16,)
+    assert found[0]["tile_proj"].shape == (16,)
     assert train(config).metrics == result.metrics  # a finished run is taken as it is
     storage.write_json(storage.join(config.pairs, SOURCE), {"sampling": {"steps": 50}})
     with pytest.raises(ValueError, match="rows made from"):

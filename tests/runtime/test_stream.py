@@ -198,7 +198,7 @@ def _embed(models: Path, pairs: Pairs, output: str) -> Job:
     def run() -> str:
         return gallery.embed(config, f"{models}/model", {"tiles": "some", "of": (1, 2)})[0]
 
-    return Job(schema.AERIAL, run, state, (schema.LATITUDE, schema.LONGITUDE, "u"))
+    return Job(schema.AERIAL, run, state, (schema.LATITUDE, schema.LONGITUDE, "tile_proj"))
 
 
 def _search(models: Path, made: Synthesized, output: str) -> Job:

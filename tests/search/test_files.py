@@ -24,7 +24,7 @@ from cvmatch.index.settings import BuildIndex
 from cvmatch.index.shard import Store
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.match.model import JointFeatureLearningNet
+from cvmatch.match.model import Matcher
 from cvmatch.report.found import found
 from cvmatch.search import files
 from cvmatch.search.files import query_of
@@ -49,13 +49,13 @@ def query(index):
 @torch.inference_mode()
 def unsplit(index, query):
     """Scores by FFN_C([a; c]) as one network, each tile from its picture."""
-    model, rows = JointFeatureLearningNet.load(index.heads), tiny.rows(COUNT)
+    model, rows = Matcher.load(index.heads), tiny.rows(COUNT)
 
     def features(column):
         pixels = np.stack([images.decode(data) for data in rows[column].to_pylist()])
         return model.aerial_features(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
 
-    c, a = features(schema.AERIAL), features(schema.SYNTHETIC)[: len(query.v)]
+    c, a = features(schema.AERIAL), features(schema.SYNTHETIC)[: len(query.query_proj)]
     first = torch.cat([model.candidate_query.weight, model.candidate_tile.weight], dim=1)
     both = torch.cat([a[:, None].expand(-1, COUNT, -1), c.expand(len(a), -1, -1)], dim=2)
     hidden = F.linear(both, first, model.candidate_query.bias)
@@ -69,7 +69,9 @@ def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
     ranked = rank(index, query, top_k=COUNT, mode="exact")
     assert sorted(ranked.rows[0]) == list(range(COUNT))
     own = np.take_along_axis(brute.numpy(), ranked.rows, 1)
-    np.testing.assert_allclose(ranked.scores, own, atol=2e-3)  # u is stored in half precision
+    np.testing.assert_allclose(
+        ranked.scores, own, atol=2e-3
+    )  # tile_proj is stored in half precision
     assert (np.diff(ranked.scores) <= 0).all()
     assert np.ptp(brute.numpy(), axis=1).min() > 0.02  # the scores do tell tiles apart
 
@@ -78,11 +80,11 @@ def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
 def test_rank_exact_in_bf16_gives_the_best_of_fp32(index, query, monkeypatch, spread):
     monkeypatch.setattr(ranking, "fastest", lambda device: torch.bfloat16)
     monkeypatch.setattr(ranking, "_SPARE", 8)
-    centre = index.u.take(np.arange(COUNT)).astype(np.float32).mean(axis=0)
+    centre = index.tile_proj.take(np.arange(COUNT)).astype(np.float32).mean(axis=0)
     noise = np.random.default_rng(0).normal(size=(400, len(centre)))
     # With the small spread, bf16 cannot tell the tiles apart.
-    u = (centre + spread * noise).astype(np.float16)
-    many = Index(**{**vars(index), "u": Store([u])})
+    tile_proj = (centre + spread * noise).astype(np.float16)
+    many = Index(**{**vars(index), "tile_proj": Store([tile_proj])})
     expected = torch.cat(list(many.scores(query)), dim=1).topk(2)
     ranked = rank(many, query, top_k=2, mode="exact")
     np.testing.assert_allclose(ranked.scores, expected.values, atol=1e-6)
@@ -99,7 +101,7 @@ def test_rank_two_stage_gives_exact_scores_of_the_shortlist_alone(index, query):
     ranked = rank(index, query, top_k=3, mode="two-stage", shortlist=5)
     near = index.nearest(query, 5)
     scores = torch.cat(list(index.scores(query)), dim=1).numpy()
-    for row in range(len(query.v)):
+    for row in range(len(query.query_proj)):
         expected = near[row][np.argsort(-scores[row, near[row]])][:3]
         np.testing.assert_array_equal(ranked.rows[row], expected)
     np.testing.assert_allclose(ranked.scores, np.take_along_axis(scores, ranked.rows, 1), atol=1e-5)
@@ -123,7 +125,7 @@ def test_rank_auto_of_a_large_gallery_is_two_stage(index, query, monkeypatch):
 
 def test_rank_more_than_there_are_gives_all(index, query):
     for mode in ("exact", "two-stage"):
-        assert rank(index, query, top_k=100, mode=mode).rows.shape == (len(query.v), COUNT)
+        assert rank(index, query, top_k=100, mode=mode).rows.shape == (len(query.query_proj), COUNT)
 
 
 def test_rank_of_lists_with_too_few_tiles_marks_the_end(tmp_path):
@@ -145,7 +147,9 @@ def test_rank_of_lists_with_too_few_tiles_marks_the_end(tmp_path):
 
 @pytest.mark.parametrize("mode", ["exact", "two-stage"])
 def test_rank_equal_tiles_are_ordered_by_row(index, query, mode):
-    same = Index(**{**vars(index), "u": Store([index.u.take(np.zeros(COUNT, int))])})
+    same = Index(
+        **{**vars(index), "tile_proj": Store([index.tile_proj.take(np.zeros(COUNT, int))])}
+    )
     ranked = rank(same, query, top_k=COUNT, mode=mode)
     assert np.ptp(ranked.scores, axis=1).max() < 1e-6
     order = np.lexsort((ranked.rows, -ranked.scores))
@@ -154,7 +158,7 @@ def test_rank_equal_tiles_are_ordered_by_row(index, query, mode):
 
 def test_rank_cut_between_equal_tiles_takes_the_first_rows(index, query):
     many = 1000
-    same = Index(**{**vars(index), "u": Store([index.u.take(np.arange(many) % 2)])})
+    same = Index(**{**vars(index), "tile_proj": Store([index.tile_proj.take(np.arange(many) % 2)])})
     whole = rank(same, query, top_k=many, mode="exact")
     for few in (1, 3, COUNT):
         part = rank(same, query, top_k=few, mode="exact")
