@@ -19,7 +19,7 @@ from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate.retrieval import KS
 from cvmatch.evaluate.run import true_rows
-from cvmatch.generate.infer import Generate
+from cvmatch.generate.settings import Generate
 from cvmatch.index.build import build
 from cvmatch.index.gallery import dataset
 from cvmatch.index.ranking import rank

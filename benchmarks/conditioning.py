@@ -18,10 +18,9 @@ from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
-from cvmatch.generate.conditioning import Conditioning, Mode
-from cvmatch.generate.infer import Generate, generate
-from cvmatch.generate.sampling import DEFAULT
-from cvmatch.generate.train import TrainGenerator, train
+from cvmatch.generate.infer import generate
+from cvmatch.generate.settings import DEFAULT, Conditioning, Generate, Mode, TrainGenerator
+from cvmatch.generate.train import train
 from cvmatch.runtime import session
 from cvmatch.runtime.settings import Pool
 from cvmatch.segment.infer import segment

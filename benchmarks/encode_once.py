@@ -20,9 +20,9 @@ from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.generate import pretrained
-from cvmatch.generate.conditioning import Conditioning
+from cvmatch.generate.settings import Conditioning, TrainGenerator, Way
 from cvmatch.generate.task import GeneratorTask
-from cvmatch.generate.train import TrainGenerator, Way, build_task, training_rows
+from cvmatch.generate.train import build_task, training_rows
 from cvmatch.runtime import hardware, progress, session
 from cvmatch.runtime.settings import Pool
 from cvmatch.training.metrics import tensors

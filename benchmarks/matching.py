@@ -23,7 +23,7 @@ from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import Difficulty, MakeWorld
 from cvmatch.evaluate.run import evaluate
 from cvmatch.evaluate.settings import Evaluate
-from cvmatch.generate.infer import Generate
+from cvmatch.generate.settings import Generate
 from cvmatch.generate.train import train as train_generator
 from cvmatch.index.build import build
 from cvmatch.index.settings import BuildIndex

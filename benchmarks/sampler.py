@@ -23,9 +23,8 @@ from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
 from cvmatch.generate import low_freq_guidance
 from cvmatch.generate.batches import Sizes, decode
-from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.model import Generator
-from cvmatch.generate.sampling import DEFAULT, Sampling
+from cvmatch.generate.settings import DEFAULT, Conditioning, Sampling
 from cvmatch.nn import metrics, rng
 from cvmatch.runtime import hardware, progress, session
 

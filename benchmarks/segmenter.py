@@ -18,7 +18,8 @@ from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
-from cvmatch.generate.infer import Generate, generate
+from cvmatch.generate.infer import generate
+from cvmatch.generate.settings import Generate
 from cvmatch.runtime import progress, session
 from cvmatch.runtime.settings import Pool
 from cvmatch.segment.infer import segment

@@ -23,9 +23,9 @@ from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
-from cvmatch.generate.conditioning import Conditioning
-from cvmatch.generate.infer import Generate, GenerateAerial, generate
+from cvmatch.generate.infer import GenerateAerial, generate
 from cvmatch.generate.model import Generator
+from cvmatch.generate.settings import Conditioning, Generate
 from cvmatch.runtime import progress, session
 from cvmatch.runtime.settings import Pool
 from cvmatch.segment.infer import SegmentAerial, segment

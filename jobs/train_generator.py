@@ -3,7 +3,8 @@
 import json
 
 from cvmatch.config import parse
-from cvmatch.generate.train import TrainGenerator, train
+from cvmatch.generate.settings import TrainGenerator
+from cvmatch.generate.train import train
 from cvmatch.runtime import progress, session
 
 if __name__ == "__main__":

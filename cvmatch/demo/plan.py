@@ -7,9 +7,7 @@ from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.settings import Demo, MakeWorld
 from cvmatch.evaluate.settings import Evaluate
-from cvmatch.generate.conditioning import Conditioning
-from cvmatch.generate.infer import Generate
-from cvmatch.generate.train import TrainGenerator
+from cvmatch.generate.settings import Conditioning, Generate, TrainGenerator
 from cvmatch.index.settings import BuildIndex
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.runtime.settings import Pool

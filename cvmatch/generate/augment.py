@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from cvmatch.data import geometry
-from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.settings import Recipe
 from cvmatch.nn import rng
 
 

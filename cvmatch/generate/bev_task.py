@@ -11,7 +11,7 @@ from cvmatch.generate import bev, losses
 from cvmatch.generate.augment import pairs_of, varied
 from cvmatch.generate.bev import Rays
 from cvmatch.generate.negatives import Rivals
-from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.settings import Recipe
 from cvmatch.nn import rng
 
 FILE = "rays.safetensors"
@@ -42,7 +42,7 @@ class RaysTask(nn.Module):
         if self.training:
             self.rivals.remember(batch["key"], pairs.tile)
         return {
-            "loss": self.recipe.total(named),
+            "loss": losses.total(self.recipe, named),
             **{name: value.detach() for name, value in named.items()},
         }
 

@@ -1,56 +1,14 @@
 """The trained half of conditioning: CLIP states and panorama -> what the UNet is told."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cvmatch.generate.bev import Rays, angles, token_places
-
-Mode = Literal["pooled", "tokens", "tokens+geometry"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Conditioning:
-    """What the UNet sees of the panorama; saved with the weights."""
-
-    mode: Mode = "tokens+geometry"
-    """pooled: one CLIP vector, as in the published prototype (which repeated it 77 times; attention
-    over equal tokens is the same as over one). tokens: all tokens with their azimuth. +geometry:
-    also a north-up map in the UNet's input."""
-    panorama_width: int = 1232
-    """Columns of the panorama, in pixels, at the height of CLIP's input (CVUSA: 1232 at 224)."""
-    crops: int = 6
-    """Square crops around the azimuth, each as high as CLIP's input, that cover all columns."""
-    harmonics: int = 4
-    """Multiples of the azimuth whose sine and cosine each token is told."""
-    channels: int = 24
-    """Channels of the geometry map."""
-    gain: float = 30.0
-    """Factor of the map at the UNet's entry, whose new weights start at zero. Adam moves a weight
-    by the learning rate, however small its gradient, so this is how fast the map is heard. After 90
-    steps at 5e-4, A found its tile among 320 (R@1, guidance 3 or 4) in 12 % with a factor of 1,
-    16 % with 10, 18 % with 30; the loss was 0.634, 0.629 and 0.630 (toy models)."""
-
-    coarse: int = 8
-    """Cells a side of the tile: what is larger in a picture is pulled to what the rays draw, while
-    the UNet draws the rest (generate/coarse.py); 0: it draws all. A sample of what may be there
-    lies further from the truth than its mean."""
-
-    def __post_init__(self) -> None:
-        if min(self.panorama_width, self.crops, self.harmonics, self.channels) < 1:
-            raise ValueError(f"conditioning: expected sizes of at least 1, got {self}")
-        if not self.gain > 0:
-            raise ValueError(f"conditioning: expected a gain above 0, got {self.gain}.")
-        if self.coarse < 0:
-            raise ValueError(f"conditioning: expected coarse of at least 0, got {self.coarse}.")
-
-    @property
-    def geometry(self) -> bool:
-        """Whether the map joins the UNet's input."""
-        return self.mode == "tokens+geometry"
+from cvmatch.generate.settings import Conditioning
 
 
 class Seen(NamedTuple):

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from cvmatch.data import geometry
 from cvmatch.generate import bev
-from cvmatch.generate.conditioning import Conditioning, Seen
+from cvmatch.generate.conditioning import Seen
 from cvmatch.generate.pretrained import Encoders
+from cvmatch.generate.settings import Conditioning
 
 
 class Frozen(nn.Module):

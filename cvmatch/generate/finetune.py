@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cvmatch.generate.model import Generator
-
-Trained = Literal["all", "attention", "lora"]
+from cvmatch.generate.settings import Trained
 
 
 def choose(generator: Generator, trained: Trained, rank: int, clip_layers: int) -> None:

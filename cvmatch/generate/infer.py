@@ -1,7 +1,5 @@
 """Draw the synthetic aerial of every row: adds the column `synthetic`."""
 
-import dataclasses
-
 import numpy as np
 import torch
 from ray.data import Dataset
@@ -9,24 +7,13 @@ from ray.data import Dataset
 from cvmatch.data import images, schema, storage
 from cvmatch.generate.batches import pixels
 from cvmatch.generate.model import Generator, require
-from cvmatch.generate.sampling import Sampling
+from cvmatch.generate.settings import Generate, Sampling
 from cvmatch.nn import rng
 from cvmatch.runtime import hardware, session
 from cvmatch.runtime.batch_invariant import Rowwise, reason
-from cvmatch.runtime.settings import Pool
 
 Keyed = tuple[np.ndarray, int]
 """A panorama's pixels, uint8, and the key of its noise."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(Sampling):
-    """Draw synthetic aerials with a trained generator."""
-
-    model: str = "models/generator"
-    """Local directory that train_generator published."""
-    pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32, calls=2))
-    """Actors."""
 
 
 class GenerateAerial:

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from cvmatch.data import geometry, images, manifest, schema, storage
 from cvmatch.data.pairs import accepted, fingerprint, ingest, read_pictures
-from cvmatch.data.settings import Ingest
 from cvmatch.generate import augment, pretrained
 from cvmatch.generate.batches import Sizes, decode_batch
-from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.encoders import Frozen
 from cvmatch.generate.latent_rows import ROWS, npy
+from cvmatch.generate.settings import Encode
 from cvmatch.runtime import hardware, session
 from cvmatch.runtime.output_directory import REJECTED
-from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.stream import Stream, write_stream
 
 VERSION = 5  # 1 had no class maps, 2 arrays as lists, 3 pictures as files, 4 no mirrored views
@@ -36,30 +34,6 @@ VERSION = 5  # 1 had no class maps, 2 arrays as lists, 3 pictures as files, 4 no
 Batch = dict[str, np.ndarray]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Encode:
-    """Run the frozen networks over pairs, and keep what they give."""
-
-    data: Ingest
-    """Pairs."""
-    diffusion: str
-    """Whose VAE: hub id or local directory."""
-    revision: str
-    """Revision of `diffusion` on the hub."""
-    clip: str
-    """CLIP with a vision tower: hub id or local directory."""
-    conditioning: Conditioning
-    """How CLIP looks at panoramas."""
-    turns: bool
-    """Also of tiles turned by one, two and three quarters."""
-    mirror: bool
-    """Also of mirrored ones."""
-    output: str
-    """Directory of encoded data sets; this one's name is a fingerprint of all it depends on."""
-    pool: Pool
-    """Actors."""
 
 
 class EncodePairs:

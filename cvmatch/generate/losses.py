@@ -9,6 +9,7 @@ from cvmatch.generate.bev import Rays
 from cvmatch.generate.encoders import Frozen
 from cvmatch.generate.negatives import Known, told_apart
 from cvmatch.generate.perceptual import Lpips
+from cvmatch.generate.settings import Recipe
 
 
 def image_rows(
@@ -98,3 +99,8 @@ def identify_terms(
     drawn = F.conv2d(clean, weight, bias if bias is None else bias.detach(), padding=1)
     identify = told_apart(drawn, true, rows, known)
     return {"read": F.mse_loss(colours(latent), true), "identify": identify}
+
+
+def total(recipe: Recipe, named: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the terms; one without a weight of its own counts once."""
+    return torch.stack([getattr(recipe, f"w_{n}", 1.0) * v for n, v in named.items()]).sum()

@@ -16,18 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cvmatch.generate import low_freq_guidance
-from cvmatch.generate.conditioning import Condition, Conditioner, Conditioning, Seen
+from cvmatch.generate.conditioning import Condition, Conditioner, Seen
 from cvmatch.generate.diffusion import Noise
 from cvmatch.generate.encoders import Frozen
-from cvmatch.generate.pretrained import (
-    CLIP,
-    DIFFUSION,
-    Prediction,
-    load_encoders,
-    load_unet,
-    tile_size,
-)
-from cvmatch.generate.sampling import DEFAULT, Sampling
+from cvmatch.generate.pretrained import load_encoders, load_unet, tile_size
+from cvmatch.generate.settings import CLIP, DEFAULT, DIFFUSION, Conditioning, Prediction, Sampling
 from cvmatch.nn import rng
 
 _FORMAT = 5  # the rays of 4 knew no mean colour

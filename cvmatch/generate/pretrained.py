@@ -1,7 +1,7 @@
 """The pretrained parts of the generator, in Stable Diffusion's on-disk layout or from the hub."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -9,12 +9,6 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from cvmatch.generate.batches import Sizes
 from cvmatch.nn import hub
-
-DIFFUSION = "CompVis/stable-diffusion-v1-4"
-CLIP = "openai/clip-vit-base-patch32"
-
-Prediction = Literal["base", "epsilon", "v_prediction"]
-"""What a UNet answers: the noise, or the velocity a noise - s x_0; base: as it was trained."""
 
 
 @dataclasses.dataclass(frozen=True)

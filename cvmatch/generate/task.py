@@ -16,7 +16,7 @@ from cvmatch.generate.image_grid import sheet
 from cvmatch.generate.model import Generator
 from cvmatch.generate.negatives import Known, Rivals
 from cvmatch.generate.perceptual import Lpips
-from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.settings import Recipe
 from cvmatch.nn import metrics, rng
 from cvmatch.training.metrics import ROWS
 
@@ -81,7 +81,7 @@ class GeneratorTask(nn.Module):
         if condition.map is not None and not self.recipe.freeze_rays:
             named |= self._map_terms(self.generator, condition.map, pairs, known)
         self.rivals.remember(batch["key"], pairs.tile)
-        total = self.recipe.total(named)
+        total = losses.total(self.recipe, named)
         return {"loss": total, **{name: value.detach() for name, value in named.items()}}
 
     def train(self, mode: bool = True) -> "GeneratorTask":

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from typing import Literal
 
 from ray.data import Dataset
 from ray.train import Result
@@ -11,81 +10,19 @@ from safetensors.torch import load_file
 
 from cvmatch.data import manifest, storage
 from cvmatch.data.pairs import fingerprint, ingest
-from cvmatch.data.settings import Ingest, check_disjoint
+from cvmatch.data.settings import Ingest
 from cvmatch.generate import pretrained
 from cvmatch.generate.batches import Sizes, decode
 from cvmatch.generate.bev_task import FILE, RaysTask
-from cvmatch.generate.conditioning import Conditioning
-from cvmatch.generate.latent_cache import Encode, encode
+from cvmatch.generate.latent_cache import encode
 from cvmatch.generate.latent_rows import encoded
 from cvmatch.generate.model import Generator
 from cvmatch.generate.perceptual import Lpips
-from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.settings import Encode, TrainGenerator
 from cvmatch.generate.task import GeneratorTask
 from cvmatch.nn import backbones, hub
 from cvmatch.runtime import tracking
-from cvmatch.runtime.settings import Pool
 from cvmatch.training import launch
-from cvmatch.training.settings import Fit
-
-Way = Literal["once", "live"]
-"""When the frozen networks see a pair: before training, or in every step."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainGenerator(Recipe):
-    """Fine-tune a latent diffusion model to draw the tile of a panorama."""
-
-    data: Ingest = dataclasses.field(default_factory=Ingest)
-    """Pairs to train on."""
-    val: Ingest | None = None
-    """Pairs for the validation loss."""
-    diffusion: str = pretrained.DIFFUSION
-    """Base model in Stable Diffusion's layout: hub id or local directory."""
-    revision: str = "main"
-    """Revision of `diffusion` on the hub."""
-    clip: str = pretrained.CLIP
-    """CLIP with a vision tower: hub id or local directory."""
-    perceptual: str = "vgg16"
-    """Network of LPIPS: vgg16 (ImageNet), or a local tower directory of a VGG."""
-    perceptual_weights: str = ""
-    """Local file with vgg16's weights; empty: torchvision's hub."""
-    conditioning: Conditioning = dataclasses.field(default_factory=Conditioning)
-    """What the UNet sees of the panorama."""
-    prediction: pretrained.Prediction = "base"
-    """What the UNet learns to answer; base: what the base model answers."""
-    encode: Way = "once"
-    """once: a pass before training keeps what the frozen networks give of every pair, as Parquet.
-    live: they run in every step."""
-    encoded: str = "data/encoded"
-    """Directory, or URI, of what that pass keeps; runs with the same data and encoders share it."""
-    encode_pool: Pool = dataclasses.field(default_factory=Pool)
-    """Actors of that pass."""
-    pretrain_rays: int = 0
-    """Epochs that train the rays alone before; many times cheaper than diffusion's. 0: none."""
-    output: str = "models/generator"
-    """Directory of the published model."""
-    fit: Fit = dataclasses.field(default_factory=Fit)
-    """The training loop."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_disjoint(self.data, self.val)
-        if self.freeze_rays and not self.pretrain_rays:
-            raise ValueError(
-                "train_generator: expected pretrain_rays of at least 1 with freeze_rays, got 0: "
-                "the rays would stay random. Set --pretrain-rays 5, or do not freeze them."
-            )
-        if not self.w_map and self.conditioning.geometry and self.conditioning.coarse:
-            raise ValueError(
-                "train_generator: expected w_map above 0, since A is pulled to what the rays "
-                "draw, got 0: that would stay random. Or set --conditioning.coarse 0."
-            )
-        if self.train_clip and self.encode == "once":
-            raise ValueError(
-                f"train_generator: expected encode live with train_clip {self.train_clip}, got "
-                "once: stored states are of a CLIP that does not learn. Set --encode live."
-            )
 
 
 def train(config: TrainGenerator) -> Result:

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import torch
 
 from cvmatch.data import manifest, schema, storage, tables
-from cvmatch.generate.sampling import Sampling
+from cvmatch.generate.settings import Sampling
 from cvmatch.index.shard import CHUNK
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EMBEDDING, QUERY_PROJ, EmbedQuery

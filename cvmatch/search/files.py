@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.geography import Area, Box, Circle
 from cvmatch.generate.infer import GenerateAerial
-from cvmatch.generate.sampling import Sampling
+from cvmatch.generate.settings import Sampling
 from cvmatch.index.queries import SAMPLING
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index

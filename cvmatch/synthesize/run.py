@@ -13,8 +13,8 @@ from ray.data import Dataset
 
 from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.pairs import accepted, fingerprint, ingest, read_pictures
-from cvmatch.generate import sampling
 from cvmatch.generate.infer import GenerateAerial, generate
+from cvmatch.generate.settings import SAMPLER_VERSION, Sampling
 from cvmatch.runtime import tracking
 from cvmatch.runtime.output_directory import Written
 from cvmatch.runtime.stream import Done, Stream, write_stream
@@ -89,7 +89,7 @@ def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
         "models": models,
         "data": fingerprint(config.data),
         "decoder": images.PREPROCESS,
-        "sampling": {part.name: getattr(drawn, part.name) for part in fields(sampling.Sampling)},
-        "sampler": sampling.VERSION,
+        "sampling": {part.name: getattr(drawn, part.name) for part in fields(Sampling)},
+        "sampler": SAMPLER_VERSION,
         "maps": [maps.source, maps.flip, maps.tile, maps.overlap],
     }

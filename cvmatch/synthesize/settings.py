@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from cvmatch.data.settings import Ingest
-from cvmatch.generate.infer import Generate
+from cvmatch.generate.settings import Generate
 from cvmatch.segment.settings import Segment
 
 

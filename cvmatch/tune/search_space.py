@@ -14,11 +14,11 @@ from cvmatch.data import storage
 Stage = Literal["generator", "segmenter", "matcher"]
 
 STAGES = {
-    "generator": ("cvmatch.generate.train", "TrainGenerator"),
-    "segmenter": ("cvmatch.segment.train", "TrainSegmenter"),
-    "matcher": ("cvmatch.match.train", "TrainMatcher"),
+    "generator": ("cvmatch.generate.settings", "TrainGenerator"),
+    "segmenter": ("cvmatch.segment.settings", "TrainSegmenter"),
+    "matcher": ("cvmatch.match.settings", "TrainMatcher"),
 }
-"""Module and settings of each stage's train()."""
+"""Module and class of each stage's settings; its train() lies in the module `train` beside it."""
 
 SPACES: dict[str, dict[str, dict[str, list]]] = {
     "generator": {
@@ -115,5 +115,6 @@ def settings(stage: Stage, location: str = "") -> Any:
 
 
 def train(base: Any) -> Callable[[Any], Result]:
-    """The train() beside the class of a stage's settings."""
-    return importlib.import_module(type(base).__module__).train
+    """Return the train() of the stage that these settings are of."""
+    package = type(base).__module__.rpartition(".")[0]
+    return importlib.import_module(f"{package}.train").train

@@ -11,7 +11,7 @@ import pytest
 from cvmatch.data import schema
 from cvmatch.data.pairs import check_pictures, fingerprint, ingest, read_pictures, rejected
 from cvmatch.data.settings import Ingest
-from cvmatch.generate.train import TrainGenerator
+from cvmatch.generate.settings import TrainGenerator
 from cvmatch.runtime import session
 from cvmatch.segment.settings import TrainSegmenter
 from tests.helpers.cvusa import colour_of, picture, put, subset_line, write_pair, write_tables

@@ -13,8 +13,9 @@ from cvmatch.data.schema import LABELS
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.pairs import pairs, world_seed
 from cvmatch.demo.samples import SIZES
-from cvmatch.generate.conditioning import Condition, Conditioning
+from cvmatch.generate.conditioning import Condition
 from cvmatch.generate.model import Generator
+from cvmatch.generate.settings import Conditioning
 from cvmatch.nn import metrics
 from cvmatch.nn.backbones import features, normalise
 from cvmatch.segment.batches import Preprocess

@@ -21,7 +21,7 @@ import yaml
 from cvmatch import config
 from cvmatch.data import schema, tables
 from cvmatch.demo import models as base_models
-from cvmatch.generate.train import TrainGenerator
+from cvmatch.generate.settings import TrainGenerator
 from cvmatch.index.settings import BuildIndex
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.segment.settings import TrainSegmenter

@@ -25,18 +25,25 @@ from cvmatch.generate.augment import varied
 from cvmatch.generate.batches import decode, decode_batch
 from cvmatch.generate.bev import Rays, token_places
 from cvmatch.generate.bev_task import RaysTask
-from cvmatch.generate.conditioning import Condition, Conditioning, Seen
+from cvmatch.generate.conditioning import Condition, Seen
 from cvmatch.generate.diffusion import Noise
 from cvmatch.generate.encoders import Frozen
-from cvmatch.generate.latent_cache import Encode, encode
+from cvmatch.generate.latent_cache import encode
 from cvmatch.generate.latent_rows import encoded
 from cvmatch.generate.model import Generator, widen
 from cvmatch.generate.negatives import Rivals, told_apart
 from cvmatch.generate.perceptual import Lpips, published_weights
-from cvmatch.generate.recipe import Recipe
-from cvmatch.generate.sampling import Sampling
+from cvmatch.generate.settings import (
+    Conditioning,
+    Encode,
+    Generate,
+    Prediction,
+    Recipe,
+    Sampling,
+    TrainGenerator,
+)
 from cvmatch.generate.task import VALIDATION, GeneratorTask
-from cvmatch.generate.train import TrainGenerator, build_task, located, train
+from cvmatch.generate.train import build_task, located, train
 from cvmatch.nn import backbones, metrics, rng
 from cvmatch.runtime.settings import Pool
 from cvmatch.training import loop
@@ -97,7 +104,7 @@ def _write(directory: str, prediction: str = "epsilon") -> None:
 
 
 def _base(
-    directory: str, conditioning: Conditioning = TOY, prediction: pretrained.Prediction = "base"
+    directory: str, conditioning: Conditioning = TOY, prediction: Prediction = "base"
 ) -> Generator:
     folders = (os.path.join(directory, name) for name in ("diffusion", "clip"))
     return Generator.base(*folders, conditioning, prediction=prediction)
@@ -821,7 +828,7 @@ def test_sample_asks_the_unet_once_a_step_for_all_rows_and_both_conditions(gener
     asked.clear()
     _draw(generator, 3, steps=2, guidance=1.0)
     assert asked == [3] * 2
-    usual = infer.Generate()  # the prototype drew one picture at a time, in 50 steps
+    usual = Generate()  # the prototype drew one picture at a time, in 50 steps
     assert usual.pool.batch >= 8
     assert usual.steps <= 20
 
@@ -1140,7 +1147,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     assert os.path.exists(os.path.join(result.checkpoint.path, "samples.png"))
     rows = ingest(held_out)
     drawn = infer.generate(
-        rows, infer.Generate(model=config.output, steps=2, pool=Pool(batch=8))
+        rows, Generate(model=config.output, steps=2, pool=Pool(batch=8))
     ).take_all()
     given = {row[schema.PAIR_ID]: row[schema.GROUND] for row in rows.take_all()}
     assert len(drawn) == len(given) == 12

@@ -18,10 +18,9 @@ from cvmatch.data.settings import Ingest
 from cvmatch.generate import bev, pretrained
 from cvmatch.generate.augment import varied
 from cvmatch.generate.batches import decode_batch
-from cvmatch.generate.conditioning import Conditioning
-from cvmatch.generate.latent_cache import Encode, EncodePairs, encode, made_from
+from cvmatch.generate.latent_cache import EncodePairs, encode, made_from
 from cvmatch.generate.latent_rows import encoded, tensors
-from cvmatch.generate.recipe import Recipe
+from cvmatch.generate.settings import Conditioning, Encode, Recipe
 from cvmatch.nn import rng
 from cvmatch.runtime.output_directory import Written
 from cvmatch.runtime.settings import Pool

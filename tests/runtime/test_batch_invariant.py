@@ -6,10 +6,9 @@ import torch
 
 from cvmatch.data import images, schema
 from cvmatch.demo import models as base_models
-from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import Generator
-from cvmatch.generate.sampling import Sampling
+from cvmatch.generate.settings import Conditioning, Sampling
 from cvmatch.runtime.batch_invariant import Rowwise, reason
 
 

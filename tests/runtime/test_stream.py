@@ -20,11 +20,11 @@ from cvmatch.data import schema, storage, tables
 from cvmatch.data.pairs import FILES, ingest
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
-from cvmatch.generate.conditioning import Conditioning
-from cvmatch.generate.infer import Generate, GenerateAerial
-from cvmatch.generate.latent_cache import Encode, EncodePairs, encode
+from cvmatch.generate.infer import GenerateAerial
+from cvmatch.generate.latent_cache import EncodePairs, encode
 from cvmatch.generate.model import Generator
 from cvmatch.generate.pretrained import sizes
+from cvmatch.generate.settings import Conditioning, Encode, Generate
 from cvmatch.index import gallery
 from cvmatch.index.ranking import rank
 from cvmatch.index.reader import Index

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 from cvmatch import config as configs
 from cvmatch.data import images, schema, tables
 from cvmatch.demo import models as base_models
-from cvmatch.generate.conditioning import Conditioning
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import Generator
-from cvmatch.generate.sampling import Sampling
+from cvmatch.generate.settings import Conditioning, Sampling
 from cvmatch.index import ranking, shard
 from cvmatch.index.build import publish
 from cvmatch.index.ranking import rank

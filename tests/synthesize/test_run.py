@@ -20,9 +20,8 @@ from cvmatch.data import images, schema, tables
 from cvmatch.data.pairs import ingest
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
-from cvmatch.generate.conditioning import Conditioning
-from cvmatch.generate.infer import Generate
 from cvmatch.generate.model import Generator
+from cvmatch.generate.settings import Conditioning, Generate
 from cvmatch.runtime import tracking
 from cvmatch.runtime.settings import Pool
 from cvmatch.segment.batches import Preprocess
