@@ -174,7 +174,7 @@ def report(
         f"Shortlist {info['ann']['key']} ({info['head']} head) of {info['shortlist']} tiles; it "
         f"holds {100 * info['recall']['top1']:.1f} % of the exact first and "
         f"{100 * info['recall']['top10']:.1f} % of the exact first ten answers. R@k of queries of "
-        f"level G+A+S{'' if asked.generator else ' (A is the true tile)'}; two-stage and exact "
+        f"modality G+A+S{'' if asked.generator else ' (A is the true tile)'}; two-stage and exact "
         f"are apart by {100 * apart:.2f} points at most.",
     )
     finish(asked, "An index from pictures", table, figures, notes)

@@ -294,7 +294,7 @@ def report(
         f"{asked.tiles} tiles: {base} real ones, the rest mixtures of two of them about their mean "
         f"with the spread that these have; tile_proj of {info['hidden']} numbers in half precision "
         f"(beside the shortlist, {2 * info['hidden']} bytes a tile). "
-        f"{len(query.query_proj)} queries of level G+A+S whose tiles are "
+        f"{len(query.query_proj)} queries of modality G+A+S whose tiles are "
         f"among the real ones. All shortlists hold the same vectors "
         f"({info['head']} head, {width} numbers), give {count} tiles, and have the same exact "
         "second stage, whose time is in the milliseconds. Recall is of the exact joint's answers.",

@@ -85,8 +85,8 @@ CONTENDERS = {
     "Sample4Geo's recipe": Contender(
         "plain", ALONE | SQUARE | {"shared": True, "mine_every": 2}, {}
     ),
-    "joint (default)": Contender("synthesized", {}, {"levels": ("G", "G+A", "G+A+S", "A")}),
-    "joint, true C as A": Contender("true", {}, {"levels": ("G", "G+A", "G+A+S", "A")}),
+    "joint (default)": Contender("synthesized", {}, {"modalities": ("G", "G+A", "G+A+S", "A")}),
+    "joint, true C as A": Contender("true", {}, {"modalities": ("G", "G+A", "G+A+S", "A")}),
     "heading noise 10 deg, offset 3 m": Contender("shaken", ALONE, {}),
     "unknown heading": Contender(
         "plain", ALONE | {"unknown_heading": True}, {"unknown_heading": True}
@@ -235,7 +235,7 @@ def measured(asked: MatchingBench, rows: Rows, contender: Contender) -> dict[str
         build(BuildIndex(rows=gallery, model=config.output, output=f"{at}/index"))
         found = evaluate(
             Evaluate(
-                **{"levels": ("G",), **contender.asked},
+                **{"modalities": ("G",), **contender.asked},
                 queries=gallery,
                 index=f"{at}/index",
                 modes=("exact",),
@@ -247,13 +247,13 @@ def measured(asked: MatchingBench, rows: Rows, contender: Contender) -> dict[str
 
 
 def rows_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table: one for each level, of the view that it was trained for."""
-    view, levels = list(found["retrieval"].items())[-1]
+    """Rows of the table: one for each modality, of the view that it was trained for."""
+    view, modalities = list(found["retrieval"].items())[-1]
     return [
         {
             "matcher": name,
             "view": view,
-            "level": level,
+            "modality": modality,
             "CPU min": found["minutes"],
             "R@1, %": interval(numbers, "recall@1"),
             "R@5 (R@1 %), %": interval(numbers, "recall@5"),
@@ -262,7 +262,7 @@ def rows_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
             "one of ten, top 1, %": 100 * numbers["one_of_ten_top1"],
             "median rank": numbers["median_rank"],
         }
-        for level, numbers in levels.items()
+        for modality, numbers in modalities.items()
     ]
 
 
@@ -289,10 +289,10 @@ def main(asked: MatchingBench) -> None:
             for name in chosen:
                 found = measured(asked, rows, CONTENDERS[name])
                 table += rows_of(name, found)
-                levels = list(found["retrieval"].values())[-1]
-                for level, numbers in levels.items():
+                modalities = list(found["retrieval"].values())[-1]
+                for modality, numbers in modalities.items():
                     for key in ("recall@1", "recall@10"):
-                        figures[f"{name}.{level}.{key}"] = numbers[key]
+                        figures[f"{name}.{modality}.{key}"] = numbers[key]
     notes = (
         f"{asked.pairs} pairs, {asked.held_out} held-out ones of other worlds (the gallery), seed "
         f"{asked.seed}, {asked.epochs} epochs, batches of 32; toy towers (4 convolutions), polar "

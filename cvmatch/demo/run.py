@@ -92,8 +92,8 @@ def results(
     All but the counts and the search are of held-out worlds. An interval (95 %) of "name" stands in
     "name_95".
     """
-    levels = measured["retrieval"]["360-north"]
-    best, drawn = levels["G+A+S"], measured["generation"]
+    modalities = measured["retrieval"]["360-north"]
+    best, drawn = modalities["G+A+S"], measured["generation"]
     segment, generate = (runs[name].metrics or {} for name in ("segmenter", "generator"))
     recalls = ("recall@1", "recall@5", "recall@10", "recall@1%")
     return {
@@ -116,7 +116,7 @@ def results(
             "gallery": int(best["gallery"]),
             **_with_intervals(best, recalls),
             "median_rank": best["median_rank"],
-            "ablation": {name: level["recall@1"] for name, level in levels.items()},
+            "ablation": {name: modality["recall@1"] for name, modality in modalities.items()},
             "one_of_ten": {name: best[f"one_of_ten_{name}"] for name in ("top1", "top5")},
             "near": {
                 name: best[f"near_{name}"] for name in ("gallery", "recall@1", "recall@1_chance")
@@ -248,5 +248,5 @@ def _curves(frame: pd.DataFrame | None) -> list[Curve]:
 
 def _ranks(evaluation: str) -> dict[str, int]:
     rows = pd.read_parquet(f"{evaluation}/queries.parquet")
-    level = rows[(rows["level"] == "G+A+S") & (rows["view"] == "360-north")]
-    return dict(zip(level[schema.PAIR_ID], level["rank"].astype(int), strict=True))
+    modality = rows[(rows["modality"] == "G+A+S") & (rows["view"] == "360-north")]
+    return dict(zip(modality[schema.PAIR_ID], modality["rank"].astype(int), strict=True))

@@ -1,6 +1,6 @@
 """Synthesized rows of unseen pairs + an index -> the numbers of every protocol (DESIGN.md, 6).
 
-Each level of the ablation, north-aligned, with unknown heading and with a limited field of view,
+Each modality of the ablation, north-aligned, with unknown heading and with a limited field of view,
 comes from one model; so do the generator's and the segmenter's numbers from the same rows.
 """
 
@@ -84,7 +84,7 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
         results: dict[str, Any] = {"index": _about(index), "queries": len(ids), "failed": failed}
         results["retrieval"] = {}
         parts = []
-        for (view, level), query in progress.each("search", len(queries), queries.items()):
+        for (view, modality), query in progress.each("search", len(queries), queries.items()):
             found = retrieval.exhaustive(index, query, truth, config.near_m, config.seed)
             numbers: dict[str, Any] = dict(
                 retrieval.summary(found, len(index.living), config.bootstrap, config.seed)
@@ -92,8 +92,8 @@ def evaluate(config: Evaluate) -> dict[str, Any]:
             if "two-stage" in config.modes:
                 numbers["two-stage"] = retrieval.two_stage(index, query, truth, found)
             numbers["ms"] = {m: retrieval.milliseconds(index, query, m) for m in config.modes}
-            results["retrieval"].setdefault(view.name, {})[level] = numbers
-            parts.append(_per_query(ids, index, view, level, found))
+            results["retrieval"].setdefault(view.name, {})[modality] = numbers
+            parts.append(_per_query(ids, index, view, modality, found))
         rows = progress.each("compare pictures", len(ids), _rows(config.queries))
         results["generation"] = generation(rows, config.bootstrap, config.seed, _distance(config))
         rows = progress.each("compare class maps", len(ids), _rows(config.queries))
@@ -142,17 +142,17 @@ def true_rows(ids: list[str], index: Index) -> Int64[Tensor, " query"]:
 
 @torch.inference_mode()
 def embedded(config: Evaluate, model: Matcher) -> dict[tuple[View, Modality], Query]:
-    """Queries of all views and levels; each tower sees each picture once.
+    """Queries of all views and modalities; each tower sees each picture once.
 
-    Limited views keep level G alone, since A and S were made from the whole, aligned panorama.
+    Limited views keep G alone, since A and S were made from the whole, aligned panorama.
     """
     headings = (False, True) if config.unknown_heading else (False,)
     views = [View(degrees, unknown) for degrees in config.fov for unknown in headings]
     wanted: list[tuple[View, Modality]] = [
-        (v, level) for v in views for level in config.levels if v.whole or level == "G"
+        (v, modality) for v in views for modality in config.modalities if v.whole or modality == "G"
     ]
     parts: dict[tuple[View, Modality], list[Query]] = {key: [] for key in wanted}
-    letters = set("".join(config.levels)) - {"+"}
+    letters = set("".join(config.modalities)) - {"+"}
     device = model.device
     total = -(-sum(tables.rows(config.queries)) // _BATCH)
     for rows in progress.each("embed batches of queries", total, _batches(config.queries)):
@@ -169,10 +169,10 @@ def embedded(config: Evaluate, model: Matcher) -> dict[tuple[View, Modality], Qu
         turn = rng.uniform(keys, rng.fold_in(config.seed, purpose="heading"), 1)[:, 0] * 360
         for view in views:
             g = model.ground_features(limited(ground, view.fov, turn * view.unknown))
-            for _, level in (pair for pair in wanted if pair[0] == view):
+            for _, modality in (pair for pair in wanted if pair[0] == view):
                 given = {"G": g, "A": a, "S": s}
-                picked = [given[x] if x in level.split("+") else None for x in "GAS"]
-                parts[view, level].append(model.fuse(*picked))
+                picked = [given[x] if x in modality.split("+") else None for x in "GAS"]
+                parts[view, modality].append(model.fuse(*picked))
     return {key: Query(*map(torch.cat, zip(*some, strict=True))) for key, some in parts.items()}
 
 
@@ -223,7 +223,7 @@ def _require(rows: dict[str, list], letters: set[str]) -> None:
     if lacking:
         raise ValueError(
             f"evaluate: expected {lacking} in every row, got none in some rows of "
-            f"{rows[schema.PAIR_ID]}. Run jobs/synthesize.py on them, or pass --levels G."
+            f"{rows[schema.PAIR_ID]}. Run jobs/synthesize.py on them, or pass --modalities G."
         )
 
 
@@ -233,7 +233,7 @@ def _planes(pictures: list[bytes], size: tuple[int, int]) -> Float[Tensor, "n 3 
 
 
 def _per_query(
-    ids: list[str], index: Index, view: View, level: Modality, found: retrieval.Found
+    ids: list[str], index: Index, view: View, modality: Modality, found: retrieval.Found
 ) -> pa.Table:
     best = [[tile[schema.PAIR_ID] for tile in index.about(rows[:5])] for rows in found.best.numpy()]
     distance = pa.array(found.distance.numpy(), from_pandas=True)  # NaN -> null
@@ -241,7 +241,7 @@ def _per_query(
         {
             schema.PAIR_ID: ids,
             "view": [view.name] * len(ids),
-            "level": [level] * len(ids),
+            "modality": [modality] * len(ids),
             "rank": (found.rank + 1).numpy(),
             "near_rank": pa.array((found.near_rank + 1).numpy(), mask=(found.near == 0).numpy()),
             "score": found.score.numpy(),

@@ -14,14 +14,14 @@ class Evaluate:
     """URI of synthesized rows that the matcher was not trained on."""
     index: str = "data/index"
     """Local directory of an index that holds the queries' tiles; its model is measured."""
-    levels: tuple[Modality, ...] = MODALITIES
+    modalities: tuple[Modality, ...] = MODALITIES
     """What queries consist of."""
     modes: tuple[Literal["exact", "two-stage"], ...] = ("exact", "two-stage")
     """Searches that are timed; two-stage is also compared with the exact answer."""
     fov: tuple[float, ...] = (360.0,)
-    """Fields of view in degrees, (0, 360]; below 360 only level G, whose picture is cut."""
+    """Fields of view in degrees, (0, 360]; below 360 only modality G, whose picture is cut."""
     unknown_heading: bool = False
-    """Also turn each panorama by a random angle that the model is not told; only level G."""
+    """Also turn each panorama by a random angle that the model is not told; only modality G."""
     near_m: float = 1000.0
     """Radius of the near gallery around the true tile, in metres."""
     num_classes: int = 5
@@ -39,8 +39,8 @@ class Evaluate:
     def __post_init__(self) -> None:
         if not self.fov or not all(0 < degrees <= 360 for degrees in self.fov):
             raise ValueError(f"evaluate: fov are degrees in (0, 360], got {self.fov}.")
-        if "G" not in self.levels and (self.unknown_heading or self.fov != (360.0,)):
+        if "G" not in self.modalities and (self.unknown_heading or self.fov != (360.0,)):
             raise ValueError(
                 "evaluate: A and S are made from the whole, aligned panorama, so that limited "
-                f"views need level G: expected G among levels, got {self.levels}."
+                f"views need modality G: expected G among modalities, got {self.modalities}."
             )

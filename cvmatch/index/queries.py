@@ -30,9 +30,9 @@ class Queries:
     """Embedded queries."""
 
     measure: Query
-    """Of the fullest level that the model knows."""
+    """Of the fullest modality that the model knows."""
     distil: Query
-    """Others, of all levels in turns; where there are no others, the same."""
+    """Others, of all modalities in turns; where there are no others, the same."""
     made_by: dict[str, Any]
     """Fingerprints of the `generator` and `segmenter` that made the rows, and its settings
     of SAMPLING; what is not known is not there."""
@@ -47,7 +47,7 @@ def split_queries(location: str, model: str, sample: int, seed: int) -> Queries 
     if not location:
         return None
     alone = Matcher.config_of(model).alone
-    levels: tuple[Modality, ...] = ("G",) if alone else _MODALITIES
+    modalities: tuple[Modality, ...] = ("G",) if alone else _MODALITIES
     columns = [schema.PAIR_ID, schema.ERROR]
     ids = [
         pair_id
@@ -56,11 +56,11 @@ def split_queries(location: str, model: str, sample: int, seed: int) -> Queries 
     ]
     drawn = np.random.default_rng(seed).permutation(ids).tolist()
     others = drawn[sample : sample + DISTIL]
-    measure = _embedded(location, model, levels[-1], drawn[:sample])
+    measure = _embedded(location, model, modalities[-1], drawn[:sample])
     parts = [
-        _embedded(location, model, level, others[at :: len(levels)])
-        for at, level in enumerate(levels)
-        if len(others) >= len(levels)
+        _embedded(location, model, modality, others[at :: len(modalities)])
+        for at, modality in enumerate(modalities)
+        if len(others) >= len(modalities)
     ]
     distil = Query(*map(torch.cat, zip(*parts, strict=True))) if parts else measure
     return Queries(measure, distil, _made_by(location))
@@ -74,11 +74,11 @@ def _made_by(location: str) -> dict[str, Any]:
     return about["models"] | {name: sampling[name] for name in SAMPLING if name in sampling}
 
 
-def _embedded(location: str, model: str, level: Modality, ids: list[str]) -> Query:
+def _embedded(location: str, model: str, modality: Modality, ids: list[str]) -> Query:
     names = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
-    pictures = [names[letter] for letter in level.split("+")]
+    pictures = [names[letter] for letter in modality.split("+")]
     columns = [schema.PAIR_ID, *pictures, schema.ERROR]
-    embed, parts = EmbedQuery(model, level), []
+    embed, parts = EmbedQuery(model, modality), []
     for table in tables.batches(location, columns):
         rows = table.filter(pc.field(schema.PAIR_ID).isin(ids))
         parts.append(embed({name: rows[name].to_numpy() for name in columns}))

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 ALONE = (
-    "matcher: trained on G alone (w_joint 0), expected queries of level G, got A or S. Pass "
-    "--levels G (jobs/evaluate.py), leave the generator out, or train it with w_joint."
+    "matcher: trained on G alone (w_joint 0), expected queries of modality G, got A or S. Pass "
+    "--modalities G (jobs/evaluate.py), leave the generator out, or train it with w_joint."
 )
 
 
@@ -35,7 +35,7 @@ class ResidualMLP(nn.Module):
     """What follows the first layer of a fusion head: x + W3 relu(W2 relu(x) + b2) + b3, unit norm.
 
     The sum with x makes a head start as a linear one. Without it, G found C among 500 (`standard`
-    world, InfoNCE, level G) in 8 % after a CPU minute, and in 46 % after four; with it in 49 %
+    world, InfoNCE, modality G) in 8 % after a CPU minute, and in 46 % after four; with it in 49 %
     after the first.
     """
 
@@ -121,7 +121,7 @@ class Fusion(nn.Module):
     def shortlist(self, tile_proj: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
         """A tile's own embedding (unit norm), under the null synthetic aerial: what FAISS holds.
 
-        Its product with a query of level G is that level's exact score.
+        Its product with a query of modality G is that modality's exact score.
         """
         query_proj = self.query_aerial_linear(self.null_synthetic)
         return self.joint(tile_proj, query_proj.expand(len(tile_proj), -1))

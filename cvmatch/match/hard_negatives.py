@@ -110,7 +110,7 @@ def _by_model(rows: Dataset, model: str, pool: Pool) -> tuple[list[str], np.ndar
 
 
 class _EmbedPair:
-    """`embedding` of level G, and `tile_proj`, of each pair."""
+    """`embedding` of modality G, and `tile_proj`, of each pair."""
 
     def __init__(self, model: str, batch: int) -> None:
         self.query, self.tile = EmbedQuery(model, "G"), EmbedTile(model, batch)

@@ -61,14 +61,14 @@ class EmbedTile:
 class EmbedQuery:
     """`ground`, `synthetic`, `synthetic_classes` -> `embedding` (unit norm), `query_proj`; float32.
 
-    Reads what `level` names, and drops pictures. A row with `error`, or with a picture that cannot
-    be decoded, gets zeros.
+    Reads what `modality` names, and drops pictures. A row with `error`, or with a picture that
+    cannot be decoded, gets zeros.
     """
 
-    def __init__(self, model: str, level: Modality) -> None:
+    def __init__(self, model: str, modality: Modality) -> None:
         self.device = hardware.device()
         self.model = Matcher.load(model, self.device)
-        self.level = level
+        self.modality = modality
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -80,7 +80,7 @@ class EmbedQuery:
             "A": (schema.SYNTHETIC, lambda data: images.decode(data, side)),
             "S": (schema.SYNTHETIC_CLASSES, lambda data: images.decode_ids(data, side)),
         }
-        letters = self.level.split("+")
+        letters = self.modality.split("+")
         decoders = dict(every[letter] for letter in letters)
         good, errors, pictures = _decoded(batch, decoders, "embed query")
         embedding = np.zeros((len(errors), config.hidden), dtype=np.float32)
@@ -110,8 +110,10 @@ def embed_tiles(rows: Dataset, config: Embed) -> Dataset:
 
 
 def embed_queries(rows: Dataset, config: Embed) -> Dataset:
-    """Add `embedding` and `query_proj` to rows with what `config.level` reads; drop pictures."""
-    return session.map_actors(rows, EmbedQuery, config.pool, model=config.model, level=config.level)
+    """Add `embedding` and `query_proj` to rows with what `config.modality` reads; drop pictures."""
+    return session.map_actors(
+        rows, EmbedQuery, config.pool, model=config.model, modality=config.modality
+    )
 
 
 def _decoded(

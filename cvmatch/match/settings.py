@@ -31,7 +31,7 @@ class MatcherLossConfig:
     """Weight of the loss on joint scores, where each query brings its own A to all tiles; 0: only G
     meets C, and no tower looks at A or S."""
     w_direct: float = 1.0
-    """Weight of the same loss on G against the tiles' own embeddings (level G, the shortlist)."""
+    """Weight of the same loss on G alone against the tiles' own embeddings (the shortlist)."""
     drop_ground: float = 0.1
     """Share, of the rows that keep their A, whose G becomes the learned null: with drop_synthetic
     0.5 half as many of all rows, with 1 none."""
@@ -74,7 +74,7 @@ class MatcherLossConfig:
         if self.limited and self.joint:
             raise ValueError(
                 "train_matcher: A and S are made from the whole, aligned panorama, so that limited "
-                f"views need level G alone: expected w_joint 0 with fov {self.fov:g} and "
+                f"views need G alone: expected w_joint 0 with fov {self.fov:g} and "
                 f"unknown_heading {self.unknown_heading}, got {self.w_joint:g}."
             )
 
@@ -145,7 +145,7 @@ class Embed:
 
     model: str = "models/matcher"
     """Local directory that train_matcher published."""
-    level: Modality = "G+A+S"
+    modality: Modality = "G+A+S"
     """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
     pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32))
     """Actors."""

@@ -18,21 +18,21 @@ SHOWN = 5
 def evaluation(output: str, location: str, seed: int = 0) -> str:
     """Write `report.html` beside what `evaluate` wrote in `output`; returns its location.
 
-    `location` has the synthesized rows. Queries are shown at the first view and its fullest level;
+    `location` has the synthesized rows. Queries are of the first view and its fullest modality;
     tiles of other places than those rows' have no picture.
     """
     results = storage.read_json(storage.join(output, "results.json"))
     content = storage.read_bytes(storage.join(output, "queries.parquet"))
     queries = pd.read_parquet(io.BytesIO(content))
     view = next(iter(results["retrieval"]))
-    level = max(results["retrieval"][view], key=len)
-    rows = queries.loc[(queries["view"] == view) & (queries["level"] == level)]
+    modality = max(results["retrieval"][view], key=len)
+    rows = queries.loc[(queries["view"] == view) & (queries["modality"] == modality)]
     failed = results["failed"]
     lost = f"; {failed} more failed in synthesis, and no number counts them" if failed else ""
     page = Page(
         title="cvmatch: evaluation",
         summary=f"{len(rows)} panoramas of places that the matcher was not trained on{lost}. "
-        f"The places below were searched by {level} (view {view}).",
+        f"The places below were searched by {modality} (view {view}).",
         run=provenance(),
         results=scores(results),
         examples=_examples(rows, location, seed),

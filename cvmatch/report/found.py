@@ -17,10 +17,11 @@ def found(answers: Sequence[Answer], output: str, tiles: str = "") -> str:
     """
     wanted = {tile["tile"] for answer in answers for tile in answer.tiles}
     pictures = places.pictures(tiles, wanted) if tiles else {}
-    levels = sorted({tile["level"] for answer in answers for tile in answer.tiles})
+    modalities = sorted({tile["modality"] for answer in answers for tile in answer.tiles})
     page = Page(
         title="cvmatch: search",
-        summary=f"Panoramas: {len(answers)}, searched by {', '.join(levels)}. Which tile is the "
+        summary=f"Panoramas: {len(answers)}, searched by {', '.join(modalities)}. "
+        "Which tile is the "
         "right one is not known here: the first one is the best guess.",
         run=provenance(),
         places="Panoramas",

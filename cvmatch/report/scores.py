@@ -84,7 +84,7 @@ _GROUPS = {
         _Kind(r"queries", "panoramas for which the build measured that"),
     ),
 }
-"""Meaning of keys below such a key, before _KINDS: classes, levels of queries, a shortlist."""
+"""Meaning of keys below such a key, before _KINDS: classes, modalities, a shortlist."""
 _PARTS = re.compile(r".*(_low|_high|_k|_chance)|(near_|\w+/)?gallery|near_queries")
 
 

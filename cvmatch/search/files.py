@@ -42,7 +42,7 @@ class Answer:
     pictures: dict[str, bytes | None]
     """`ground`, and where they were made `synthetic` and `synthetic_classes`; encoded."""
     tiles: list[dict[str, Any]]
-    """Best first: query, rank, tile, score, latitude, longitude, level. JSON-able."""
+    """Best first: query, rank, tile, score, latitude, longitude, modality. JSON-able."""
 
 
 def search(config: SearchFiles) -> Iterator[Answer]:
@@ -89,7 +89,7 @@ def _search(
         query = query_of(batch, index)
         ranked = rank(index, query, config.top_k, config.mode, config.shortlist, inside)
         for row, place in enumerate(places):
-            found = _tiles(index, place, config.level, ranked.rows[row], ranked.scores[row])
+            found = _tiles(index, place, config.modality, ranked.rows[row], ranked.scores[row])
             yield Answer(place, made[row], list(found))
 
 
@@ -101,7 +101,7 @@ def _actors(config: SearchFiles, index: Index, rows: int) -> list[Any]:
         actors.append(GenerateAerial(model, _sampling(config, index), batch))
     if config.segmenter:
         actors.append(SegmentAerial(config.segmenter, batch=batch))
-    return [*actors, EmbedQuery(index.heads, config.level)]
+    return [*actors, EmbedQuery(index.heads, config.modality)]
 
 
 def _sampling(config: SearchFiles, index: Index) -> Sampling:
@@ -199,7 +199,7 @@ def _made(batch: dict[str, np.ndarray], row: int) -> dict[str, bytes | None]:
 
 
 def _tiles(
-    index: Index, place: str, level: Modality, rows: np.ndarray, scores: np.ndarray
+    index: Index, place: str, modality: Modality, rows: np.ndarray, scores: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     tiles = index.about(rows[rows >= 0])
     for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1):
@@ -210,5 +210,5 @@ def _tiles(
             "score": float(score),
             "latitude": tile[schema.LATITUDE],
             "longitude": tile[schema.LONGITUDE],
-            "level": level,
+            "modality": modality,
         }

@@ -80,7 +80,7 @@ def search_rows(config: SearchRows) -> dict[str, Any]:
 
 
 def _stream(config: SearchRows, index: Index, source: dict[str, Any]) -> Stream:
-    asked = {name: configs.plain(config)[name] for name in ("level", "top_k", "mode")}
+    asked = {name: configs.plain(config)[name] for name in ("modality", "top_k", "mode")}
     version = index.manifest["sha256"]
     models = {"matcher": index.manifest["model"], "index": version}
     return Stream(
@@ -99,12 +99,14 @@ def _stream(config: SearchRows, index: Index, source: dict[str, Any]) -> Stream:
 
 def _rows(config: SearchRows, index: Index) -> ray.data.Dataset:
     pictures = [schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES]
-    columns = [schema.PAIR_ID, *pictures[: len(config.level.split("+"))], schema.ERROR]
+    columns = [schema.PAIR_ID, *pictures[: len(config.modality.split("+"))], schema.ERROR]
     filesystem, path = storage.resolve(config.rows)
     rows: Any = ray.data.read_parquet(
         path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]
     )
-    seen = embed_queries(rows, Embed(model=index.heads, level=config.level, pool=config.embed))
+    seen = embed_queries(
+        rows, Embed(model=index.heads, modality=config.modality, pool=config.embed)
+    )
     place = config.index if "://" in config.index else storage.absolute(config.index)
     # The version that embeds: another may become the current one while this runs.
     version = index.manifest["version"]

@@ -64,7 +64,7 @@ class SearchFiles:
             raise ValueError("search: expected --near or --box, got both.")
 
     @property
-    def level(self) -> Modality:
+    def modality(self) -> Modality:
         """What the queries consist of."""
         if not self.generator:
             return "G"
@@ -81,7 +81,7 @@ class SearchRows:
     """Directory of the index; a path that all nodes mount, or an object store."""
     output: str = "data/found"
     """URI of the directory of answers; the same command goes on where a killed one stopped."""
-    level: Modality = "G+A+S"
+    modality: Modality = "G+A+S"
     """What a query consists of."""
     top_k: int = 10
     """Tiles to give for each row."""

@@ -223,7 +223,7 @@ def test_constant_embeddings_are_never_above_chance(tmp_path):
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
     config = Evaluate(queries=str(tmp_path / "queries"))
     queries = embedded(config, model)
-    assert [level for _, level in queries] == list(MODALITIES)
+    assert [modality for _, modality in queries] == list(MODALITIES)
     for query in queries.values():
         found = retrieval.exhaustive(opened, query, torch.arange(COUNT), 1000.0)
         numbers = retrieval.summary(found, COUNT, draws=10)
@@ -296,29 +296,29 @@ def test_true_rows_of_tiles_that_the_index_lacks_are_named(index):
         true_rows(["0000024", "0000001", "x"], index)
 
 
-def test_embedded_levels_equal_the_actors(index, model, folder):
+def test_embedded_modalities_equal_the_actors(index, model, folder):
     config = Evaluate(queries=os.path.join(folder, "queries"))
     queries = embedded(config, model)
-    for level in MODALITIES:
-        batch = EmbedQuery(index.heads, level)(tiny.columns(tiny.rows(10)))
-        query = queries[View(360.0, False), level]
+    for modality in MODALITIES:
+        batch = EmbedQuery(index.heads, modality)(tiny.columns(tiny.rows(10)))
+        query = queries[View(360.0, False), modality]
         np.testing.assert_allclose(query.embedding.numpy(), batch["embedding"], atol=1e-4)
         np.testing.assert_allclose(query.query_proj.numpy(), batch["query_proj"], atol=1e-3)
 
 
-def test_embedded_limited_views_have_level_g_alone(model, folder):
+def test_embedded_limited_views_have_g_alone(model, folder):
     config = Evaluate(
         queries=os.path.join(folder, "queries"), fov=(360.0, 90.0), unknown_heading=True
     )
     queries = embedded(config, model)
-    names = [(view.name, level) for view, level in queries]
+    names = [(view.name, modality) for view, modality in queries]
     limited = [("360-unknown", "G"), ("90-north", "G"), ("90-unknown", "G")]
-    assert sorted(names) == sorted([("360-north", level) for level in MODALITIES] + limited)
+    assert sorted(names) == sorted([("360-north", modality) for modality in MODALITIES] + limited)
     whole = queries[View(360.0, False), "G"].embedding
     for view in (View(360.0, True), View(90.0, False), View(90.0, True)):
         assert not torch.allclose(queries[view, "G"].embedding, whole, atol=1e-3)
-    with pytest.raises(ValueError, match="limited views need level G"):
-        Evaluate(levels=("A",), fov=(90.0,))
+    with pytest.raises(ValueError, match="limited views need modality G"):
+        Evaluate(modalities=("A",), fov=(90.0,))
 
 
 def test_embedded_rows_without_synthetic_say_which_job(model, tmp_path):
@@ -328,8 +328,8 @@ def test_embedded_rows_without_synthetic_say_which_job(model, tmp_path):
     tiny.write(rows, str(tmp_path / "rows"))
     with pytest.raises(ValueError, match=r"\['synthetic'\] in every row.*synthesize"):
         embedded(Evaluate(queries=str(tmp_path / "rows")), model)
-    queries = embedded(Evaluate(queries=str(tmp_path / "rows"), levels=("G",)), model)
-    assert [level for _, level in queries] == ["G"]
+    queries = embedded(Evaluate(queries=str(tmp_path / "rows"), modalities=("G",)), model)
+    assert [modality for _, modality in queries] == ["G"]
 
 
 def test_limited_narrow_view_keeps_the_middle_and_blanks_the_rest():
@@ -455,9 +455,9 @@ def test_evaluate_writes_results_that_agree_query_by_query(folder, tmp_path, mon
     results = evaluate(config)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     table = parquet.read_table(tmp_path / "out" / "queries.parquet").to_pandas()
-    for view, levels in results["retrieval"].items():
-        for level, numbers in levels.items():
-            rows = table[(table["view"] == view) & (table["level"] == level)]
+    for view, modalities in results["retrieval"].items():
+        for modality, numbers in modalities.items():
+            rows = table[(table["view"] == view) & (table["modality"] == modality)]
             assert len(rows) == 10
             assert numbers["recall@5"] == pytest.approx((rows["rank"] <= 5).mean())
             assert numbers["median_rank"] == pytest.approx(rows["rank"].median())
@@ -488,7 +488,7 @@ def test_evaluate_searches_the_tiles_that_were_not_deleted(folder, tmp_path):
     delete(DeleteTiles(output=str(tmp_path / "index"), ids=tuple(ids)))
     config = Evaluate(
         queries=os.path.join(folder, "queries"), index=str(tmp_path / "index"),
-        output=str(tmp_path / "out"), levels=("G",), modes=("two-stage",), bootstrap=5,
+        output=str(tmp_path / "out"), modalities=("G",), modes=("two-stage",), bootstrap=5,
     )  # fmt: skip
     results = evaluate(config)
     numbers = results["retrieval"]["360-north"]["G"]
@@ -525,7 +525,7 @@ def test_evaluate_counts_the_queries_that_failed_and_says_so(folder, tmp_path):
     table = pa.Table.from_pylist(rows, schema.SYNTHESIZED)
     config = Evaluate(
         queries=tiny.write(table, str(tmp_path / "queries")), output=str(tmp_path / "out"),
-        index=os.path.join(folder, "index"), levels=("G",), modes=(), bootstrap=5,
+        index=os.path.join(folder, "index"), modalities=("G",), modes=(), bootstrap=5,
     )  # fmt: skip
     results = evaluate(config)
     assert (results["queries"], results["failed"]) == (7, 3)

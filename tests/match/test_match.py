@@ -148,11 +148,11 @@ def test_shortlist_times_a_ground_query_is_its_exact_score():
 
 
 @torch.no_grad()
-def test_query_of_each_level_depends_on_its_own_pictures_only():
+def test_query_of_each_modality_depends_on_its_own_pictures_only():
     model, seen, other = network(), views(rows(3)), views(rows(3, seed=1))
     named = {"G": "ground", "A": "synthetic", "S": "classes"}
-    for level in MODALITIES:
-        used = [named[letter] for letter in level.split("+")]
+    for modality in MODALITIES:
+        used = [named[letter] for letter in modality.split("+")]
         before = model.query(**{name: getattr(seen, name) for name in used})
         assert torch.allclose(before.embedding.norm(dim=1), torch.ones(3))
         for name in used:
@@ -423,7 +423,7 @@ def test_direct_branch_alone_needs_neither_a_nor_s_and_refuses_them():
     named = task({k: batch[k] for k in ("ground", "aerial", "key", "epoch")})
     assert named["loss"].item() == named["direct"].item()
     query = model.query(batch["ground"].float() / 255)
-    with pytest.raises(ValueError, match=r"level G.*--levels G"):
+    with pytest.raises(ValueError, match=r"modality G.*--modalities G"):
         model.fuse(torch.zeros(2, 12), torch.zeros(2, 12), None)
     with pytest.raises(ValueError, match="trained on G alone"):
         model.query(batch["ground"].float() / 255, classes=batch["classes"])
@@ -448,7 +448,7 @@ def test_shared_tower_sees_both_views(tmp_path):
 
 @pytest.mark.parametrize("view", [{"fov": 90.0}, {"unknown_heading": True}])
 def test_limited_views_are_trained_without_a_and_s(view):
-    with pytest.raises(ValueError, match="level G alone: expected w_joint 0"):
+    with pytest.raises(ValueError, match="G alone: expected w_joint 0"):
         TrainMatcher(**view)
     task = task_of(network(alone=True), w_joint=0.0, **view).train()
     whole = task_of(network(alone=True), w_joint=0.0).train()
@@ -681,18 +681,18 @@ def test_embed_tile_passes_failed_rows_through_and_drops_pictures(tmp_path):
     assert not found["tile_proj"][1:].any()
 
 
-@pytest.mark.parametrize("level", MODALITIES)
-def test_embed_query_reads_what_its_level_names(tmp_path, level):
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_embed_query_reads_what_its_modality_names(tmp_path, modality):
     model = network()
     model.save(str(tmp_path))
     named = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
-    unread = {name: None for letter, name in named.items() if letter not in level.split("+")}
-    found = EmbedQuery(str(tmp_path), level)(columns(row("a", shade=50, **unread)))
+    unread = {name: None for letter, name in named.items() if letter not in modality.split("+")}
+    found = EmbedQuery(str(tmp_path), modality)(columns(row("a", shade=50, **unread)))
     grey = {"G": (1, 3, HIGH, WIDE), "A": (1, 3, SIZE, SIZE)}
     ground, synthetic = (
-        torch.full(grey[k], 50 / 255) if k in level.split("+") else None for k in "GA"
+        torch.full(grey[k], 50 / 255) if k in modality.split("+") else None for k in "GA"
     )
-    classes = torch.full((1, SIZE, SIZE), 2, dtype=torch.uint8) if "S" in level else None
+    classes = torch.full((1, SIZE, SIZE), 2, dtype=torch.uint8) if "S" in modality else None
     with torch.no_grad():
         expected = model.query(ground, synthetic, classes)
     assert found["error"].tolist() == [None]

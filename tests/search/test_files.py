@@ -213,13 +213,13 @@ def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):
         assert answer["tile"] == f"{row:07d}"
         assert answer["latitude"] == pytest.approx(0.01 * row)
         assert answer["score"] == pytest.approx(score, abs=1e-4)
-        assert answer["level"] == "G"
+        assert answer["modality"] == "G"
 
 
 def test_search_files_flags_repeat_and_name_what_is_missing():
     config = configs.parse(SearchFiles, ["--panorama", "a.jpg", "--panorama", "b.jpg"])
     assert config.panorama == ("a.jpg", "b.jpg")
-    assert configs.parse(SearchFiles, ["--panorama", "a.jpg", "--generator", "g"]).level == "G+A"
+    assert configs.parse(SearchFiles, ["--panorama", "a.jpg", "--generator", "g"]).modality == "G+A"
     with pytest.raises(ValueError, match="at least one --panorama"):
         SearchFiles()
     with pytest.raises(ValueError, match="give --generator too"):
@@ -315,7 +315,7 @@ def test_search_rows_on_ray_gives_what_a_search_here_gives(ray_session, index, t
     )
     folder = index.heads.split("/heads/")[0]
     config = SearchRows(
-        rows=location, index=folder, output=str(tmp_path / "found"), level="G", top_k=4
+        rows=location, index=folder, output=str(tmp_path / "found"), modality="G", top_k=4
     )
     assert search_rows(config)["rows"] == 7
     written = pa.concat_tables(
