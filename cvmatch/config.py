@@ -2,45 +2,78 @@
 
 import copy
 import dataclasses
-import functools
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast, get_args
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import tyro
 import yaml
 
-from cvmatch.data import storage
-
 C = TypeVar("C")
 
+_FILES = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        metavar="FILE",
+        help="YAML file of these flags (`fit: {lr: 1e-4}` is --fit.lr 1e-4). The later file wins, "
+        "and a flag wins over all files.",
+    ),
+]
 
-def parse(config: type[C], argv: list[str] | None = None) -> C:
+
+def parse(config: type[C], argv: list[str] | None = None, prog: str | None = None) -> C:
     """Read `config` from flags, which win over `--config FILE`, which wins over the defaults.
 
-    A YAML file is a list of flags with indentation (`fit: {lr: 1e-4}` is `--fit.lr 1e-4`), so both
-    go through one parser and give the same messages; of several files the later wins. `argv`
-    defaults to the process's arguments. A part that may be absent (`val: Ingest | None = None`) is
-    there as soon as one of its fields is set (`--val.root data`); `--val None` takes it away.
+    Of several files the later wins, field by field. A part that may be absent (`val: Data | None =
+    None`) is there as soon as one of its fields is set (`--val.root data`); `--val None`, or `null`
+    in a file, takes it away. Checks of one field against another (`__post_init__`) run once, when
+    all fields are set.
 
-    Checks of one field against another (`__post_init__`) run once, when all fields are set.
+    Args:
+        config: A dataclass of fields and nested dataclasses.
+        argv: Words in place of the process's arguments.
+        prog: Name of the command in its help.
+
+    Raises:
+        SystemExit: help was asked for, or a word or a field of a file is wrong; says which.
     """
-    filed, words = _filed(list(sys.argv[1:] if argv is None else argv))
-    parts: dict[str, Any] = {}
-    for flag, path, part in _optional(config):
-        gone = _drop_none(filed, flag)
-        if _drop_none(words, flag):
-            gone, filed = True, [word for word in filed if not _below(flag, word)]
-        if any(_below(flag, word) for word in filed + words):
-            parts[path] = part
-        elif gone:
-            parts[path] = None
-    default = functools.reduce(
-        lambda start, path: _set_part(start, path.split("."), parts[path]), parts, _bare(config)
+    files, words = _split_files(list(sys.argv[1:] if argv is None else argv))
+    default = _unchecked(config)
+    for file in files:
+        default = _update(default, _read_tree(file), file)
+    optional = _optional_parts(config)
+    for path, part in optional:
+        if _drop_none(words, path):
+            default = _set_part(default, path.split("."), None)
+        if _wants_help(words) or any(_is_below(path, word) for word in words):
+            default = _set_part(default, path.split("."), part)
+    command = dataclasses.make_dataclass(
+        config.__name__,
+        [
+            ("config", _FILES, dataclasses.field(default=())),
+            ("settings", Annotated[config, tyro.conf.arg(name="")], default),
+        ],
     )
-    start: dict[str, Any] = {"default": default} if parts else {}
-    options = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    return tyro.cli(config, args=[*filed, *words], config=options, **start)
+    description = config.__doc__ or ""
+    if optional:
+        flags = ", ".join(_flag(path) for path, _ in optional)
+        description += f"\n\nAbsent unless one of their flags is set: {flags}."
+    options = (tyro.conf.AvoidSubcommands,)
+    parsed = tyro.cli(command, prog=prog, description=description, args=words, config=options)
+    return parsed.settings
 
 
 def override(config: C, changes: Mapping[str, Any]) -> C:
@@ -93,8 +126,8 @@ def _require_field(config: Any, whole: str, name: str) -> None:
         )
 
 
-def _bare(config: type[C]) -> C:
-    """Returns the defaults of `config` without its checks: what flags will set is still to come."""
+def _unchecked(config: type[C]) -> C:
+    """Returns the defaults of `config` without its checks, since its fields are still to be set."""
     instance = object.__new__(config)
     for field in dataclasses.fields(cast(Any, config)):
         value: Any = tyro.MISSING
@@ -106,17 +139,75 @@ def _bare(config: type[C]) -> C:
     return instance
 
 
+def _set_field(config: C, name: str, value: Any) -> C:
+    """Returns a copy of `config` with a field replaced, without its checks."""
+    changed = copy.copy(config)
+    object.__setattr__(changed, name, value)
+    return changed
+
+
 def _set_part(config: C, names: list[str], part: type | None) -> C:
-    """Returns a copy, unchecked, that has a part, as its default has it, or None in its place."""
+    """Returns a copy that has a part, as its default has it, or None in its place."""
     name, *rest = names
     value = getattr(config, name)
     if rest:
         value = _set_part(value, rest, part)
-    elif part is None or not _is_part(type(value)):
-        value = part and _bare(part)
-    copied = copy.copy(config)
-    object.__setattr__(copied, name, value)
-    return copied
+    elif part is None or not dataclasses.is_dataclass(value):
+        value = part and _unchecked(part)
+    return _set_field(config, name, value)
+
+
+def _update(config: C, tree: Mapping[str, Any], file: str, prefix: str = "") -> C:
+    """Returns a copy with the fields that a file sets, without its checks."""
+    kinds = get_type_hints(type(config))
+    for key, value in tree.items():
+        name = str(key).replace("-", "_")
+        path = f"{prefix}{name}"
+        if name not in kinds:
+            _refuse(file, path, f"one of the fields {', '.join(kinds)}", key)
+        part = _part_type(kinds[name])
+        if part and isinstance(value, Mapping):
+            present = getattr(config, name)
+            base = present if dataclasses.is_dataclass(present) else _unchecked(part)
+            converted = _update(base, value, file, f"{path}.")
+        else:
+            converted = _convert(value, kinds[name], file, path)
+        config = _set_field(config, name, converted)
+    return config
+
+
+def _convert(value: Any, kind: Any, file: str, path: str) -> Any:
+    """Returns a value of a YAML file as the type of its field: a list becomes a tuple, 1e-4 (text
+    in YAML 1.1) a number."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in kinds:
+            return None
+        (kind, *_) = [one for one in kinds if one is not type(None)]
+        return _convert(value, kind, file, path)
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        each = kinds[:1] * len(items) if kinds[-1] is Ellipsis else kinds
+        if len(each) != len(items):
+            _refuse(file, path, f"a list of {len(each)}", value)
+        return tuple(_convert(item, one, file, path) for item, one in zip(items, each, strict=True))
+    if origin is Literal:
+        if value not in kinds:
+            _refuse(file, path, f"one of {', '.join(map(repr, kinds))}", value)
+        return value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not kind:
+        hint = "a text (in quotes)" if kind is str else f"a value of type {kind.__name__}"
+        _refuse(file, path, hint, value)
+    return value
+
+
+def _refuse(file: str, path: str, expected: str, value: Any) -> NoReturn:
+    raise SystemExit(f"{file}: {path}: expected {expected}, got {value!r:.80}.")
 
 
 def _plain(value: Any) -> Any:
@@ -135,73 +226,69 @@ def _walk(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     return found
 
 
-def _flags(tree: dict[str, Any]) -> list[str]:
-    words = []
-    for name, value in _walk(tree, ""):
-        flag = f"--{name.replace('_', '-')}"
-        # One word for one value, so that text with a leading dash is not taken for a flag.
-        words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
-    return words
-
-
-def _filed(words: list[str]) -> tuple[list[str], list[str]]:
-    """The flags in the files that `--config` names, and the words without it."""
-    tree: dict[str, Any] = {}
-    rest, waiting = [], iter(words)
+def _split_files(words: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the files that `--config` names, and the words without it."""
+    files, rest, waiting = [], [], iter(words)
     for word in waiting:
         flag, given, location = word.partition("=")
         if flag == "--config":
-            tree = _merge(tree, _read_tree(location if given else next(waiting, "")))
+            files.append(location if given else next(waiting, ""))
         else:
             rest.append(word)
-    return _flags(tree), rest
+    return files, rest
 
 
 def _read_tree(location: str) -> dict[str, Any]:
     if not location:
         raise SystemExit("--config expects the path of a YAML file, got nothing after it.")
-    tree = yaml.safe_load(storage.read_text(location)) or {}
+    from cvmatch.data import storage  # noqa: PLC0415 (pyarrow, which help does not need)
+
+    try:
+        tree = yaml.safe_load(storage.read_text(location)) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SystemExit(f"--config {location}: {error}") from None
     if not isinstance(tree, dict):
         raise SystemExit(f"{location}: expected a YAML mapping of fields, got {tree!r:.80}.")
     return tree
 
 
-def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Both trees in one; where they differ, the second."""
-    both = {
-        name: _merge(first[name], value)
-        for name, value in second.items()
-        if isinstance(value, dict) and isinstance(first.get(name), dict)
-    }
-    return {**first, **second, **both}
+def _optional_parts(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Returns dotted path and type of each part that may be None, outer parts first."""
+    parts = []
+    for name, kind in get_type_hints(config).items():
+        if part := _part_type(kind):
+            if part is not kind:
+                parts.append((f"{prefix}{name}", part))
+            parts += _optional_parts(part, f"{prefix}{name}.")
+    return parts
 
 
-def _optional(config: Any, prefix: str = "") -> list[tuple[str, str, Any]]:
-    """Flag, dotted path and type of each part of `config` that may be None, outer parts first."""
-    found = []
-    for field in dataclasses.fields(config):
-        kinds = [kind for kind in (field.type, *get_args(field.type)) if _is_part(kind)]
-        path = f"{prefix}{field.name}"
-        for kind in kinds:
-            if field.type is not kind:
-                found.append((f"--{path.replace('_', '-')}", path, kind))
-            found += _optional(kind, f"{path}.")
-    return found
+def _part_type(kind: Any) -> type | None:
+    """Returns the dataclass that a field of type `kind` holds, if any."""
+    for one in (kind, *get_args(kind)):
+        if isinstance(one, type) and dataclasses.is_dataclass(one):
+            return one
+    return None
 
 
-def _is_part(kind: Any) -> bool:
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+def _flag(path: str) -> str:
+    return f"--{path.replace('_', '-')}"
 
 
-def _below(flag: str, word: str) -> bool:
-    """Whether a word sets a field of the part `flag`; tyro takes _ and - alike."""
-    return word.replace("_", "-").startswith(f"{flag}.")
+def _is_below(path: str, word: str) -> bool:
+    """Whether a word sets a field of the part at `path`; tyro takes _ and - alike."""
+    return word.replace("_", "-").startswith(f"{_flag(path)}.")
 
 
-def _drop_none(words: list[str], flag: str) -> bool:
-    """Take `flag None` out of the words; whether it was there."""
-    for at, word in enumerate(words):
-        if word == f"{flag}=None" or words[at : at + 2] == [flag, "None"]:
-            del words[at : at + (1 if word == f"{flag}=None" else 2)]
+def _wants_help(words: list[str]) -> bool:
+    return bool({"-h", "--help"}.intersection(words))
+
+
+def _drop_none(words: list[str], path: str) -> bool:
+    """Take `--part None` out of the words. Returns whether it was there."""
+    flag = _flag(path)
+    for index, word in enumerate(words):
+        if word == f"{flag}=None" or words[index : index + 2] == [flag, "None"]:
+            del words[index : index + (1 if word == f"{flag}=None" else 2)]
             return True
     return False

@@ -212,9 +212,8 @@ def test_parse_none_takes_a_part_away_and_flags_keep_its_default(file):
         ["--lr", "1"],
         ["--fit.lr", "fast"],
         ["--fit.schedule", "linear"],
-        ["--cache"],
+        ["--cache", "True"],
         ["--size", "1"],
-        ["--limit", "-3"],
         ["--config"],
         ["--config="],
     ],
@@ -225,17 +224,86 @@ def test_parse_wrong_flag_exits_with_an_error(words):
     assert caught.value.code not in (0, None)
 
 
-@pytest.mark.parametrize("text", ["fit: {learning_rate: 1}", "[1, 2]", "limit: many"])
-def test_parse_wrong_file_exits_with_an_error(file, text):
+def test_parse_values_that_the_config_refuses_raise_its_error():
+    with pytest.raises(ValueError, match="expected limit >= 0, got -3"):
+        config.parse(Train, ["--limit", "-3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fit: {learning_rate: 1}", "fit.learning_rate: expected one of the fields lr, ks"),
+        ("[1, 2]", "expected a YAML mapping"),
+        ("limit: many", "limit: expected a value of type int, got 'many'"),
+        ("limit: true", "limit: expected a value of type int, got True"),
+        ("cache: 1", "cache: expected a value of type bool, got 1"),
+        ("name: 007", "name: expected a text (in quotes), got 7"),
+        ("fit: {lr: fast}", "fit.lr: expected a value of type float, got 'fast'"),
+        ("fit: {schedule: linear}", "fit.schedule: expected one of 'constant', 'cosine'"),
+        ("fit: 3", "fit: expected"),
+        ("size: [1]", "size: expected a list of 2, got [1]"),
+        ("fit: {ks: [1, x]}", "fit.ks: expected a value of type int, got 'x'"),
+        ("test: {roots: x}", "test.roots: expected one of the fields root"),
+        ("fit: {lr", "while parsing"),
+    ],
+)
+def test_parse_wrong_file_exits_with_file_field_and_value(file, text, message):
+    path = file(text)
     with pytest.raises(SystemExit) as caught:
-        config.parse(Train, ["--config", file(text)])
-    assert caught.value.code not in (0, None)
+        config.parse(Train, ["--config", path])
+    assert path in str(caught.value.code)
+    assert message in str(caught.value.code)
+
+
+def test_parse_file_that_is_not_there_exits_with_its_name():
+    with pytest.raises(SystemExit, match=r"nowhere\.yaml"):
+        config.parse(Train, ["--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fit: {lr: 1e-4}", Train(fit=Fit(lr=1e-4))),  # text for YAML 1.1
+        ("fit: {lr: 1}", Train(fit=Fit(lr=1.0))),
+        ("cache: true\nlimit: null", Train(cache=True)),
+        ("words: one", Train(words=("one",))),
+        ("data: {max-rejected: 1}", Train(data=Data(max_rejected=1.0))),
+        ("val: {}", Train(val=Data())),
+    ],
+)
+def test_parse_values_of_a_file_take_the_types_of_their_fields(file, text, expected):
+    read = config.parse(Train, ["--config", file(text)])
+    assert read == expected
+    assert type(read.fit.lr) is float
+
+
+def test_parse_choices_are_flags_without_a_value(file):
+    path = file("cache: true")
+    assert config.parse(Train, ["--cache"]).cache
+    assert not config.parse(Train, ["--no-cache", "--config", path]).cache
+
+
+def test_parse_help_shows_files_optional_parts_and_defaults(capsys):
+    with pytest.raises(SystemExit) as caught:
+        config.parse(Train, ["--help"], prog="cvmatch train")
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "usage: cvmatch train" in shown
+    for text in (
+        "--config FILE",
+        "--val.root",
+        "--test.root",
+        "--cache, --no-cache",
+        "(default: 0.5)",
+    ):
+        assert text in shown
+    assert "Absent unless one of their flags is set: --val, --test." in shown
 
 
 def test_parse_does_not_change_the_words_it_is_given():
-    words = ["--test", "None", "--cache", "True"]
+    words = ["--test", "None", "--cache"]
     config.parse(Train, words)
-    assert words == ["--test", "None", "--cache", "True"]
+    assert words == ["--test", "None", "--cache"]
 
 
 def test_override_dotted_paths_replace_and_leave_the_original():
