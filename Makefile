@@ -22,7 +22,7 @@ install: .venv/.installed ## make .venv with the versions of constraints.txt (th
 	@touch $@
 
 demo: install ## the whole pipeline on embedded data, in minutes, with no download: ends in demo/report.html
-	$(BIN)/python jobs/demo.py
+	$(BIN)/cvmatch demo
 
 test: install ## all tests but twelve slow ones (pytest -m slow: deaths, resume and DDP, 8 min)
 	$(BIN)/pytest -m "not slow"

@@ -1,15 +1,5 @@
-"""Embed all tiles of a gallery and publish them as the next version of an index."""
+"""Run `cvmatch build-index` on a cluster (`ray job submit ... -- python jobs/build_index.py`)."""
 
-import json
+from cvmatch.cli import main
 
-from cvmatch.config import parse
-from cvmatch.index.build import build
-from cvmatch.index.settings import BuildIndex
-from cvmatch.runtime import progress
-
-if __name__ == "__main__":
-    progress.to_console()
-    config = parse(BuildIndex)
-    info = build(config)
-    shown = ("version", "rows", "hidden", "ann", "shortlist", "recall", "rejected")
-    print(json.dumps({"index": config.output, **{name: info.get(name) for name in shown}}))
+main("build-index")

@@ -1,13 +1,5 @@
-"""Find the tiles of all rows of a synthesized data set, on a cluster."""
+"""Run `cvmatch search-rows` on a cluster (`ray job submit ... -- python jobs/search_rows.py`)."""
 
-import json
+from cvmatch.cli import main
 
-from cvmatch.config import parse
-from cvmatch.runtime import progress
-from cvmatch.search.rows import search_rows
-from cvmatch.search.settings import SearchRows
-
-if __name__ == "__main__":
-    progress.to_console()
-    config = parse(SearchRows)
-    print(json.dumps({"output": config.output, "rows": search_rows(config)["rows"]}))
+main("search-rows")

@@ -1,15 +1,5 @@
-"""Fine-tune the generator on pairs: `python jobs/train_generator.py --data.root CVUSA`."""
+"""Run `cvmatch train-generator` on a cluster (`ray job submit ... -- python jobs/train_generator.py`)."""
 
-import json
+from cvmatch.cli import main
 
-from cvmatch.config import parse
-from cvmatch.generate.settings import TrainGenerator
-from cvmatch.generate.train import train
-from cvmatch.runtime import progress, session
-
-if __name__ == "__main__":
-    progress.to_console()
-    config = parse(TrainGenerator)
-    session.start()
-    result = train(config)
-    print(json.dumps({"model": config.output, **(result.metrics or {})}))
+main("train-generator")

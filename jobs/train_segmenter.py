@@ -1,15 +1,5 @@
-"""Fine-tune the segmenter on tiles and class maps: `--data.root CVUSA_subset`."""
+"""Run `cvmatch train-segmenter` on a cluster (`ray job submit ... -- python jobs/train_segmenter.py`)."""
 
-import json
+from cvmatch.cli import main
 
-from cvmatch.config import parse
-from cvmatch.runtime import progress, session
-from cvmatch.segment.settings import TrainSegmenter
-from cvmatch.segment.train import train
-
-if __name__ == "__main__":
-    progress.to_console()
-    config = parse(TrainSegmenter)
-    session.start()
-    result = train(config)
-    print(json.dumps({"model": config.output, **(result.metrics or {})}))
+main("train-segmenter")

@@ -12,9 +12,13 @@ from ray.train import Result
 
 from cvmatch import config as configs
 from cvmatch.data import schema, storage
-from cvmatch.demo.plan import Settings
+from cvmatch.demo.plan import Settings, settings
+from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import Demo
 from cvmatch.evaluate.run import evaluate
+from cvmatch.generate import train as generator
+from cvmatch.index.build import build
+from cvmatch.match import train as matcher
 from cvmatch.match.batches import pair_ids
 from cvmatch.report import (
     Curve,
@@ -29,8 +33,12 @@ from cvmatch.report import (
     score_table,
     scores,
 )
+from cvmatch.runtime import session
 from cvmatch.search.files import search
 from cvmatch.search.settings import SearchFiles
+from cvmatch.segment import train as segmenter
+from cvmatch.synthesize.run import synthesize
+from cvmatch.tune import run as tune
 from cvmatch.tune.run import TuneResult
 
 EXPECTED = {
@@ -57,6 +65,41 @@ SHOWN = 10
 """Held-out pairs in the report."""
 
 _log = logging.getLogger(__name__)
+
+
+def run(config: Demo) -> str:
+    """Run the whole pipeline, and write results.json and report.html.
+
+    Returns the results as a table for a terminal, and where the files are.
+    """
+    plan, step, runs = settings(config), Steps(), {}
+    with step("world"):
+        session.start(logical_cpus=4)  # each worker imports torch for itself
+        counts = make_world(plan.world)
+    with step("segmenter"):
+        runs["segmenter"] = segmenter.train(plan.segmenter)
+    with step("generator"):
+        runs["generator"] = generator.train(plan.generator)
+    with step("synthesize"):
+        for part in plan.synthesize:
+            synthesize(part)
+    with step("tune"):
+        tuned = tune.search(plan.tune, plan.trial)
+    with step("matcher"):
+        runs["matcher"] = matcher.train(configs.override(plan.matcher, tuned.params))
+    with step("index"):
+        build(plan.index)
+    with step("evaluate"):
+        measured = measure(plan)
+    with step("search"):
+        examples = look_up(config, plan)
+    numbers = results(counts, runs, tuned, measured, step.seconds)
+    page = write(config, numbers, examples, runs, tuned)
+    return (
+        f"{table(numbers)}\n"
+        f"results  {storage.absolute(config.output)}/results.json\n"
+        f"report   {storage.absolute(page)}"
+    )
 
 
 class Steps:

@@ -1,0 +1,418 @@
+"""The command `cvmatch`: which commands there are, what each runs, and how each ends.
+
+Nothing heavy is imported before a command runs: its help needs its settings alone.
+"""
+
+import dataclasses
+import importlib
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C (128 + SIGINT), as shells have it."""
+
+WRONG_INPUT = 2
+"""Exit code of a wrong flag, file or data set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command, and what it needs before anything heavy is imported."""
+
+    name: str
+    """As it is typed; `index` has subcommands."""
+    help: str
+    """One line."""
+    settings: str
+    """`module:class` of its settings."""
+    run: Callable[[Any], Any]
+    """Does it with the settings. Returns what is printed as one line of JSON; None: nothing."""
+    kept: Callable[[Any], str]
+    """What is there after Ctrl-C, and how to go on, in a sentence."""
+    level: int = logging.INFO
+    """Of the log on stderr."""
+
+
+def main(command: str = "", argv: Sequence[str] | None = None) -> None:
+    """Run a command of the command line; `command` is one that is not typed (as in jobs/).
+
+    Raises:
+        SystemExit: help was asked for (0), input is wrong (2), or Ctrl-C was pressed (130).
+    """
+    words = [*command.split(), *(sys.argv[1:] if argv is None else argv)]
+    chosen = {one.name: one for one in COMMANDS if words[: _length(one)] == one.name.split()}
+    if not chosen:
+        _show_commands(words)
+    (one,) = chosen.values()
+    config = None
+    try:
+        config = _parse(one, words[_length(one) :])
+        _run(one, config)
+    except KeyboardInterrupt:
+        kept = one.kept(config) if config is not None else "Nothing was begun."
+        _exit(INTERRUPTED, f"cvmatch {one.name}: interrupted. {kept}")
+    except Exception as error:
+        if not _is_wrong_input(error):
+            raise
+        _exit(WRONG_INPUT, f"cvmatch {one.name}: {error}")
+
+
+def settings_of(command: Command) -> type:
+    """Import the class of a command's settings."""
+    module, name = command.settings.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _parse(command: Command, words: Sequence[str]) -> Any:
+    from cvmatch import config
+
+    return config.parse(settings_of(command), list(words), prog=f"cvmatch {command.name}")
+
+
+def _run(command: Command, config: Any) -> None:
+    from cvmatch.runtime import progress
+
+    progress.to_console(command.level)
+    answer = command.run(config)
+    if answer is not None:
+        print(json.dumps(answer))
+
+
+def _is_wrong_input(error: Exception) -> bool:
+    """Whether an error says what is wrong with the input: raised here on purpose, or a file is
+    missing. All others are defects, which need their traceback."""
+    if isinstance(error, FileNotFoundError):
+        return True
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    inside = Path(frame.filename).is_relative_to(Path(__file__).parent)
+    raised = (frame.line or "").lstrip().startswith("raise ")
+    return isinstance(error, ValueError | RuntimeError) and inside and raised
+
+
+def _length(command: Command) -> int:
+    return len(command.name.split())
+
+
+def _show_commands(words: list[str]) -> NoReturn:
+    """Print the commands; an error unless help was asked for."""
+    begins = [one for one in COMMANDS if words and one.name.split()[0] == words[0]]
+    shown = begins or COMMANDS
+    rest = words[1:] if begins else words
+    title = f"cvmatch {words[0]}" if begins else "cvmatch"
+    if rest and rest[0] not in ("-h", "--help"):
+        names = ", ".join(one.name.removeprefix("index ") if begins else one.name for one in shown)
+        _exit(WRONG_INPUT, f"{title}: expected one of {names}; got {rest[0]!r}.")
+    width = max(len(one.name) for one in COMMANDS)
+    print(f"usage: {title} COMMAND [--config FILE] [flags]\n")
+    if not begins:
+        print("Find the satellite tile of a street panorama. In the order of the pipeline:\n")
+    for one in shown:
+        print(f"  {one.name:{width}}  {one.help}")
+    print(f"\nFlags of one: {title} COMMAND --help")
+    sys.exit(0)
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _train_segmenter(config: Any) -> Any:
+    from cvmatch.segment.train import train
+
+    return _train(train, config)
+
+
+def _train_generator(config: Any) -> Any:
+    from cvmatch.generate.train import train
+
+    return _train(train, config)
+
+
+def _train_matcher(config: Any) -> Any:
+    from cvmatch.match.train import train
+
+    return _train(train, config)
+
+
+def _train(train: Callable[[Any], Any], config: Any) -> Any:
+    from cvmatch.runtime import session
+
+    session.start()
+    return {"model": config.output, **(train(config).metrics or {})}
+
+
+def _synthesize(config: Any) -> Any:
+    from cvmatch.synthesize.run import synthesize
+
+    manifest = synthesize(config)
+    return {"output": config.output, "rows": manifest["rows"], "models": manifest["models"]}
+
+
+def _build_index(config: Any) -> Any:
+    from cvmatch.index.build import build
+
+    info = build(config)
+    shown = ("version", "rows", "hidden", "ann", "shortlist", "recall", "rejected")
+    return {"index": config.output, **{name: info.get(name) for name in shown}}
+
+
+def _index_info(config: Any) -> Any:
+    from cvmatch.index.verify import about
+
+    return _without_files(about(config))
+
+
+def _index_verify(config: Any) -> Any:
+    from cvmatch.index.verify import verify
+
+    return _without_files(verify(config))
+
+
+def _index_add(config: Any) -> Any:
+    from cvmatch.index.update import add
+
+    return _without_files(add(config))
+
+
+def _index_delete(config: Any) -> Any:
+    from cvmatch.index.update import delete
+
+    return _without_files(delete(config))
+
+
+def _index_compact(config: Any) -> Any:
+    from cvmatch.index.gallery import spread
+    from cvmatch.index.update import compact
+
+    return _without_files(compact(config, spread(config.output)))
+
+
+def _index_vacuum(config: Any) -> Any:
+    from cvmatch.index.update import vacuum
+
+    return _without_files(vacuum(config))
+
+
+def _without_files(info: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in info.items() if name != "files"}
+
+
+def _evaluate(config: Any) -> Any:
+    from cvmatch.data import storage
+    from cvmatch.evaluate.run import evaluate
+    from cvmatch.report import evaluation, score_table, scores
+
+    results = evaluate(config)
+    page = evaluation(config.output, config.queries, config.seed)
+    print(score_table(scores(results), "Evaluation"), file=sys.stderr)
+    print(f"page  {storage.absolute(page)}", file=sys.stderr)
+    return results
+
+
+def _search(config: Any) -> None:
+    import webbrowser
+
+    from cvmatch.data import storage
+    from cvmatch.report.found import found
+    from cvmatch.search.files import search
+
+    results = []
+    for result in search(config):
+        for tile in result.tiles:
+            print(json.dumps(tile))
+        results.append(result)
+    if page := config.page or ("search.html" if config.open else ""):
+        location = storage.absolute(found(results, page, config.tiles))
+        if config.open:
+            webbrowser.open(location if "://" in location else f"file://{location}")
+
+
+def _search_rows(config: Any) -> Any:
+    from cvmatch.search.rows import search_rows
+
+    return {"output": config.output, "rows": search_rows(config)["rows"]}
+
+
+def _tune(config: Any) -> Any:
+    from cvmatch.tune.run import search
+
+    result = search(config)
+    best = {"params": result.params, result.metric: result.value, "trials": len(result.trials)}
+    print(f"train the best: {result.command}", file=sys.stderr)
+    return {"output": config.output, **best}
+
+
+def _demo(config: Any) -> None:
+    from cvmatch.demo.run import run
+
+    print(run(config))
+
+
+def _demo_data(config: Any) -> Any:
+    from cvmatch.demo.procedural.write import make_world
+
+    return make_world(config)
+
+
+def _training_kept(config: Any) -> str:
+    fit = config.fit
+    if not fit.name:
+        return (
+            f"Its checkpoints are below {fit.storage}; a run goes on with --fit.name and the name of "
+            "its directory there."
+        )
+    return f"The same command goes on after the last whole epoch of {fit.storage}/{fit.name}."
+
+
+def _rows_kept(config: Any) -> str:
+    return f"Finished rows are in {config.output}; the same command goes on."
+
+
+def _index_kept(config: Any) -> str:
+    return f"No version was published in {config.output}; the same command goes on."
+
+
+def _tune_kept(config: Any) -> str:
+    if not config.name:
+        return f"Finished trials are below {config.storage}; --name and its name there go on."
+    return f"Finished trials are in {config.storage}/{config.name}; the same command goes on."
+
+
+def _output_kept(config: Any) -> str:
+    return f"What is finished is in {config.output}; the same command goes on."
+
+
+def _nothing_kept(_: Any) -> str:
+    return "Nothing was kept or changed; give the same command again."
+
+
+COMMANDS = (
+    Command(
+        name="train-segmenter",
+        help="fine-tune the segmenter on tiles and class maps",
+        settings="cvmatch.segment.settings:TrainSegmenter",
+        run=_train_segmenter,
+        kept=_training_kept,
+    ),
+    Command(
+        name="train-generator",
+        help="fine-tune the generator, which paints an aerial picture from a panorama",
+        settings="cvmatch.generate.settings:TrainGenerator",
+        run=_train_generator,
+        kept=_training_kept,
+    ),
+    Command(
+        name="synthesize",
+        help="paint and segment the synthetic aerial of every pair of a split",
+        settings="cvmatch.synthesize.settings:Synthesize",
+        run=_synthesize,
+        kept=_rows_kept,
+    ),
+    Command(
+        name="train-matcher",
+        help="train the joint embedding on synthesized pairs",
+        settings="cvmatch.match.settings:TrainMatcher",
+        run=_train_matcher,
+        kept=_training_kept,
+    ),
+    Command(
+        name="build-index",
+        help="embed all tiles of a gallery and publish them as an index",
+        settings="cvmatch.index.settings:BuildIndex",
+        run=_build_index,
+        kept=_index_kept,
+    ),
+    Command(
+        name="index info",
+        help="show what the manifest of an index says",
+        settings="cvmatch.index.settings:Info",
+        run=_index_info,
+        kept=_nothing_kept,
+    ),
+    Command(
+        name="index verify",
+        help="check the files of an index; --deep also embeds stored tiles again",
+        settings="cvmatch.index.settings:Verify",
+        run=_index_verify,
+        kept=_nothing_kept,
+    ),
+    Command(
+        name="index add",
+        help="add tiles to an index",
+        settings="cvmatch.index.settings:AddTiles",
+        run=_index_add,
+        kept=_index_kept,
+    ),
+    Command(
+        name="index delete",
+        help="delete tiles from an index",
+        settings="cvmatch.index.settings:DeleteTiles",
+        run=_index_delete,
+        kept=_index_kept,
+    ),
+    Command(
+        name="index compact",
+        help="merge what was added to an index and drop what was deleted",
+        settings="cvmatch.index.settings:Compact",
+        run=_index_compact,
+        kept=_index_kept,
+    ),
+    Command(
+        name="index vacuum",
+        help="delete old versions of an index, and files that no version names",
+        settings="cvmatch.index.settings:Vacuum",
+        run=_index_vacuum,
+        kept=lambda config: f"Some files of old versions of {config.output} may be left.",
+    ),
+    Command(
+        name="evaluate",
+        help="measure a matcher, its index and the models behind its queries, on unseen pairs",
+        settings="cvmatch.evaluate.settings:Evaluate",
+        run=_evaluate,
+        kept=_nothing_kept,
+    ),
+    Command(
+        name="search",
+        help="find the tiles of panoramas; prints JSON lines",
+        settings="cvmatch.search.settings:SearchFiles",
+        run=_search,
+        kept=_nothing_kept,
+        level=logging.WARNING,
+    ),
+    Command(
+        name="search-rows",
+        help="find the tiles of all rows of a synthesized data set, on a cluster",
+        settings="cvmatch.search.settings:SearchRows",
+        run=_search_rows,
+        kept=_rows_kept,
+    ),
+    Command(
+        name="tune",
+        help="search the settings of a training",
+        settings="cvmatch.tune.run:Tune",
+        run=_tune,
+        kept=_tune_kept,
+    ),
+    Command(
+        name="demo",
+        help="run the whole pipeline on an embedded data set",
+        settings="cvmatch.demo.settings:Demo",
+        run=_demo,
+        kept=_output_kept,
+    ),
+    Command(
+        name="demo-data",
+        help="write the embedded data set in CVUSA's layout",
+        settings="cvmatch.demo.settings:MakeWorld",
+        run=_demo_data,
+        kept=_nothing_kept,
+    ),
+)
+"""All commands, in the order of the pipeline."""
