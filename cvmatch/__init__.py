@@ -1,12 +1,48 @@
 """Find the satellite tile of a street panorama, by synthesis, segmentation and joint matching.
 
-The stages, in pipeline order: `ingest`, `generate`, `segment`, `match`, `index`, `search`; and
-around them `tune`, `evaluate`, `report`. `README.md` draws the pipeline and the tree.
+The names below are those that a person uses in a notebook; each is loaded when it is first used:
+
+    for result in cvmatch.search(cvmatch.SearchFiles(panorama=("street.jpg",), index="data/index")):
+        print(result.query, result.tiles[0])
+
+The stages, in pipeline order: `generate`, `segment`, `match`, `index`, `search`; around them
+`tune`, `evaluate`, `report`. `docs/architecture.md` draws the pipeline and the tree.
 """
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
-# Ray reads it when imported. The warning is of no use, and goes to stdout, where jobs answer.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
+if TYPE_CHECKING:
+    from cvmatch.generate.model import Generator
+    from cvmatch.index.reader import Index
+    from cvmatch.match.model import JointFeatureLearningNet as Matcher
+    from cvmatch.search.files import search
+    from cvmatch.search.settings import SearchFiles
+    from cvmatch.segment.model import Segmenter
 
 __version__ = "0.1.0"
+
+__all__ = ["Generator", "Index", "Matcher", "SearchFiles", "Segmenter", "search"]
+
+_LOCATIONS = {
+    "Generator": "cvmatch.generate.model",
+    "Index": "cvmatch.index.reader",
+    "Matcher": "cvmatch.match.model",
+    "SearchFiles": "cvmatch.search.settings",
+    "Segmenter": "cvmatch.segment.model",
+    "search": "cvmatch.search.files",
+}
+
+# Ray reads it when imported. The warning is of no use, and goes to stdout, where commands answer.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOCATIONS:
+        raise AttributeError(f"module 'cvmatch' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LOCATIONS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command runs: its help needs its settings alone.
 """
 
-import dataclasses
 import importlib
 import json
 import logging
@@ -265,8 +264,8 @@ def _training_kept(config: Any) -> str:
     fit = config.fit
     if not fit.name:
         return (
-            f"Its checkpoints are below {fit.storage}; a run goes on with --fit.name and the name of "
-            "its directory there."
+            f"Its checkpoints are below {fit.storage}; --fit.name and the name of its "
+            "directory there go on."
         )
     return f"The same command goes on after the last whole epoch of {fit.storage}/{fit.name}."
 
@@ -416,3 +415,7 @@ COMMANDS = (
     ),
 )
 """All commands, in the order of the pipeline."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Run `cvmatch build-index` on a cluster (`ray job submit ... -- python jobs/build_index.py`)."""
+"""Run `cvmatch build-index`: `ray job submit ... -- python jobs/build_index.py`."""
 
 from cvmatch.cli import main
 

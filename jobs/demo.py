@@ -1,4 +1,4 @@
-"""Run `cvmatch demo` on a cluster (`ray job submit ... -- python jobs/demo.py`)."""
+"""Run `cvmatch demo`: `ray job submit ... -- python jobs/demo.py`."""
 
 from cvmatch.cli import main
 

@@ -1,4 +1,4 @@
-"""Run `cvmatch evaluate` on a cluster (`ray job submit ... -- python jobs/evaluate.py`)."""
+"""Run `cvmatch evaluate`: `ray job submit ... -- python jobs/evaluate.py`."""
 
 from cvmatch.cli import main
 

@@ -1,4 +1,4 @@
-"""Run `cvmatch index` on a cluster (`ray job submit ... -- python jobs/index.py`)."""
+"""Run `cvmatch index`: `ray job submit ... -- python jobs/index.py`."""
 
 from cvmatch.cli import main
 

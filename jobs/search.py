@@ -1,4 +1,4 @@
-"""Run `cvmatch search` on a cluster (`ray job submit ... -- python jobs/search.py`)."""
+"""Run `cvmatch search`: `ray job submit ... -- python jobs/search.py`."""
 
 from cvmatch.cli import main
 

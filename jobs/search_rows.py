@@ -1,4 +1,4 @@
-"""Run `cvmatch search-rows` on a cluster (`ray job submit ... -- python jobs/search_rows.py`)."""
+"""Run `cvmatch search-rows`: `ray job submit ... -- python jobs/search_rows.py`."""
 
 from cvmatch.cli import main
 

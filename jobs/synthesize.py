@@ -1,4 +1,4 @@
-"""Run `cvmatch synthesize` on a cluster (`ray job submit ... -- python jobs/synthesize.py`)."""
+"""Run `cvmatch synthesize`: `ray job submit ... -- python jobs/synthesize.py`."""
 
 from cvmatch.cli import main
 

@@ -1,4 +1,4 @@
-"""Run `cvmatch train-generator` on a cluster (`ray job submit ... -- python jobs/train_generator.py`)."""
+"""Run `cvmatch train-generator`: `ray job submit ... -- python jobs/train_generator.py`."""
 
 from cvmatch.cli import main
 

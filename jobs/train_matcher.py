@@ -1,4 +1,4 @@
-"""Run `cvmatch train-matcher` on a cluster (`ray job submit ... -- python jobs/train_matcher.py`)."""
+"""Run `cvmatch train-matcher`: `ray job submit ... -- python jobs/train_matcher.py`."""
 
 from cvmatch.cli import main
 

@@ -1,4 +1,4 @@
-"""Run `cvmatch train-segmenter` on a cluster (`ray job submit ... -- python jobs/train_segmenter.py`)."""
+"""Run `cvmatch train-segmenter`: `ray job submit ... -- python jobs/train_segmenter.py`."""
 
 from cvmatch.cli import main
 

@@ -1,4 +1,4 @@
-"""Run `cvmatch tune` on a cluster (`ray job submit ... -- python jobs/tune.py`)."""
+"""Run `cvmatch tune`: `ray job submit ... -- python jobs/tune.py`."""
 
 from cvmatch.cli import main
 

@@ -70,3 +70,14 @@ def world_root(ray_session, tmp_path_factory):
     root = str(tmp_path_factory.mktemp("world"))
     make_world(MakeWorld(output=root, preset="tiny"))
     return root
+
+
+@pytest.fixture(scope="session")
+def readme(world_root, ray_session, tmp_path_factory):
+    """A folder like a fresh clone, in which the commands of README.md were typed."""
+    from tests.helpers import documents  # noqa: PLC0415 (only where it is used)
+
+    address = ray.get_runtime_context().gcs_address
+    clone = documents.make_clone(tmp_path_factory.mktemp("clone"), world_root, address)
+    clone.run_document(documents.README)
+    return clone
