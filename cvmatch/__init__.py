@@ -2,7 +2,8 @@
 
 The names below are those that a person uses in a notebook; each is loaded when it is first used:
 
-    for result in cvmatch.search(cvmatch.SearchFiles(panorama=("street.jpg",), index="data/index")):
+    config = cvmatch.SearchFiles(panorama=("street.jpg",), index="data/index")
+    for result in cvmatch.search_files(config):
         print(result.query, result.tiles[0])
 
 The stages, in pipeline order: `generate`, `segment`, `match`, `index`, `search`; around them
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cvmatch.generate.model import Generator
     from cvmatch.index.reader import Index
-    from cvmatch.match.model import JointFeatureLearningNet as Matcher
-    from cvmatch.search.files import search
+    from cvmatch.match.model import Matcher
+    from cvmatch.search.files import search_files
     from cvmatch.search.settings import SearchFiles
     from cvmatch.segment.model import Segmenter
 
 __version__ = "0.1.0"
 
-__all__ = ["Generator", "Index", "Matcher", "SearchFiles", "Segmenter", "search"]
+__all__ = ["Generator", "Index", "Matcher", "SearchFiles", "Segmenter", "search_files"]
 
 _LOCATIONS = {
     "Generator": "cvmatch.generate.model",
@@ -31,7 +32,7 @@ _LOCATIONS = {
     "Matcher": "cvmatch.match.model",
     "SearchFiles": "cvmatch.search.settings",
     "Segmenter": "cvmatch.segment.model",
-    "search": "cvmatch.search.files",
+    "search_files": "cvmatch.search.files",
 }
 
 # Ray reads it when imported. The warning is of no use, and goes to stdout, where commands answer.

@@ -220,10 +220,10 @@ def _search(config: Any) -> None:
 
     from cvmatch.data import storage
     from cvmatch.report.found import found
-    from cvmatch.search.files import search
+    from cvmatch.search.files import search_files
 
     results = []
-    for result in search(config):
+    for result in search_files(config):
         for tile in result.tiles:
             print(json.dumps(tile))
         results.append(result)

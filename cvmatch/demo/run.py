@@ -34,7 +34,7 @@ from cvmatch.report import (
     scores,
 )
 from cvmatch.runtime import session
-from cvmatch.search.files import search
+from cvmatch.search.files import search_files
 from cvmatch.search.settings import SearchFiles
 from cvmatch.segment import train as segmenter
 from cvmatch.synthesize.run import synthesize
@@ -195,7 +195,7 @@ def look_up(config: Demo, settings: Settings) -> list[Example]:
         top_k=5,
     )
     found: dict[str, list[dict[str, Any]]] = {pair_id: [] for pair_id in queries}
-    for answer in search(asked):
+    for answer in search_files(asked):
         found[files[answer.query]] = answer.tiles
     ranks = _ranks(settings.evaluate.output)
     pictures = places.pictures(

@@ -45,7 +45,7 @@ class Answer:
     """Best first: query, rank, tile, score, latitude, longitude, modality. JSON-able."""
 
 
-def search(config: SearchFiles) -> Iterator[Answer]:
+def search_files(config: SearchFiles) -> Iterator[Answer]:
     """An answer for each panorama.
 
     Raises:

@@ -173,12 +173,12 @@ def test_search_names_the_panoramas_that_it_cannot_search_and_searches_the_other
     (tmp_path / "cut.png").write_bytes(good[:50])
     places = tuple(str(tmp_path / name) for name in ("cut.png", "good.png", "absent.png"))
     folder = index.heads.split("/heads/")[0]
-    found = list(files.search(SearchFiles(panorama=places, index=folder)))
+    found = list(files.search_files(SearchFiles(panorama=places, index=folder)))
     assert [answer.query for answer in found] == [places[1]]
     for text in ("2 of 3", "cut.png: cannot be decoded", "absent.png"):
         assert text in caplog.text
     with pytest.raises(ValueError, match=r"(?s)2 of 2.*cut\.png: cannot be decoded.*absent\.png"):
-        files.search(SearchFiles(panorama=(places[0], places[2]), index=folder))
+        files.search_files(SearchFiles(panorama=(places[0], places[2]), index=folder))
 
 
 @pytest.mark.parametrize("width", [16, 32])
@@ -187,7 +187,7 @@ def test_search_of_a_tile_or_a_whole_sphere_is_refused(tmp_path, width):
     (tmp_path / "other.png").write_bytes(data)
     config = SearchFiles(panorama=(str(tmp_path / "other.png"),), index=str(tmp_path / "none"))
     with pytest.raises(ValueError, match=rf"{width} x 16 pixels, expected .*2\.5 times as wide"):
-        files.search(config)
+        files.search_files(config)
 
 
 def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):
@@ -198,7 +198,7 @@ def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):
         (tmp_path / f"{number}.png").write_bytes(rows[schema.GROUND][number].as_py())
     folder = index.heads.split("/heads/")[0]
     config = SearchFiles(panorama=tuple(places), index=folder, top_k=4)
-    found = list(files.search(config))
+    found = list(files.search_files(config))
     assert [one.pictures for one in found] == [
         {schema.GROUND: rows[schema.GROUND][number].as_py()} for number in (3, 1)
     ]
@@ -235,19 +235,19 @@ def test_search_in_an_area_gives_the_best_of_the_tiles_there(index, tmp_path):
     (tmp_path / "panoramas" / "notes.txt").write_text("not a picture")
     folder = index.heads.split("/heads/")[0]
     asked = {"panorama": (str(tmp_path / "panoramas"),), "index": folder, "top_k": COUNT}
-    everywhere = list(files.search(SearchFiles(**asked)))
+    everywhere = list(files.search_files(SearchFiles(**asked)))
     assert len(everywhere) == 3
     # Tiles lie 0.01 degrees (1,112 m) apart, going north from the equator.
     areas = {"near": (0.05, 0.0, 1_200.0), "box": (0.035, -1.0, 0.065, 1.0)}
     for name, area in areas.items():
-        found = list(files.search(SearchFiles(**asked, **{name: area})))
+        found = list(files.search_files(SearchFiles(**asked, **{name: area})))
         for one, whole in zip(found, everywhere, strict=True):
             inside = [
                 t["tile"] for t in whole.tiles if t["tile"] in ("0000004", "0000005", "0000006")
             ]
             assert [tile["tile"] for tile in one.tiles] == inside
     with pytest.raises(ValueError, match=r"none of 24 tiles lies in .*24 have coordinates"):
-        files.search(SearchFiles(**asked, near=(50.0, 0.0, 1_000.0)))
+        files.search_files(SearchFiles(**asked, near=(50.0, 0.0, 1_000.0)))
     with pytest.raises(ValueError, match="--near or --box, got both"):
         SearchFiles(**asked, **areas)
 
@@ -262,7 +262,7 @@ def test_search_with_another_generator_than_the_queries_of_the_index_is_refused(
         panorama=(str(tmp_path / "g.png"),), generator=tiny.matcher(str(tmp_path / "m"))
     )
     with pytest.raises(ValueError, match=r"the generator that made .* \(abc\), got [0-9a-f]{64}"):
-        files.search(config)
+        files.search_files(config)
 
 
 def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
@@ -281,7 +281,7 @@ def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
 
     def drawn(**flags):
         asked = SearchFiles(panorama=(str(tmp_path / "0000002.png"),), generator=model, **flags)
-        (answer,) = files.search(asked)
+        (answer,) = files.search_files(asked)
         return answer.pictures[schema.SYNTHETIC]
 
     other = {"steps": 3, "guidance": 2.0, "guided": 0.0}
@@ -296,7 +296,7 @@ def test_page_of_a_search_shows_each_panorama_its_tiles_and_where_they_are(index
     (tmp_path / "street <1>.png").write_bytes(rows[schema.GROUND][2].as_py())
     folder = index.heads.split("/heads/")[0]
     config = SearchFiles(panorama=(str(tmp_path / "street <1>.png"),), index=folder, top_k=3)
-    place = found(list(files.search(config)), str(tmp_path / "page.html"), location)
+    place = found(list(files.search_files(config)), str(tmp_path / "page.html"), location)
     page = Path(place).read_text(encoding="utf-8")
     assert page.count("<img ") == 4  # the panorama and three tiles
     assert "street &lt;1&gt;.png" in page
