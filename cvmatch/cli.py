@@ -244,7 +244,8 @@ def _tune(config: Any) -> Any:
 
     result = search(config)
     best = {"params": result.params, result.metric: result.value, "trials": len(result.trials)}
-    print(f"train the best: {result.command}", file=sys.stderr)
+    file = f"{config.output}/best.yaml"
+    print(f"train the best  cvmatch train-{config.stage} --config {file}", file=sys.stderr)
     return {"output": config.output, **best}
 
 
@@ -395,7 +396,7 @@ COMMANDS = (
     Command(
         name="tune",
         help="search the settings of a training",
-        settings="cvmatch.tune.run:Tune",
+        settings="cvmatch.tune.settings:Tune",
         run=_tune,
         kept=_tune_kept,
     ),

@@ -14,7 +14,7 @@ from cvmatch.runtime.settings import Pool
 from cvmatch.segment.settings import Segment, TrainSegmenter
 from cvmatch.synthesize.settings import Synthesize
 from cvmatch.training.settings import Fit
-from cvmatch.tune.run import Tune
+from cvmatch.tune.settings import Tune
 
 WIDTH = 256
 """Columns of the toy data sets' panoramas, at 64 rows."""

@@ -89,14 +89,15 @@ def start(stage: str, config: Any, parent: Run | None = None) -> Iterator[Run]:
     """A run of `stage` while the block lasts: FINISHED at its end, KILLED by Ctrl-C,
     FAILED if it raises.
 
-    `config` becomes its params (dotted names) and its file config.yaml. `parent` defaults to the
+    It is named as `config.fit.name` or `config.name` says, else after stage and time. `config`
+    becomes its params (dotted names) and its file config.yaml. `parent` defaults to the
     run of the surrounding `start` or `inside` block.
     """
     parent = parent or _current.get()
     uri = parent.uri if parent else tracking_uri()
     client = _mlflow().MlflowClient(uri)
     tags = {"stage": stage} | ({PARENT: parent.run_id} if parent else {})
-    name = f"{stage}-{time.strftime('%m%d-%H%M%S')}"
+    name = _name_of(config) or f"{stage}-{time.strftime('%m%d-%H%M%S')}"
     created = client.create_run(_experiment(client), tags=tags, run_name=name)
     run = Run(uri, created.info.run_id)
     param = _mlflow().entities.Param
@@ -109,12 +110,37 @@ def start(stage: str, config: Any, parent: Run | None = None) -> Iterator[Run]:
         with inside(run):
             yield run
         status = "FINISHED"
+    except SystemExit:
+        status = ""  # Tune ends the thread of a trial so, and the search says why: `end_runs`
+        raise
     except KeyboardInterrupt:
         status = "KILLED"
         run.tag("reason", "interrupted")
         raise
     finally:
-        client.set_terminated(run.run_id, status)
+        if status:
+            client.set_terminated(run.run_id, status)
+
+
+def end_runs(states: Mapping[str, tuple[str, str]]) -> None:
+    """Set MLflow's status, and the tag `reason`, of the runs of these names.
+
+    Of several runs of a name (it was restarted) the last one gets them; others that still run in
+    MLflow's eyes were killed.
+    """
+    client = _mlflow().MlflowClient(tracking_uri())
+    experiment = _experiment(client)
+    for name, (status, reason) in states.items():
+        runs = client.search_runs(
+            [experiment], f"attributes.run_name = '{name}'", order_by=["attributes.start_time DESC"]
+        )
+        for index, run in enumerate(runs):
+            if index == 0:
+                client.set_terminated(run.info.run_id, status)
+                if reason:
+                    client.set_tag(run.info.run_id, "reason", reason)
+            elif run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, "KILLED")
 
 
 @contextlib.contextmanager
@@ -130,6 +156,10 @@ def inside(run: Run) -> Iterator[None]:
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else the SQLite file mlflow.db in the working directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{os.path.abspath('mlflow.db')}"
+
+
+def _name_of(config: Any) -> str:
+    return getattr(getattr(config, "fit", config), "name", "")
 
 
 def _experiment(client: "MlflowClient") -> str:

@@ -8,14 +8,14 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import ray
 import ray.tune
 from ray._private import worker
-from ray.train import Checkpoint, Result, UserCallback
+from ray.train import Checkpoint, UserCallback
 from ray.tune import ResultGrid, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
@@ -27,53 +27,16 @@ from cvmatch.runtime import progress, session, tracking
 from cvmatch.training import launch
 from cvmatch.training.settings import Fit
 from cvmatch.tune import search_space
+from cvmatch.tune.settings import Stage, Tune
 
 BEST, TRIALS, SEARCH = "best.yaml", "trials.json", "search.json"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Tune:
-    """Search the settings of one stage's training."""
-
-    stage: search_space.Stage = "matcher"
-    """Whose training."""
-    base: str = ""
-    """YAML file of the settings that all trials share, for the stage's job; empty: defaults."""
-    space: str = ""
-    """YAML file of what is searched, a line a field: `margin: {uniform: [0.1, 0.5]}` (or
-    loguniform), `fit.batch: {choice: [8, 16]}`; empty: the stage's default."""
-    trials: int = 16
-    """Settings tried."""
-    concurrent: int = 2
-    """Trials at a time; their CPUs, and one to read, must fit the cluster."""
-    epochs: int = 10
-    """Epochs of a trial that is never stopped."""
-    grace: int = 1
-    """Epochs before a trial may be stopped."""
-    metric: str = ""
-    """Metric of an epoch by which trials are compared; empty: the stage's (`spaces.METRICS`)."""
-    mode: Literal["min", "max"] = "min"
-    """Whether small or large values of `metric` are good; not read where it is empty."""
-    seed: int = 0
-    """Seed of the proposals. (The trials' own is `fit.seed`.)"""
-    storage: str = "runs"
-    """Directory or URI of searches, shared by all nodes."""
-    name: str = ""
-    """Name of the search: the same name and storage go on with it. Empty: a new one every time."""
-    output: str = "tuned"
-    """Directory of best.yaml, which the stage's job takes as --config, and of trials.json."""
-
-    def __post_init__(self) -> None:
-        if min(self.trials, self.concurrent, self.grace) < 1 or self.epochs < self.grace:
-            raise ValueError(
-                "tune: expected trials, concurrent and grace >= 1 and epochs >= grace, got "
-                f"{self.trials}, {self.concurrent}, {self.grace} and {self.epochs}."
-            )
-
-    @property
-    def goal(self) -> tuple[str, str]:
-        """Metric by which trials are compared, and `min` or `max`."""
-        return (self.metric, self.mode) if self.metric else search_space.METRICS[self.stage]
+_RUN_STATES = {
+    "finished": ("FINISHED", ""),
+    "stopped early": ("KILLED", "stopped early"),
+    "failed": ("FAILED", ""),
+}
+"""MLflow's status of a trial's run, and a tag that says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +52,30 @@ class TuneResult:
     value: float
     """Metric of the best trial, after its last epoch."""
     trials: list[dict[str, Any]]
-    """All trials: `trial`, `params`, `metrics` of the last epoch, `error`."""
+    """All trials: `trial`, `params`, `metrics` of the last epoch, `error`, and `state`: finished,
+    stopped early or failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What all trials are told."""
+class _Search:
+    """What all trials share."""
 
+    name: str
+    train: Callable[[Any], Any] | None
+    """None: the stage's own, which the driver does not import."""
+    stage: Stage
     base: Any
     fits: str
     parent: tracking.Run
     directory: str
 
+    def run_name(self, trial_id: str) -> str:
+        """Name of a trial's training, by which it finds its checkpoints when it is restored."""
+        return f"{self.name}-{trial_id}"
 
-class Report(UserCallback):
-    """Tells Tune of each epoch of a fit in the trial's own process."""
+
+class _TuneReporter(UserCallback):
+    """Reports each epoch of a training in the trial's own process to Tune."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -116,20 +88,38 @@ class Report(UserCallback):
         ray.tune.report(metrics[0])
 
 
-def search(config: Tune, base: Any = None) -> TuneResult:
+class _EndedTrials(ray.tune.Callback):
+    """Counts the trials that ended, for the progress; in the driver, one search at a time."""
+
+    count: ClassVar[int] = 0  # of the class: a restored search unpickles a callback of its own
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Count anew, trials of before the search was restored too."""
+        _EndedTrials.count = sum(trial.is_finished() for trial in trials)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Count a last time."""
+        self.on_step_end(0, trials)
+
+
+def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = None) -> TuneResult:
     """Try settings, write `best.yaml` and `trials.json` to `config.output`.
 
-    `base` are the stage's settings, in place of the file `config.base`.
+    Args:
+        config: What is searched, and for how long.
+        base: The stage's settings, in place of the file `config.base`.
+        train: Trains with such settings, in place of the stage's own train().
 
     Raises:
         ValueError: a searched field is none of the stage's or its range is refused, the metric
             will not be there after every epoch, the cluster is too small, or the name is that of
             another search.
         RuntimeError: no trial reported a finite metric.
+        KeyboardInterrupt: Ctrl-C; Tune kept the search, and the same name goes on with it.
     """
-    base = base or search_space.settings(config.stage, config.base)
-    space = search_space.load(config.stage, config.space)
-    search_space.check(base, space)
+    base = base or search_space.load_settings(config.stage, config.base)
+    space = search_space.load_space(config.stage, config.space)
+    search_space.check_space(base, space)
     fit: Fit = base.fit
     metric = config.goal[0]
     if metric.startswith("val/") and not base.val:
@@ -147,19 +137,27 @@ def search(config: Tune, base: Any = None) -> TuneResult:
     _claim(location, config, base, space)
     base = configs.override(base, {"fit.epochs": config.epochs})
     with tracking.start("tune", config) as parent:
-        job = _Job(
+        shared = _Search(
+            name=name,
+            train=train,
+            stage=config.stage,
             base=base,
             fits=f"{location}-fits",
             parent=parent,
             directory=os.getcwd(),
         )
-        tuner = _tuner(config, space, job, location)
-        begun = f"{config.trials} trials of {config.stage} begun"
-        with progress.watch(
-            begun, config.trials, lambda: len({*storage.names(job.fits)} - {SEARCH})
-        ):
+        tuner = _build_tuner(config, space, shared, location)
+        _EndedTrials.count = 0
+        label = f"{config.trials} trials of {config.stage} ended"
+        with progress.watch(label, config.trials, lambda: _EndedTrials.count):
             grid = tuner.fit()
-        result = _result(grid, config)
+        trials = _describe_trials(grid, config)
+        tracking.end_runs(
+            {shared.run_name(trial["trial"]): _RUN_STATES[trial["state"]] for trial in trials}
+        )
+        if _EndedTrials.count < config.trials:
+            raise KeyboardInterrupt  # Tune takes Ctrl-C, saves its state, and returns
+        result = _choose_best(trials, config)
         # All settings: the file alone trains the best again. A name would be that of another run.
         best = configs.dump(configs.override(base, {**result.params, "fit.name": ""}))
         _write(result, best, config.output)
@@ -168,30 +166,31 @@ def search(config: Tune, base: Any = None) -> TuneResult:
     return result
 
 
-def _trial(params: dict[str, Any], job: _Job) -> None:
-    if os.path.isdir(job.directory):
-        os.chdir(job.directory)  # Tune changed it, and the stage's locations may be relative
+def _run_trial(params: dict[str, Any], search: _Search) -> None:
+    if os.path.isdir(search.directory):
+        os.chdir(search.directory)  # Tune changed it, and the stage's locations may be relative
     session.start()  # Ray is there; but the settings of Ray Data are each process's own
-    trial = ray.tune.get_context().get_trial_id()
-    # Named after the trial: when the search is restored, the trial finds its own checkpoints.
-    changes = {"fit.storage": job.fits, "fit.name": trial}
+    name = search.run_name(ray.tune.get_context().get_trial_id())
+    changes = {"fit.storage": search.fits, "fit.name": name}
     config = configs.override(
-        job.base, {**params, **changes, "output": f"{job.fits}/{trial}/model"}
+        search.base, {**params, **changes, "output": f"{search.fits}/{name}/model"}
     )
-    report = Report()
-    listener = TuneReportCallback() if config.fit.workers else report
-    with tracking.inside(job.parent), launch.listening(listener):
-        result: Result = search_space.train(job.base)(config)
-    if not (config.fit.workers or report.count):  # it was finished before the search was killed
+    reporter = _TuneReporter()
+    listener = TuneReportCallback() if config.fit.workers else reporter
+    with tracking.inside(search.parent), launch.listening(listener):
+        result = (search.train or search_space.load_train(search.stage))(config)
+    if not (config.fit.workers or reporter.count):  # it was finished before the search was killed
         ray.tune.report(result.metrics or {})
 
 
-def _tuner(config: Tune, space: Mapping[str, Mapping], job: _Job, location: str) -> Tuner:
-    fit: Fit = job.base.fit
+def _build_tuner(
+    config: Tune, space: Mapping[str, Mapping], search: _Search, location: str
+) -> Tuner:
+    fit: Fit = search.base.fit
     # With workers the trial only waits for them.
-    own = {"CPU": fit.cpus_per_worker, "GPU": fit.gpus_per_worker}
-    needs = {"CPU": 0.01} if fit.workers else {name: count for name, count in own.items() if count}
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(_trial, job=job), needs)
+    share = {"CPU": fit.cpus_per_worker, "GPU": fit.gpus_per_worker}
+    needs = {"CPU": 0.01} if fit.workers else {name: n for name, n in share.items() if n}
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(_run_trial, search=search), needs)
     if Tuner.can_restore(location):
         return Tuner.restore(location, trainable=trainable, resume_errored=True)
     scheduler = ASHAScheduler(
@@ -200,7 +199,7 @@ def _tuner(config: Tune, space: Mapping[str, Mapping], job: _Job, location: str)
     metric, mode = config.goal
     return Tuner(
         trainable,
-        param_space=search_space.drawn(space),
+        param_space=search_space.to_tune(space),
         tune_config=ray.tune.TuneConfig(
             metric=metric,
             mode=mode,
@@ -214,6 +213,7 @@ def _tuner(config: Tune, space: Mapping[str, Mapping], job: _Job, location: str)
             name=os.path.basename(location),
             storage_path=os.path.dirname(location),
             failure_config=ray.tune.FailureConfig(max_failures=1),
+            callbacks=[_EndedTrials()],
             verbose=0,
         ),
     )
@@ -231,7 +231,7 @@ def _preflight(config: Tune, fit: Fit) -> None:
     if fit.workers and not worker.get_dashboard_url():
         raise ValueError(
             "tune: trials with workers need Ray's dashboard: without it, Ray 2.60 never frees the "
-            "CPUs of a trial that was stopped early. Use engine.start(dashboard=True), or "
+            "CPUs of a trial that was stopped early. Use session.start(dashboard=True), or "
             "--fit.workers 0 in the stage's settings."
         )
 
@@ -252,16 +252,26 @@ def _claim(location: str, config: Tune, base: Any, space: Mapping) -> None:
     storage.write_json(file, about)
 
 
-def _result(grid: ResultGrid, config: Tune) -> TuneResult:
-    trials = [
+def _describe_trials(grid: ResultGrid, config: Tune) -> list[dict[str, Any]]:
+    return [
         {
             "trial": (result.metrics or {}).get("trial_id", os.path.basename(result.path)),
             "params": result.config,
             "metrics": {k: v for k, v in (result.metrics or {}).items() if _is_ours(k, v)},
             "error": str(result.error) if result.error else "",
+            "state": _state(result, config.epochs),
         }
         for result in grid
     ]
+
+
+def _state(result: Any, epochs: int) -> str:
+    if result.error:
+        return "failed"
+    return "finished" if (result.metrics or {}).get("epoch", 0) >= epochs else "stopped early"
+
+
+def _choose_best(trials: list[dict[str, Any]], config: Tune) -> TuneResult:
     metric, mode = config.goal
     scored = [t for t in trials if math.isfinite(t["metrics"].get(metric, math.nan))]
     if not scored:

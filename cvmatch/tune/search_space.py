@@ -1,8 +1,8 @@
-"""Which settings of a stage a search varies, and where the stages are."""
+"""Which settings of a stage a search varies, and in which ranges."""
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import ray.tune
 import yaml
@@ -10,15 +10,14 @@ from ray.train import Result
 
 from cvmatch import config as configs
 from cvmatch.data import storage
-
-Stage = Literal["generator", "segmenter", "matcher"]
+from cvmatch.tune.settings import Stage
 
 STAGES = {
-    "generator": ("cvmatch.generate.settings", "TrainGenerator"),
-    "segmenter": ("cvmatch.segment.settings", "TrainSegmenter"),
-    "matcher": ("cvmatch.match.settings", "TrainMatcher"),
+    "generator": ("cvmatch.generate.settings:TrainGenerator", "cvmatch.generate.train:train"),
+    "segmenter": ("cvmatch.segment.settings:TrainSegmenter", "cvmatch.segment.train:train"),
+    "matcher": ("cvmatch.match.settings:TrainMatcher", "cvmatch.match.train:train"),
 }
-"""Module and class of each stage's settings; its train() lies in the module `train` beside it."""
+"""Where the settings and the train() of each stage are."""
 
 SPACES: dict[str, dict[str, dict[str, list]]] = {
     "generator": {
@@ -43,44 +42,34 @@ SPACES: dict[str, dict[str, dict[str, list]]] = {
 }
 """Searched by default: dotted field -> {uniform or loguniform: [low, high]} or {choice: [...]}."""
 
-METRICS = {
-    "generator": ("val/loss", "min"),
-    "segmenter": ("val/miou", "max"),
-    "matcher": ("val/batch_recall_at_1", "max"),
-}
-"""What trials are compared by, and whether small or large values are good.
-
-None changes by itself with what is searched. A training loss would: the least margin has the least.
-(The generator's val/loss is the error of the noise alone, without the weights.)
-"""
-
-_DRAWS: dict[str, Callable[..., Any]] = {
+_DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
     "uniform": lambda values: ray.tune.uniform(*values),
     "loguniform": lambda values: ray.tune.loguniform(*values),
     "choice": ray.tune.choice,
 }
 
 
-def load(stage: Stage, location: str = "") -> dict[str, dict[str, list]]:
-    """What the search varies: a YAML file in the form of SPACES, else the stage's default."""
+def load_space(stage: Stage, location: str = "") -> dict[str, dict[str, list]]:
+    """Return what the search varies: of a YAML file in the form of SPACES, else the default."""
     if not location:
         return SPACES[stage]
     return yaml.safe_load(storage.read_text(location))
 
 
-def check(base: Any, space: Mapping[str, Any]) -> None:
+def check_space(base: Any, space: Mapping[str, Any]) -> None:
     """Check that the searched fields are the stage's, and take both ends of their ranges.
 
     Raises:
         ValueError: not so; names the field.
     """
-    for field, draw in (space or {}).items():
-        if not isinstance(draw, Mapping) or len(draw) != 1 or not set(draw) <= set(_DRAWS):
+    for field, distribution in (space or {}).items():
+        kinds = set(distribution) if isinstance(distribution, Mapping) else set()
+        if len(kinds) != 1 or not kinds <= set(_DISTRIBUTIONS):
             raise ValueError(
-                f"space: {field}: expected one of {sorted(_DRAWS)} with its values, such as "
-                f"{{uniform: [0.1, 0.5]}}, got {draw!r}."
+                f"space: {field}: expected one of {sorted(_DISTRIBUTIONS)} with its values, such "
+                f"as {{uniform: [0.1, 0.5]}}, got {distribution!r}."
             )
-        ((kind, values),) = draw.items()
+        ((kind, values),) = distribution.items()
         if kind != "choice" and not (len(values) == 2 and values[0] < values[1]):
             raise ValueError(f"space: {field}: expected [low, high], got {values!r}.")
         for value in values:
@@ -89,13 +78,17 @@ def check(base: Any, space: Mapping[str, Any]) -> None:
         raise ValueError("space: expected at least one field, got none.")
 
 
-def drawn(space: Mapping[str, Mapping[str, list]]) -> dict[str, Any]:
-    """The space as Tune draws from it."""
-    return {name: _DRAWS[kind](v) for name, draw in space.items() for kind, v in draw.items()}
+def to_tune(space: Mapping[str, Mapping[str, list]]) -> dict[str, Any]:
+    """Return the space in Ray Tune's own distributions."""
+    return {
+        field: _DISTRIBUTIONS[kind](values)
+        for field, distribution in space.items()
+        for kind, values in distribution.items()
+    }
 
 
-def nested(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"fit.seed": 1}` -> `{"fit": {"seed": 1}}`, as --config files are."""
+def nest(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn `{"fit.seed": 1}` into `{"fit": {"seed": 1}}`, as --config files are."""
     tree: dict[str, Any] = {}
     for path, value in params.items():
         *parents, last = path.split(".")
@@ -106,15 +99,18 @@ def nested(params: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def settings(stage: Stage, location: str = "") -> Any:
-    """The stage's settings: its defaults, or those of a YAML file."""
-    # By name, since a search of one stage should not wait for the libraries of the others (10 s).
-    module, name = STAGES[stage]
+def load_settings(stage: Stage, location: str = "") -> Any:
+    """Return the stage's settings: its defaults, or those of a YAML file."""
     words = ["--config", location] if location else []
-    return configs.parse(getattr(importlib.import_module(module), name), words)
+    return configs.parse(_load(STAGES[stage][0]), words)
 
 
-def train(base: Any) -> Callable[[Any], Result]:
-    """Return the train() of the stage that these settings are of."""
-    package = type(base).__module__.rpartition(".")[0]
-    return importlib.import_module(f"{package}.train").train
+def load_train(stage: Stage) -> Callable[[Any], Result]:
+    """Import the train() of a stage."""
+    return _load(STAGES[stage][1])
+
+
+def _load(location: str) -> Any:
+    # By name, since a search of one stage should not wait for the libraries of the others (10 s).
+    module, name = location.split(":")
+    return getattr(importlib.import_module(module), name)

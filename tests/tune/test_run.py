@@ -10,7 +10,7 @@ from cvmatch.runtime import tracking
 from cvmatch.training.settings import Fit
 from cvmatch.tune import run as tune
 from cvmatch.tune import search_space
-from cvmatch.tune.run import Tune
+from cvmatch.tune.settings import Tune
 from tests.helpers import stage as tiny_stage
 from tests.helpers.stage import TrainLine
 
@@ -25,13 +25,13 @@ def test_tune_refuses_what_cannot_be(wrong):
 
 def test_check_names_the_field_that_the_stage_does_not_have():
     with pytest.raises(ValueError, match=r"no field 'lrr'.*'lr'"):
-        search_space.check(TrainLine(), {"lrr": {"uniform": [0.1, 0.2]}})
+        search_space.check_space(TrainLine(), {"lrr": {"uniform": [0.1, 0.2]}})
 
 
 def test_check_tries_both_ends_of_a_range():
-    search_space.check(TrainLine(), {"lr": {"uniform": [0.1, 100.0]}})
+    search_space.check_space(TrainLine(), {"lr": {"uniform": [0.1, 100.0]}})
     with pytest.raises(ValueError, match="at most 100, got 101"):
-        search_space.check(TrainLine(), {"lr": {"uniform": [0.1, 101.0]}})
+        search_space.check_space(TrainLine(), {"lr": {"uniform": [0.1, 101.0]}})
 
 
 @pytest.mark.parametrize(
@@ -45,23 +45,23 @@ def test_check_tries_both_ends_of_a_range():
 )
 def test_check_refuses_what_is_no_draw(draw, message):
     with pytest.raises(ValueError, match=message):
-        search_space.check(TrainLine(), {"lr": draw})
+        search_space.check_space(TrainLine(), {"lr": draw})
 
 
 @pytest.mark.parametrize("stage", list(search_space.STAGES))
 def test_default_spaces_name_fields_of_their_stages(stage):
-    search_space.check(search_space.settings(stage), search_space.load(stage))
+    search_space.check_space(search_space.load_settings(stage), search_space.load_space(stage))
 
 
 def test_load_takes_a_file_in_place_of_the_default(tmp_path):
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
-    assert search_space.load("matcher", str(tmp_path / "space.yaml")) == SPACE
+    assert search_space.load_space("matcher", str(tmp_path / "space.yaml")) == SPACE
 
 
 def test_nested_params_are_a_config_file(tmp_path):
     params = {"lr": 0.25, "fit.clip_norm": 10.0, "fit.schedule": "constant"}
     file = tmp_path / "best.yaml"
-    file.write_text(yaml.safe_dump(search_space.nested(params)))
+    file.write_text(yaml.safe_dump(search_space.nest(params)))
     read = configs.parse(TrainLine, ["--config", str(file)])
     assert read == configs.override(TrainLine(), params)
 
@@ -76,7 +76,7 @@ def test_search_by_a_metric_that_some_epochs_lack_is_refused(settings):
     config, base = settings
     base = configs.override(base, {"fit.validate_every": 2})
     with pytest.raises(ValueError, match=r"fit\.validate_every 1, got 2"):
-        tune.search(config, base)
+        tune.search(config, base, tiny_stage.train)
 
 
 @pytest.mark.parametrize("stage", list(search_space.STAGES))
@@ -116,14 +116,14 @@ def test_search_over_workers_without_the_dashboard_is_refused(ray_session, setti
     config, base = settings
     base = configs.override(base, {"fit.workers": 2})
     with pytest.raises(ValueError, match="never frees the CPUs"):
-        tune.search(config, base)
+        tune.search(config, base, tiny_stage.train)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, tmp_path):
     config, base = settings
-    result = tune.search(config, base)
+    result = tune.search(config, base, tiny_stage.train)
     assert len(result.trials) == 4
     scores = {t["metrics"]["val/loss"]: t["params"] for t in result.trials}
     assert result.value == min(scores)
@@ -149,10 +149,17 @@ def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, 
     found = client.search_experiments(filter_string="name = 'cvmatch'")
     runs = client.search_runs([found[0].experiment_id], "tags.stage = 'tune'", max_results=1)
     children = f"tags.`{tracking.PARENT}` = '{runs[0].info.run_id}'"
-    assert len(client.search_runs([found[0].experiment_id], children)) == 4
+    trained = client.search_runs([found[0].experiment_id], children)
+    expected = {
+        f"search-{trial['trial']}": "FINISHED" if trial["metrics"]["epoch"] == 4 else "KILLED"
+        for trial in result.trials
+    }
+    assert {run.info.run_name: run.info.status for run in trained} == expected
+    states = {trial["state"] for trial in result.trials}
+    assert states == {"finished", "stopped early"}
 
-    again = tune.search(config, base)
+    again = tune.search(config, base, tiny_stage.train)
     assert again.params == result.params
     assert (tmp_path / "calls").read_text().split() == calls
     with pytest.raises(ValueError, match=r"other settings.*seed"):
-        tune.search(dataclasses.replace(config, seed=1), base)
+        tune.search(dataclasses.replace(config, seed=1), base, tiny_stage.train)
