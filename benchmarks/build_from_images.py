@@ -18,7 +18,7 @@ from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate.retrieval import KS
-from cvmatch.evaluate.run import true_rows
+from cvmatch.evaluate.run import find_true_rows
 from cvmatch.generate.settings import Generate
 from cvmatch.index.build import build
 from cvmatch.index.gallery import dataset
@@ -100,7 +100,7 @@ def recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]:
     for table in batches(location, columns):
         batch = {name: table[name].to_numpy() for name in columns}
         query = query_of(embed(batch), index)
-        truth.append(true_rows(table[schema.PAIR_ID].to_pylist(), index).numpy())
+        truth.append(find_true_rows(table[schema.PAIR_ID].to_pylist(), index).numpy())
         for mode, rows in found.items():
             rows.append(rank(index, query, max(KS), mode).rows)
     right = np.concatenate(truth)[:, None]

@@ -195,10 +195,11 @@ def main(asked: ConditioningBench) -> None:
             config = settings(asked, mode, root, asked.keep or at)
             numbers = trained(config)
             rows = drawn(config.output, _held_out(asked, root), segmenter)
-            numbers |= generation.generation(rows)
-            maps = generation.segmentation(rows, num_classes=6)
-            bound = bound or generation.generation(painted(rows))
-            found[mode] = numbers | {name: maps[name] for name in ("miou", "miou_shuffled")}
+            numbers |= _measure_generation(rows)
+            maps = generation.measure_segmentation(rows, num_classes=6)
+            assert maps is not None, "no row has both maps"
+            bound = bound or _measure_generation(painted(rows))
+            found[mode] = numbers | {"miou": maps.miou, "miou_shuffled": maps.miou_shuffled}
             stamp = datetime.now(UTC).strftime("%Y-%m-%d-%H%M")
             os.makedirs(asked.results, exist_ok=True)
             with open(f"{asked.results}/{stamp}-conditioning-{mode}.png", "wb") as file:
@@ -208,6 +209,12 @@ def main(asked: ConditioningBench) -> None:
         figures |= figures_of(mode, numbers)
     table = [row_of(mode, numbers) for mode, numbers in found.items()]
     finish(asked, "Conditioning of the generator", table, figures, _notes(found, bound))
+
+
+def _measure_generation(rows: list[dict[str, Any]]) -> dict[str, float]:
+    result = generation.measure_generation(rows)
+    assert result is not None, "no row has both pictures"
+    return dict(result.to_json())
 
 
 def _held_out(asked: ConditioningBench, root: str) -> Ingest:

@@ -243,7 +243,7 @@ def measured(asked: MatchingBench, rows: Rows, contender: Contender) -> dict[str
                 output=f"{at}/evaluation",
             )
         )
-    return found | {"minutes": minutes}
+    return {**found.to_json(), "minutes": minutes}
 
 
 def rows_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:

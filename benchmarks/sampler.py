@@ -100,7 +100,7 @@ def measured(
             drawn.append(draw(ground, key))
     speed = len(pairs["key"]) / (time.perf_counter() - begin)
     pictures, true = torch.cat(drawn), pairs["aerial"]
-    found = generation.retrieved(metrics.planes(pictures), metrics.planes(true))
+    found = generation.retrieve_by_ncc(metrics.planes(pictures), metrics.planes(true)).to_json()
     return {
         "sampler": name,
         "pictures": len(true),

@@ -18,6 +18,7 @@ from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
+from cvmatch.evaluate.results import SegmentationResult
 from cvmatch.generate.infer import generate
 from cvmatch.generate.settings import Generate
 from cvmatch.runtime import progress, session
@@ -74,8 +75,8 @@ def minutes_of(config: TrainSegmenter) -> float:
     return (time.process_time() - begin) / 60
 
 
-def measured(name: str, rows: Dataset, count: int) -> dict[str, Any]:
-    """`fidelity.segmentation` of segmented rows."""
+def measured(name: str, rows: Dataset, count: int) -> SegmentationResult:
+    """`generation.measure_segmentation` of segmented rows."""
     seen = []
 
     def noted() -> Iterator[dict[str, Any]]:
@@ -84,10 +85,12 @@ def measured(name: str, rows: Dataset, count: int) -> dict[str, Any]:
             yield row
 
     with progress.watch(name, count, lambda: len(seen)):
-        return generation.segmentation(noted())
+        scores = generation.measure_segmentation(noted())
+    assert scores is not None, "no row has both maps"
+    return scores
 
 
-def compared(held_out: Ingest, model: str, generator: str) -> dict[str, dict[str, Any]]:
+def compared(held_out: Ingest, model: str, generator: str) -> dict[str, SegmentationResult]:
     """Scores of the maps of true aerials, without and with flip, and of synthetic ones."""
     rows = ingest(held_out)
     count = accepted(held_out)
@@ -104,27 +107,27 @@ def compared(held_out: Ingest, model: str, generator: str) -> dict[str, dict[str
     return found
 
 
-def row_of(name: str, scores: dict[str, Any]) -> dict[str, Any]:
+def row_of(name: str, scores: SegmentationResult) -> dict[str, Any]:
     """A row of the table."""
     return {
         "pictures": name,
-        "mIoU": scores["miou"],
-        "mIoU, shuffled": scores["miou_shuffled"],
-        **scores["iou"],
-        "accuracy": scores["accuracy"],
-        "ignored": scores["ignored"],
+        "mIoU": scores.miou,
+        "mIoU, shuffled": scores.miou_shuffled,
+        **scores.iou,
+        "accuracy": scores.accuracy,
+        "ignored": scores.ignored,
     }
 
 
-def figures_of(minutes: float, found: dict[str, dict[str, Any]]) -> dict[str, float]:
+def figures_of(minutes: float, found: dict[str, SegmentationResult]) -> dict[str, float]:
     """The figures of the last line."""
     true = found["true aerials"]
-    figures = {"cpu_minutes": minutes, "miou": true["miou"], "accuracy": true["accuracy"]}
-    figures |= {f"iou.{name.replace(' ', '_')}": iou for name, iou in true["iou"].items()}
-    figures |= {"ignored": true["ignored"], "miou_flip": found["true aerials, flip"]["miou"]}
+    figures = {"cpu_minutes": minutes, "miou": true.miou, "accuracy": true.accuracy}
+    figures |= {f"iou.{name.replace(' ', '_')}": iou for name, iou in true.iou.items()}
+    figures |= {"ignored": true.ignored, "miou_flip": found["true aerials, flip"].miou}
     if drawn := found.get("synthetic aerials"):
-        gain = drawn["miou"] - drawn["miou_shuffled"]
-        figures |= {"synthetic.miou": drawn["miou"], "synthetic.above_shuffled": gain}
+        gain = drawn.miou - drawn.miou_shuffled
+        figures |= {"synthetic.miou": drawn.miou, "synthetic.above_shuffled": gain}
     return figures
 
 

@@ -208,7 +208,7 @@ def _evaluate(config: Any) -> Any:
     from cvmatch.evaluate.run import evaluate
     from cvmatch.report import evaluation, score_table, scores
 
-    results = evaluate(config)
+    results = evaluate(config).to_json()
     page = evaluation(config.output, config.queries, config.seed)
     print(score_table(scores(results), "Evaluation"), file=sys.stderr)
     print(f"page  {storage.absolute(page)}", file=sys.stderr)

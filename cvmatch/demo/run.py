@@ -15,6 +15,7 @@ from cvmatch.data import schema, storage
 from cvmatch.demo.plan import Settings, settings
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import Demo
+from cvmatch.evaluate.results import Recall, Results
 from cvmatch.evaluate.run import evaluate
 from cvmatch.generate import train as generator
 from cvmatch.index.build import build
@@ -93,7 +94,7 @@ def run(config: Demo) -> str:
         measured = measure(plan)
     with step("search"):
         examples = look_up(config, plan)
-    numbers = results(counts, runs, tuned, measured, step.seconds)
+    numbers = summarize(counts, runs, tuned, measured, step.seconds)
     page = write(config, numbers, examples, runs, tuned)
     return (
         f"{table(numbers)}\n"
@@ -123,56 +124,64 @@ class Steps:
         _log.info("%s  done in %.0f s", text, self.seconds[name])
 
 
-def results(
+def summarize(
     counts: Mapping[str, int],
     runs: Mapping[str, Result],
     tuned: TuneResult,
-    measured: Mapping[str, Any],
+    measured: Results,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The numbers of results.json, in [0, 1] where they are shares.
+    """Return the numbers of results.json, in [0, 1] where they are shares.
 
-    All but the counts and the search are of held-out worlds. An interval (95 %) of "name" stands in
+    All but the counts and the search are of held-out worlds. An interval (95 %) of "name" is
     "name_95".
     """
-    modalities = measured["retrieval"]["360-north"]
-    best, drawn = modalities["G+A+S"], measured["generation"]
-    segment, generate = (runs[name].metrics or {} for name in ("segmenter", "generator"))
-    recalls = ("recall@1", "recall@5", "recall@10", "recall@1%")
+    ablation = measured.retrieval["360-north"]
+    best = ablation["G+A+S"]
+    generation, segmentation = measured.generation, measured.segmentation
+    assert best.near, "places of the demo lie near each other"
+    assert best.two_stage, "the demo measures both searches"
+    assert generation, "the demo has pictures"
+    assert segmentation, "the demo has class maps"
+    pictures = generation.retrieval["luminance"]
+    segmenter, generator = (runs[name].metrics or {} for name in ("segmenter", "generator"))
     return {
         "pairs": {"train": counts["train"], "test": counts["val"]},
         "segment": {
-            "miou": segment["val/miou"],
+            "miou": segmenter["val/miou"],
             "agreement": {
-                name: measured["segmentation"][name] for name in ("miou", "miou_shuffled")
+                "miou": segmentation.miou,
+                "miou_shuffled": segmentation.miou_shuffled,
             },
         },
         "generate": {
-            "loss_correct": generate["val/loss_correct"],
-            "loss_shuffled": generate["val/loss_shuffled"],
+            "loss_correct": generator["val/loss_correct"],
+            "loss_shuffled": generator["val/loss_shuffled"],
             "retrieval": {
-                "gallery": int(drawn["gallery"]),
-                **_with_intervals(drawn, ("recall@1", "recall@10%")),
+                "gallery": int(pictures.gallery),
+                **_with_intervals(pictures.recalls, ("recall@1", "recall@10%")),
             },
         },
         "match": {
-            "gallery": int(best["gallery"]),
-            **_with_intervals(best, recalls),
-            "median_rank": best["median_rank"],
-            "ablation": {name: modality["recall@1"] for name, modality in modalities.items()},
-            "one_of_ten": {name: best[f"one_of_ten_{name}"] for name in ("top1", "top5")},
+            "gallery": int(best.gallery),
+            **_with_intervals(best.recalls, ("recall@1", "recall@5", "recall@10", "recall@1%")),
+            "median_rank": best.median_rank,
+            "ablation": {name: part.recalls["recall@1"].value for name, part in ablation.items()},
+            "one_of_ten": {name: best.one_of_ten[name] for name in ("top1", "top5")},
             "near": {
-                name: best[f"near_{name}"] for name in ("gallery", "recall@1", "recall@1_chance")
+                "gallery": best.near.gallery,
+                "recall@1": best.near.recalls["recall@1"],
+                "recall@1_chance": best.near.chance["recall@1"],
             },
-            "distance_m": best["distance_m"],
+            "distance_m": best.distance_m,
         },
-        "index": {"tiles": measured["index"]["rows"]},
+        "index": {"tiles": measured.index.rows},
         "search": {
-            "gallery": measured["index"]["rows"],
-            "recall@1": best["two-stage"]["recall@1"],
-            "exact_top1_kept": best["two-stage"]["exact_top1_kept"],
-            "ms_per_query": best["ms"]["two-stage"],
-            "ms_per_query_exact": best["ms"]["exact"],
+            "gallery": measured.index.rows,
+            "recall@1": best.two_stage.recalls["recall@1"],
+            "exact_top1_kept": best.two_stage.exact_top1_kept,
+            "ms_per_query": best.ms["two-stage"],
+            "ms_per_query_exact": best.ms["exact"],
         },
         "tune": {"trials": len(tuned.trials), "best": {**tuned.params, tuned.metric: tuned.value}},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -243,7 +252,7 @@ def write(
     return report(page, f"{config.output}/report.html")
 
 
-def measure(plan: Settings) -> dict[str, Any]:
+def measure(plan: Settings) -> Results:
     """Evaluate, and write the page of it; returns the results."""
     results = evaluate(plan.evaluate)
     evaluation(plan.evaluate.output, plan.evaluate.queries, plan.evaluate.seed)
@@ -260,12 +269,12 @@ def _scores(numbers: Mapping[str, Any]) -> list[Score]:
     return scores({k: v for k, v in numbers.items() if k not in ("seconds", "tune", "pairs")})
 
 
-def _with_intervals(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    shown: dict[str, Any] = {}
+def _with_intervals(recalls: Mapping[str, Recall], names: Sequence[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
     for name in names:
-        shown[name] = values[name]
-        shown[f"{name}_95"] = [values[f"{name}_low"], values[f"{name}_high"]]
-    return shown
+        tree[name] = recalls[name].value
+        tree[f"{name}_95"] = [recalls[name].low, recalls[name].high]
+    return tree
 
 
 def _trial(trial: Mapping[str, Any], tuned: TuneResult) -> Trial:
@@ -291,5 +300,5 @@ def _curves(frame: pd.DataFrame | None) -> list[Curve]:
 
 def _ranks(evaluation: str) -> dict[str, int]:
     rows = pd.read_parquet(f"{evaluation}/queries.parquet")
-    modality = rows[(rows["modality"] == "G+A+S") & (rows["view"] == "360-north")]
-    return dict(zip(modality[schema.PAIR_ID], modality["rank"].astype(int), strict=True))
+    level = rows[(rows["modality"] == "G+A+S") & (rows["view"] == "360-north")]
+    return dict(zip(level[schema.PAIR_ID], level["rank"].astype(int), strict=True))

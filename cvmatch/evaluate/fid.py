@@ -1,4 +1,4 @@
-"""Two sets of pictures -> their Frechet distance (FID), in the features of a network by name."""
+"""Build the Frechet inception distance (FID) of two sets of pictures, by a network's name."""
 
 import torch
 from jaxtyping import Float, UInt8
@@ -11,11 +11,11 @@ INCEPTION = "inception"
 """Name of the network of the published FID."""
 
 
-def distance(network: str) -> FrechetInceptionDistance:
-    """torchmetrics' FID (Heusel et al. 2017) in the features of a network.
+def build_fid(network: str) -> FrechetInceptionDistance:
+    """Return torchmetrics' FID (Heusel et al. 2017) in the features of a network.
 
-    `inception` is the published one; the name or directory of a tower (`towers.tower`) gives a
-    distance that compares only with others by the same tower.
+    `inception` is the published one. With the name or directory of a tower (`backbones.tower`), the
+    distance compares only with others by the same tower.
 
     Raises:
         ValueError: the network or its weights are not here; says what to do.

@@ -1,4 +1,4 @@
-"""Queries with known tiles + an index -> the numbers of the retrieval protocols (DESIGN.md, 6).
+"""Queries with known tiles + an index -> the numbers of the retrieval protocols.
 
 Ties and NaN count against the query throughout, and deleted tiles are no part of the gallery.
 Scores of queries x tiles exist a block at a time.
@@ -6,7 +6,7 @@ Scores of queries x tiles exist a block at a time.
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from cvmatch.data import schema
 from cvmatch.data.geography import haversine_distance
+from cvmatch.evaluate.results import NearResult, Recall, RetrievalResult, TwoStageResult
 from cvmatch.index.ranking import Ranked, rank
 from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Query
 from cvmatch.nn import metrics
 
 KS = (1, 5, 10)
+"""Lengths of the lists of answers whose recall is measured."""
 
 _BLOCK = 2**22  # scores at a time: 16 MiB
 _BEST = 10
@@ -28,8 +30,8 @@ _TIMED = 32  # queries whose time is taken
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a query level found, query by query."""
+class Ranking:
+    """What each query of one view and modality found."""
 
     rank: Int64[Tensor, " query"]
     """Zero-based rank of the true tile in the whole gallery."""
@@ -41,129 +43,157 @@ class Found:
     """Their scores."""
     near_rank: Int64[Tensor, " query"]
     """Zero-based rank among the tiles near the true one, itself included."""
-    near: Int64[Tensor, " query"]
+    near_count: Int64[Tensor, " query"]
     """Number of those tiles; 0 where the true tile has no coordinates."""
-    distance: Float[Tensor, " query"]
+    distance_m: Float[Tensor, " query"]
     """Metres from the best tile to the true one; NaN where coordinates are missing."""
-    ten: dict[str, float]
+    one_of_ten: dict[str, float]
     """Shares of `metrics.one_of_ten`; empty where the gallery is too small."""
 
 
 @torch.inference_mode()
-def exhaustive(
+def search_exactly(
     index: Index, query: Query, truth: Int64[Tensor, " query"], near_m: float, seed: int = 0
-) -> Found:
-    """Score every tile for every query; `truth` are rows of the index that were not deleted."""
+) -> Ranking:
+    """Score every tile for every query, and rank the true ones.
+
+    Args:
+        index: the gallery.
+        query: embedded queries.
+        truth: rows of the index, none of them deleted.
+        near_m: radius of the near gallery around the true tile, in metres.
+        seed: of the random galleries of ten.
+    """
     rows = torch.from_numpy(index.living)
     assert torch.isin(truth, rows).all(), "truth holds rows that were deleted"
-    own, places = torch.searchsorted(rows, truth), positions(index)[rows]
+    positions, coordinates = torch.searchsorted(rows, truth), read_coordinates(index)[rows]
     step = max(1, _BLOCK // len(index))
-    parts = []
+    blocks = []
     for begin in range(0, len(truth), step):
         block = query.rows(slice(begin, begin + step))
         score = torch.cat([part.float().cpu() for part in index.scores(block)], dim=1)[:, rows]
-        parts.append(_block(score, own[begin : begin + step], places, near_m, seed + begin))
-    columns = [name for name in Found.__dataclass_fields__ if name != "ten"]
-    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in columns}
-    whole["best"] = rows[whole["best"]]
-    weight = [len(part.rank) / len(truth) for part in parts]
-    ten = {name: float(np.dot(weight, [part.ten[name] for part in parts])) for name in parts[0].ten}
-    return Found(ten=ten, **whole)
+        true = positions[begin : begin + step]
+        blocks.append(_rank_block(score, true, coordinates, near_m, seed + begin))
+    names = [name for name in Ranking.__dataclass_fields__ if name != "one_of_ten"]
+    columns = {name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
+    columns["best"] = rows[columns["best"]]
+    weight = [len(block.rank) / len(truth) for block in blocks]
+    one_of_ten = {
+        name: float(np.dot(weight, [block.one_of_ten[name] for block in blocks]))
+        for name in blocks[0].one_of_ten
+    }
+    return Ranking(one_of_ten=one_of_ten, **columns)
 
 
-def summary(found: Found, gallery: int, draws: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Numbers of the protocols; recalls with the 95 % interval of the bootstrap, in [0, 1].
+def summarize(
+    ranking: Ranking, gallery: int, resamples: int = 1000, seed: int = 0
+) -> RetrievalResult:
+    """Return the numbers of the protocols; recalls with the 95 % interval of the bootstrap.
 
-    `near_recall@k_chance` is what a guess finds, each query among its own number of tiles nearby.
+    Args:
+        ranking: what the queries found.
+        gallery: number of tiles that were searched.
+        resamples: of the bootstrap.
+        seed: of the resamples.
     """
-    share, k = metrics.recall_share(0.01, found.rank, gallery)
-    values = metrics.recall_at(KS, found.rank) | {"recall@1%": share, "recall@1%_k": k}
-    for name, limit in [*((f"recall@{k}", k) for k in KS), ("recall@1%", k)]:
-        hits = (found.rank < limit).float()
-        values[f"{name}_low"], values[f"{name}_high"] = metrics.bootstrap(hits, draws, seed)
-    values |= {"median_rank": metrics.median_rank(found.rank), "gallery": gallery}
-    values |= {f"one_of_ten_{name}": value for name, value in found.ten.items()}
-    rivals = found.near > 1  # a tile alone near its place would be found by any model
-    if rivals.any():
-        near = metrics.recall_at(KS, found.near_rank[rivals])
-        values |= {f"near_{name}": value for name, value in near.items()}
-        places = found.near[rivals].double()
-        guess = {k: (k / places).clamp(max=1).mean().item() for k in KS}
-        values |= {f"near_recall@{k}_chance": value for k, value in guess.items()}
-        values["near_gallery"] = places.mean().item()
-        values["near_queries"] = int(rivals.sum())
-    known = found.distance[~found.distance.isnan()]
-    if len(known):
-        values |= {"distance_m": known.median().item(), "distance_m_mean": known.mean().item()}
-    return values
+    share, share_k = metrics.recall_share(0.01, ranking.rank, gallery)
+    values = metrics.recall_at(KS, ranking.rank) | {"recall@1%": share}
+    recalls = {}
+    for (name, value), k in zip(values.items(), (*KS, share_k), strict=True):
+        hits = (ranking.rank < k).float()
+        low, high = metrics.bootstrap(hits, resamples, seed)
+        recalls[name] = Recall(
+            value=value, low=low, high=high, k=share_k if name == "recall@1%" else None
+        )
+    known = ranking.distance_m[~ranking.distance_m.isnan()]
+    return RetrievalResult(
+        gallery=gallery,
+        recalls=recalls,
+        median_rank=metrics.median_rank(ranking.rank),
+        one_of_ten=ranking.one_of_ten,
+        near=_summarize_near(ranking),
+        distance_m=known.median().item() if len(known) else None,
+        distance_m_mean=known.mean().item() if len(known) else None,
+    )
 
 
 @torch.inference_mode()
-def two_stage(
-    index: Index, query: Query, truth: Int64[Tensor, " query"], found: Found
-) -> dict[str, float]:
-    """Recall of the two-stage search, and how much of the exhaustive answer it keeps.
-
-    A tile that the shortlist lacks is not found.
-    """
+def compare_two_stage(
+    index: Index, query: Query, truth: Int64[Tensor, " query"], exact: Ranking
+) -> TwoStageResult:
+    """Measure the two-stage search, and how much of the `exact` answers it keeps."""
     # The whole shortlist: among its ten best alone, ties with the tenth would not be seen.
     size = max(_BEST, index.manifest["shortlist"])
-    places, answers = [], []
-    for at, row in enumerate(truth.tolist()):
-        answer = rank(index, query.rows(slice(at, at + 1)), size, "two-stage")
-        places.append(_place(answer, row))
+    ranks, answers = [], []
+    for number, row in enumerate(truth.tolist()):
+        answer = rank(index, query.rows(slice(number, number + 1)), size, "two-stage")
+        ranks.append(_rank_in_answer(answer, row))
         answers.append(answer.rows[:, :_BEST])
-    values = metrics.recall_at(KS, torch.tensor(places))
-    best, rows = found.best.numpy(), np.concatenate(answers)
-    kept = [np.isin(one, other).mean() for one, other in zip(best, rows, strict=True)]
-    return values | {
-        "exact_top1_kept": float((best[:, 0] == rows[:, 0]).mean()),
-        "exact_top10_kept": float(np.mean(kept)),
-        "shortlist": index.manifest["shortlist"],
-    }
+    best, rows = exact.best.numpy(), np.concatenate(answers)
+    kept = [np.isin(first, second).mean() for first, second in zip(best, rows, strict=True)]
+    return TwoStageResult(
+        recalls=metrics.recall_at(KS, torch.tensor(ranks)),
+        exact_top1_kept=float((best[:, 0] == rows[:, 0]).mean()),
+        exact_top10_kept=float(np.mean(kept)),
+        shortlist=index.manifest["shortlist"],
+    )
 
 
-def milliseconds(index: Index, query: Query, mode: Any) -> float:
-    """Median time of one query's search, in ms, after a warm-up; the query is already embedded."""
+def measure_latency(index: Index, query: Query, mode: Literal["exact", "two-stage"]) -> float:
+    """Return the median milliseconds of one embedded query's search, after a warm-up."""
     times = []
-    for at in [0, 0, *range(min(_TIMED, len(query.query_proj)))]:
+    for number in [0, 0, *range(min(_TIMED, len(query.query_proj)))]:
         begin = time.perf_counter()
-        rank(index, query.rows(slice(at, at + 1)), _BEST, mode)
+        rank(index, query.rows(slice(number, number + 1)), _BEST, mode)
         times.append(time.perf_counter() - begin)
     return float(np.median(times[2:]) * 1000)
 
 
-def positions(index: Index) -> Float[Tensor, "tile 2"]:
-    """Latitude and longitude of the tiles, in degrees; NaN where unknown."""
+def read_coordinates(index: Index) -> Float[Tensor, "tile 2"]:
+    """Return latitude and longitude of the tiles, in degrees; NaN where unknown."""
     columns = [index.tiles[name].to_numpy() for name in (schema.LATITUDE, schema.LONGITUDE)]
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
 
 
-def _place(answer: Ranked, row: int) -> int:
-    """Zero-based rank of a row in the answer to one query; behind every k where it is absent."""
-    own = answer.scores[answer.rows == row]
-    return int((~(answer.scores < own)).sum()) - 1 if len(own) else max(KS)
+def _rank_in_answer(answer: Ranked, row: int) -> int:
+    """Return the zero-based rank of a row in the answer to one query; absent: behind every k."""
+    score = answer.scores[answer.rows == row]
+    return int((~(answer.scores < score)).sum()) - 1 if len(score) else max(KS)
 
 
-def _block(
+def _rank_block(
     score: Float[Tensor, "query tile"],
     truth: Int64[Tensor, " query"],
-    places: Float[Tensor, "tile 2"],
+    coordinates: Float[Tensor, "tile 2"],
     near_m: float,
     seed: int,
-) -> Found:
+) -> Ranking:
     best_score, best = score.topk(min(_BEST, score.shape[1]))
-    there = places[truth]
+    true = coordinates[truth]
     # NaN compares false: a tile without coordinates is near nothing, itself included.
-    near = haversine_distance(*torch.broadcast_tensors(there[:, None], places[None])) <= near_m
+    distance = haversine_distance(*torch.broadcast_tensors(true[:, None], coordinates[None]))
+    near = distance <= near_m
     near_rank = metrics.ranks(score.masked_fill(~near, -torch.inf), truth)
-    return Found(
+    return Ranking(
         rank=metrics.ranks(score, truth),
         score=score.gather(1, truth[:, None])[:, 0],
         best=best,
         best_score=best_score,
         near_rank=near_rank,
-        near=near.sum(dim=1),
-        distance=haversine_distance(places[best[:, 0]], there),
-        ten=metrics.one_of_ten(score, truth, seed=seed) if score.shape[1] >= 10 else {},
+        near_count=near.sum(dim=1),
+        distance_m=haversine_distance(coordinates[best[:, 0]], true),
+        one_of_ten=metrics.one_of_ten(score, truth, seed=seed) if score.shape[1] >= 10 else {},
+    )
+
+
+def _summarize_near(ranking: Ranking) -> NearResult | None:
+    crowded = ranking.near_count > 1  # a tile without neighbours would be found by any model
+    if not crowded.any():
+        return None
+    gallery = ranking.near_count[crowded].double()
+    return NearResult(
+        recalls=metrics.recall_at(KS, ranking.near_rank[crowded]),
+        chance={f"recall@{k}": (k / gallery).clamp(max=1).mean().item() for k in KS},
+        gallery=gallery.mean().item(),
+        queries=int(crowded.sum()),
     )

@@ -21,7 +21,7 @@ class Evaluate:
     fov: tuple[float, ...] = (360.0,)
     """Fields of view in degrees, (0, 360]; below 360 only modality G, whose picture is cut."""
     unknown_heading: bool = False
-    """Also turn each panorama by a random angle that the model is not told; only modality G."""
+    """Also turn each panorama by a random angle that the model does not know; modality G alone."""
     near_m: float = 1000.0
     """Radius of the near gallery around the true tile, in metres."""
     num_classes: int = 5

@@ -116,7 +116,7 @@ class GeneratorTask(nn.Module):
         to be shuffled with; where all were, there is neither `gap` nor `loss_shuffled`.
 
         Of the judged rows: mean PSNR (dB), SSIM, NCC and LPIPS, recall of the true tile by the
-        NCC among them (`fidelity.retrieved`), and the picture `samples`, G | A | C.
+        NCC among them (`generation.retrieve_by_ncc`), and the picture `samples`, G | A | C.
         """
         found: dict[str, Any] = {k: float(v) for k, v in means.items() if not v.ndim}
         compared = found.pop("compared")
@@ -130,7 +130,7 @@ class GeneratorTask(nn.Module):
             view, drawn, true = (kept.pop(name) for name in ("view", "drawn", "true"))
             found |= {name: value.mean().item() for name, value in kept.items()}
             found |= _metric_names(
-                generation.retrieved(metrics.planes(drawn), metrics.planes(true))
+                generation.retrieve_by_ncc(metrics.planes(drawn), metrics.planes(true)).to_json()
             )
             found["samples"] = sheet(view[:SHOWN], drawn[:SHOWN], true[:SHOWN])
         return found
@@ -236,7 +236,7 @@ class GeneratorTask(nn.Module):
     ) -> dict[str, Tensor]:
         """What is drawn of panoramas, and how near it comes to the true tiles, row by row."""
         drawn = model.draw(seen, keys)
-        found = {metric.__name__: metric(drawn, tile) for metric in generation.MEASURES}
+        found = {metric.__name__: metric(drawn, tile) for metric in generation.SIMILARITIES}
         if self.perceptual is not None:
             found["lpips"] = self.perceptual(drawn, tile)
         found |= {"drawn": drawn, "true": tile, "view": seen.view}

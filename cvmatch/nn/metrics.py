@@ -14,7 +14,7 @@ FLAT = 1e-4
 
 _WINDOW = 11
 
-View = Literal["luminance", "chroma", "gradient"]
+Channel = Literal["luminance", "chroma", "gradient"]
 """What of pictures is compared."""
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to mode L
@@ -175,16 +175,16 @@ def ncc(predicted: Float[Tensor, "n 3 h w"], true: Float[Tensor, "n 3 h w"]) -> 
 
 
 def planes(
-    pictures: Float[Tensor, "n 3 h w"], view: View = "luminance", size: int = 16
+    pictures: Float[Tensor, "n 3 h w"], channel: Channel = "luminance", size: int = 16
 ) -> Float[Tensor, "n plane {size} {size}"]:
-    """A view of RGB pictures, averaged to `size` x `size`, for `retrieval_by_ncc`.
+    """Return a channel of RGB pictures, averaged to `size` x `size`, for `retrieval_by_ncc`.
 
     `luminance` is what generators are trained on; `chroma` (blue and red less luminance) and
     `gradient` (its magnitude at full size, Sobel) are not.
     """
     luma = torch.einsum("nchw,c->nhw", pictures, pictures.new_tensor(_LUMA))[:, None]
-    seen = pictures[:, [2, 0]] - luma if view == "chroma" else luma
-    if view == "gradient":
+    seen = pictures[:, [2, 0]] - luma if channel == "chroma" else luma
+    if channel == "gradient":
         slope = pictures.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
         padded = nn.functional.pad(luma, (1, 1, 1, 1), mode="replicate")
         both = nn.functional.conv2d(padded, torch.stack([slope, slope.T])[:, None])

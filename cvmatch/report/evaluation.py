@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from cvmatch.data import schema, storage
+from cvmatch.evaluate.results import Results
 from cvmatch.report import places
 from cvmatch.report.page import Page, provenance, report
 from cvmatch.report.scores import scores
@@ -18,23 +19,23 @@ SHOWN = 5
 def evaluation(output: str, location: str, seed: int = 0) -> str:
     """Write `report.html` beside what `evaluate` wrote in `output`; returns its location.
 
-    `location` has the synthesized rows. Queries are of the first view and its fullest modality;
+    `location` has the synthesized rows. Queries are shown at the first view and its fullest level;
     tiles of other places than those rows' have no picture.
     """
-    results = storage.read_json(storage.join(output, "results.json"))
+    results = Results.read(output)
     content = storage.read_bytes(storage.join(output, "queries.parquet"))
     queries = pd.read_parquet(io.BytesIO(content))
-    view = next(iter(results["retrieval"]))
-    modality = max(results["retrieval"][view], key=len)
-    rows = queries.loc[(queries["view"] == view) & (queries["modality"] == modality)]
-    failed = results["failed"]
+    view = next(iter(results.retrieval))
+    level = max(results.retrieval[view], key=len)
+    rows = queries.loc[(queries["view"] == view) & (queries["modality"] == level)]
+    failed = results.failed
     lost = f"; {failed} more failed in synthesis, and no number counts them" if failed else ""
     page = Page(
         title="cvmatch: evaluation",
         summary=f"{len(rows)} panoramas of places that the matcher was not trained on{lost}. "
-        f"The places below were searched by {modality} (view {view}).",
+        f"The places below were searched by {level} (view {view}).",
         run=provenance(),
-        results=scores(results),
+        results=scores(results.to_json()),
         examples=_examples(rows, location, seed),
     )
     return report(page, storage.join(output, "report.html"))

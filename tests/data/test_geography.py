@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -32,3 +34,13 @@ def test_areas_hold_what_lies_in_them():
 def test_box_with_a_meridian_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"\[-180, 180\], got 170.0 to 190.0.*170 and -170"):
         geography.Box(-1.0, 170.0, 1.0, 190.0)
+
+
+def test_metres_of_known_arcs():
+    pole, equator = torch.tensor([90.0, 0.0]), torch.tensor([0.0, 123.0])
+    quarter = math.pi / 2 * 6_371_008.8
+    assert geography.haversine_distance(pole, equator).item() == pytest.approx(quarter, rel=1e-6)
+    one = torch.tensor([[60.0, 10.0]], dtype=torch.float64)
+    other = torch.tensor([[60.0, 10.001]], dtype=torch.float64)
+    step = 6_371_008.8 * math.radians(0.001) * math.cos(math.radians(60))
+    assert geography.haversine_distance(one, other).item() == pytest.approx(step, rel=1e-6)

@@ -208,7 +208,7 @@ def noise(rows: int, size: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("view", ["luminance", "chroma", "gradient"])
-def test_retrieval_by_ncc_faithful_pictures_find_their_own(view: metrics.View):
+def test_retrieval_by_ncc_faithful_pictures_find_their_own(view: metrics.Channel):
     true = noise(20, 64, 6)
     found = metrics.planes(0.5 * true + 0.1, view)  # paler and brighter
     score = metrics.retrieval_by_ncc(found, metrics.planes(true, view))

@@ -1,0 +1,122 @@
+"""Synthesized rows -> embedded queries of every view and modality."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cvmatch.data import images, schema, tables
+from cvmatch.evaluate.settings import Evaluate
+from cvmatch.match.augment import limited
+from cvmatch.match.fusion import Query
+from cvmatch.match.model import Matcher
+from cvmatch.match.settings import Modality
+from cvmatch.nn import rng
+from cvmatch.runtime import progress
+
+_BATCH = 32  # rows a step
+
+
+@dataclass(frozen=True)
+class QueryView:
+    """How much of the panorama a query shows, and whether its heading is known."""
+
+    fov: float
+    """Degrees, (0, 360]."""
+    unknown_heading: bool
+
+    @property
+    def name(self) -> str:
+        """Such as "360-north"."""
+        return f"{self.fov:g}-{'unknown' if self.unknown_heading else 'north'}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the panorama that A and S were made from."""
+        return self.fov == 360 and not self.unknown_heading
+
+
+@torch.inference_mode()
+def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Modality], Query]:
+    """Embed the queries of all views and modalities; each tower sees each picture once.
+
+    Limited views have modality G alone, since A and S were made from the whole, aligned panorama.
+
+    Raises:
+        ValueError: a row lacks a picture that a modality needs.
+    """
+    headings = (False, True) if config.unknown_heading else (False,)
+    views = [QueryView(degrees, unknown) for degrees in config.fov for unknown in headings]
+    modalities: list[tuple[QueryView, Modality]] = [
+        (view, name) for view in views for name in config.modalities if view.whole or name == "G"
+    ]
+    batches: dict[tuple[QueryView, Modality], list[Query]] = {key: [] for key in modalities}
+    letters = set("".join(config.modalities)) - {"+"}
+    total = -(-sum(tables.rows(config.queries)) // _BATCH)
+    for rows in progress.each("embed batches of queries", total, read_batches(config.queries)):
+        _require_pictures(rows, letters)
+        ground = _stack_images(rows[schema.GROUND], model.config.panorama).to(model.device)
+        features = _embed_synthetic(rows, letters, model)
+        keys = torch.tensor([rng.row_key(name) for name in rows[schema.PAIR_ID]])
+        turn = rng.uniform(keys, rng.fold_in(config.seed, purpose="heading"), 1)[:, 0] * 360
+        for view in views:
+            seen = limited(ground, view.fov, turn * view.unknown_heading)
+            features["G"] = model.ground_features(seen)
+            for _, name in (key for key in modalities if key[0] == view):
+                inputs = [features.get(x) if x in name.split("+") else None for x in "GAS"]
+                batches[view, name].append(model.fuse(*inputs))
+    return {key: Query(*map(torch.cat, zip(*parts, strict=True))) for key, parts in batches.items()}
+
+
+def read_query_ids(location: str) -> list[str]:
+    """Read the pair ids of the rows that did not fail."""
+    batches = read_batches(location, [schema.PAIR_ID])
+    return [pair_id for rows in batches for pair_id in rows[schema.PAIR_ID]]
+
+
+def read_errors(location: str) -> list[str]:
+    """Read why the first three rows failed."""
+    for table in tables.batches(location, [schema.ERROR], 3):
+        return table[schema.ERROR].to_pylist()
+    return []
+
+
+def read_batches(location: str, columns: Iterable[str] = ()) -> Iterator[dict[str, list]]:
+    """Read columns (all by default) of the rows that did not fail, always in the same order."""
+    names = [*(columns or schema.SYNTHESIZED.names)]
+    for table in tables.batches(location, sorted({*names, schema.ERROR}), _BATCH):
+        rows = schema.good_rows(table)
+        if len(rows):
+            yield rows.to_pydict()
+
+
+def _embed_synthetic(
+    rows: dict[str, list], letters: set[str], model: Matcher
+) -> dict[str, Float[Tensor, "row feature"]]:
+    """Return the features of A and S, of those that a modality needs."""
+    features, side = {}, (model.config.square, model.config.square)
+    if "A" in letters:
+        pictures = _stack_images(rows[schema.SYNTHETIC], side)
+        features["A"] = model.aerial_features(pictures.to(model.device))
+    if "S" in letters:
+        maps = [images.decode_ids(data, side) for data in rows[schema.SYNTHETIC_CLASSES]]
+        features["S"] = model.class_features(torch.from_numpy(np.stack(maps)).to(model.device))
+    return features
+
+
+def _require_pictures(rows: dict[str, list], letters: set[str]) -> None:
+    columns = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
+    lacking = sorted(columns[letter] for letter in {"G", *letters} if None in rows[columns[letter]])
+    if lacking:
+        raise ValueError(
+            f"evaluate: expected {lacking} in every row, got none in some rows of "
+            f"{rows[schema.PAIR_ID]}. Run jobs/synthesize.py on them, or pass --modalities G."
+        )
+
+
+def _stack_images(pictures: list[bytes], size: tuple[int, int]) -> Float[Tensor, "n 3 h w"]:
+    pixels = np.stack([images.decode(data, size) for data in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255

@@ -1,0 +1,225 @@
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from cvmatch.data import schema
+from cvmatch.evaluate import retrieval
+from cvmatch.evaluate.queries import QueryView, embed_queries
+from cvmatch.evaluate.retrieval import KS, Ranking, compare_two_stage, search_exactly, summarize
+from cvmatch.evaluate.settings import Evaluate
+from cvmatch.index.reader import Index
+from cvmatch.index.shard import Store
+from cvmatch.index.shortlist_head import MatcherHead
+from cvmatch.match.fusion import Fusion, Query
+from cvmatch.match.infer import EmbedQuery
+from cvmatch.match.model import Matcher
+from cvmatch.match.settings import MODALITIES
+from tests.helpers import index as tiny
+
+COUNT = 24  # tiles of the index of conftest.py
+
+
+def of_equal_tiles(index, model):
+    """The index with zeros for all tiles, and another model."""
+    tile_proj = Store([np.zeros_like(array) for array in index.tile_proj.arrays])
+    return Index(**{**vars(index), "matcher": model, "tile_proj": tile_proj})
+
+
+def plane(angles, places=None, dead=()):
+    """An index of tiles at angles (degrees) of a plane, whose score is the cosine of the angle."""
+    model = Fusion(ground=4, aerial=4, classes=4, hidden=2).eval()
+    for weight in model.candidate_mlp.parameters():
+        torch.nn.init.zeros_(weight)
+    places = places or [(0.01 * number, 0.0) for number in range(len(angles))]
+    tiles = pa.table(
+        {
+            schema.PAIR_ID: [str(number) for number in range(len(angles))],
+            schema.LATITUDE: pa.array([place[0] for place in places], pa.float64()),
+            schema.LONGITUDE: pa.array([place[1] for place in places], pa.float64()),
+        }
+    )
+    tile_proj = directions(angles).numpy().astype(np.float16)
+    about = {"shortlist": len(tile_proj)}
+    return Index(
+        Store([tile_proj]),
+        tiles,
+        [],
+        MatcherHead(model),
+        np.array(dead, np.int64),
+        model,
+        about,
+        "",
+    )
+
+
+def directions(angles):
+    radians = torch.deg2rad(torch.tensor(angles, dtype=torch.float32))
+    return torch.stack([radians.cos(), radians.sin()], dim=1)
+
+
+def looking(*angles):
+    return Query(directions(angles), torch.zeros(len(angles), 2))
+
+
+def test_search_exactly_angles_in_a_plane_give_the_ranks_one_can_see():
+    index = plane([0.0, 30.0, 60.0, 90.0])
+    # 20 degrees sees tiles 1 (10 away), 0 (20), 2 (40), 3 (70); 80 sees 3 (10), 2 (20), 1, 0.
+    ranking = search_exactly(index, looking(20.0, 80.0), torch.tensor([0, 3]), near_m=1500.0)
+    assert ranking.rank.tolist() == [1, 0]
+    assert ranking.best.tolist() == [[1, 0, 2, 3], [3, 2, 1, 0]]
+    assert ranking.score.tolist() == pytest.approx(
+        [math.cos(math.radians(20)), math.cos(math.radians(10))], abs=1e-3
+    )
+    degree = 2 * math.pi * 6_371_008.8 / 360
+    assert ranking.distance_m.tolist() == pytest.approx([0.01 * degree, 0.0], abs=1e-3)
+    assert ranking.near_count.tolist() == [2, 2]  # itself and the neighbour 1,112 m away
+    assert ranking.near_rank.tolist() == [1, 0]
+    assert ranking.one_of_ten == {}
+    result = summarize(ranking, 4, resamples=200)
+    assert result.recalls["recall@1"].value == 0.5
+    assert result.recalls["recall@5"].value == result.near.recalls["recall@5"] == 1.0
+    assert (result.recalls["recall@1%"].value, result.recalls["recall@1%"].k) == (0.5, 1)
+    assert result.median_rank == 1.5
+    assert result.recalls["recall@1"].low <= 0.5 <= result.recalls["recall@1"].high
+
+
+def test_search_exactly_in_blocks_equals_one_block(monkeypatch):
+    index = plane([7.0 * number for number in range(12)])
+    query, truth = looking(*[11.0 * number for number in range(8)]), torch.arange(8)
+    whole = search_exactly(index, query, truth, near_m=3000.0)
+    monkeypatch.setattr(retrieval, "_BLOCK", 36)  # three queries a block
+    parts = search_exactly(index, query, truth, near_m=3000.0)
+    for name in ("rank", "best", "near_rank", "near_count"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name))
+    assert 0 <= parts.one_of_ten["top1"] <= parts.one_of_ten["top5"] <= 1
+
+
+def test_search_exactly_equal_scores_count_against_the_query():
+    ranking = search_exactly(
+        plane([40.0] * 12), looking(40.0, 40.0), torch.tensor([0, 11]), near_m=100.0
+    )
+    assert ranking.rank.tolist() == [11, 11]
+    assert ranking.one_of_ten == {"top1": 0.0, "top5": 0.0}
+
+
+def test_search_exactly_deleted_tiles_are_no_rivals():
+    index = plane([0.0, 30.0, 60.0, 90.0], dead=[1])
+    # 20 degrees would see tile 1 first; tile 1 is also the only one near tile 0.
+    ranking = search_exactly(index, looking(20.0, 80.0), torch.tensor([0, 3]), near_m=1500.0)
+    assert ranking.rank.tolist() == [0, 0]
+    assert ranking.best.tolist() == [[0, 2, 3], [3, 2, 0]]
+    assert ranking.score[1].item() == pytest.approx(math.cos(math.radians(10)), abs=1e-3)
+    assert ranking.near_count.tolist() == [1, 2]
+    assert ranking.distance_m.tolist() == [0.0, 0.0]
+
+
+def test_search_exactly_one_of_ten_draws_no_deleted_tile():
+    query, truth = looking(40.0, 40.0), torch.tensor([0, 99])
+    index = plane([40.0] * 100, dead=range(6, 94))
+    assert search_exactly(index, query, truth, 100.0).one_of_ten == {
+        "top1": 0.0,
+        "top5": 0.0,
+    }
+    few = plane([40.0] * 100, dead=range(6, 97))
+    assert search_exactly(few, query, truth, 100.0).one_of_ten == {}
+
+
+def test_search_exactly_tile_without_coordinates_is_near_nothing():
+    nowhere = (math.nan, math.nan)
+    index = plane([0.0, 30.0, 60.0], places=[(0.0, 0.0), nowhere, (0.0, 0.001)])
+    ranking = search_exactly(index, looking(0.0, 30.0), torch.tensor([0, 1]), near_m=1000.0)
+    assert ranking.near_count.tolist() == [2, 0]
+    assert ranking.distance_m.isnan().tolist() == [False, True]
+    result = summarize(ranking, 3, resamples=10)
+    assert (result.near.queries, result.near.gallery) == (1, 2.0)
+    assert result.distance_m == 0.0
+
+
+def test_summarize_guess_among_the_tiles_nearby_is_that_of_each_query():
+    whole, none = torch.zeros(3, dtype=torch.int64), torch.full((3,), torch.nan)
+    ranking = Ranking(
+        rank=whole, score=none, best=whole[:, None], best_score=none[:, None], near_rank=whole,
+        near_count=torch.tensor([2, 100, 1]), distance_m=none, one_of_ten={},
+    )  # fmt: skip
+    result = summarize(ranking, 500, resamples=5)
+    assert (result.near.queries, result.near.gallery) == (2, 51.0)
+    assert result.near.chance["recall@1"] == pytest.approx((1 / 2 + 1 / 100) / 2)
+    assert result.near.chance["recall@5"] == pytest.approx((1 + 5 / 100) / 2)
+
+
+def test_compare_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
+    batch = EmbedQuery(index.heads, "G+A+S")(tiny.columns(tiny.rows(10)))
+    query = Query(torch.from_numpy(batch["embedding"]), torch.from_numpy(batch["query_proj"]))
+    truth = torch.arange(10)
+    ranking = search_exactly(index, query, truth, 1000.0)
+    result = compare_two_stage(index, query, truth, ranking)
+    assert (result.exact_top1_kept, result.exact_top10_kept) == (1.0, 1.0)
+    assert result.recalls["recall@10"] == (ranking.rank < 10).double().mean().item()
+    few = Index(**{**vars(index), "manifest": {"shortlist": 10}})
+    result = compare_two_stage(few, query, truth, ranking)
+    assert result.exact_top10_kept < 1
+    held = (few.nearest(query, 10) == truth.numpy()[:, None]).any(axis=1)
+    assert result.recalls["recall@10"] == held.mean() < 1
+
+
+def test_compare_two_stage_equal_scores_count_against_the_query(index, model):
+    collapsed = Fusion(ground=4, aerial=4, classes=4, hidden=model.hidden).eval()
+    for weight in collapsed.candidate_mlp.parameters():
+        torch.nn.init.zeros_(weight)
+    opened, truth = of_equal_tiles(index, collapsed), torch.arange(10)
+    same = Query(torch.ones(10, model.hidden), torch.zeros(10, model.hidden))
+    ranking = search_exactly(opened, same, truth, 1000.0)
+    result = compare_two_stage(opened, same, truth, ranking)
+    for k in KS:
+        assert result.recalls[f"recall@{k}"] == (ranking.rank < k).double().mean().item() == 0.0
+
+
+def test_constant_embeddings_are_never_above_chance(tmp_path):
+    opened = tiny.index(str(tmp_path), COUNT)
+    model = Matcher.load(opened.heads)
+    opened = of_equal_tiles(opened, model)
+    for weight in (model.query_linear.weight, model.query_aerial_linear.weight):
+        torch.nn.init.zeros_(weight)
+    tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
+    config = Evaluate(queries=str(tmp_path / "queries"))
+    queries = embed_queries(config, model)
+    assert [modality for _, modality in queries] == list(MODALITIES)
+    for query in queries.values():
+        ranking = search_exactly(opened, query, torch.arange(COUNT), 1000.0)
+        result = summarize(ranking, COUNT, resamples=10)
+        assert result.recalls["recall@1"].value <= 1 / COUNT
+        assert result.recalls["recall@10"].value <= 10 / COUNT
+        assert result.one_of_ten["top1"] <= 0.1
+        assert result.one_of_ten["top5"] <= 0.5
+        assert result.median_rank == COUNT
+
+
+def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
+    # A query and a tile's embedding with that query's A are equal: in a loss or a protocol that
+    # embedded each tile with the A of its own pair, it would find every tile.
+    opened = tiny.index(str(tmp_path), COUNT)
+    model = Matcher.load(opened.heads)
+    g, a = model.null_ground.numel(), model.null_synthetic.numel()
+    with torch.no_grad():
+        for layer in (model.query_linear, model.query_aerial_linear, model.tile_linear):
+            for weight in layer.parameters():
+                weight.zero_()
+        code = torch.randn(model.hidden, a, generator=torch.Generator().manual_seed(0))
+        model.query_aerial_linear.weight.copy_(code)
+        model.query_linear.weight[:, g : g + a] = code
+        for rest in (model.query_mlp, model.candidate_mlp):
+            for weight in rest.parameters():
+                weight.zero_()
+    opened = of_equal_tiles(opened, model)
+    tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
+    queries = embed_queries(Evaluate(queries=str(tmp_path / "queries")), model)
+    query = queries[QueryView(360.0, False), "G+A"]
+    with torch.inference_mode():
+        candidate = model.joint(torch.zeros(COUNT, model.hidden), query.query_proj)
+    own = (candidate * query.embedding).sum(1)
+    torch.testing.assert_close(own, torch.ones(COUNT))  # the leak
+    ranking = search_exactly(opened, query, torch.arange(COUNT), 1000.0)
+    assert (ranking.rank == COUNT - 1).all()  # every tile ties
