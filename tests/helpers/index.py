@@ -27,7 +27,7 @@ def matcher(directory: str, seed: int = 0, hidden: int = 16, alone: bool = False
     model = Matcher(config)
     for null in (model.null_ground, model.null_synthetic, model.null_classes):
         torch.nn.init.normal_(null)
-    for layer in (model.query_first, model.candidate_query):  # A and S begin without a say
+    for layer in (model.query_linear, model.query_aerial_linear):  # A and S begin without a say
         torch.nn.init.xavier_normal_(layer.weight)
     _calibrate(model)
     model.save(directory)
