@@ -5,7 +5,7 @@ BIN := .venv/bin
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check options bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ check: install ## lint, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+options: install ## write docs/options.md from the settings
+	$(BIN)/python -m tools.options
 
 bench: install ## every benchmark, short
 	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do echo "$$script"; $(BIN)/python $$script --quick || exit 1; done
