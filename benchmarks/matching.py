@@ -72,10 +72,10 @@ class Contender:
     asked: dict[str, Any]
 
 
-ALONE = {"w_joint": 0.0, "w_direct": 1.0}
+ALONE = {"joint_weight": 0.0, "direct_weight": 1.0}
 """The direct branch: G against C."""
 
-SQUARE = {"view": "square", "grid": (8, 8)}
+SQUARE = {"projection": "square", "grid": (8, 8)}
 """Tiles as they are; features in squares too."""
 
 CONTENDERS = {
@@ -83,7 +83,7 @@ CONTENDERS = {
     "direct, polar": Contender("plain", ALONE, {}),
     "direct, polar, triplet": Contender("plain", ALONE | {"loss": "triplet"}, {}),
     "Sample4Geo's recipe": Contender(
-        "plain", ALONE | SQUARE | {"shared": True, "mine_every": 2}, {}
+        "plain", ALONE | SQUARE | {"shared": True, "hard_negatives_every": 2}, {}
     ),
     "joint (default)": Contender("synthesized", {}, {"modalities": ("G", "G+A", "G+A+S", "A")}),
     "joint, true C as A": Contender("true", {}, {"modalities": ("G", "G+A", "G+A+S", "A")}),
@@ -211,10 +211,8 @@ def settings(asked: MatchingBench, rows: str, changes: dict[str, Any], at: str) 
         pairs=f"{rows}/train",
         tower=base_models.TOWER,
         grid=(4, 32),
-        dim=256,
         panorama=(64, 256),
-        polar=(64, 256),
-        square=128,
+        tile_size=128,
         lr_towers=1e-3,
         lr_heads=1e-3,
         output=f"{at}/matcher",

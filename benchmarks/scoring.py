@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher, MatcherConfig
-from cvmatch.match.scoring import CHUNK, fastest, joint_scores
+from cvmatch.match.scoring import CHUNK, fastest_dtype, joint_scores
 from cvmatch.nn import metrics
 from cvmatch.runtime import hardware, progress
 
@@ -58,15 +58,15 @@ def unsplit(model: Matcher, embedding: Tensor, a: Tensor, c: Tensor, chunk: int 
 @torch.no_grad()
 def all_towers(model: Matcher, pairs: int) -> Tensor:
     """Scores as the prototype's evaluation has them: every tower, once more for every pair."""
-    side = model.config.square
+    side = model.config.tile_size
     scores = []
     for seed in range(pairs):
         random = torch.Generator().manual_seed(seed)
         ground = torch.rand(1, 3, *model.config.panorama, generator=random)
         synthetic, tile = torch.rand(2, 1, 3, side, side, generator=random)
         classes = torch.randint(0, 5, (1, side, side), generator=random).byte()
-        query = model.query(ground, synthetic, classes)
-        scores.append(model.pair_scores(query, model.tile(tile))[0])
+        query = model.embed_queries(ground, synthetic, classes)
+        scores.append(model.pair_scores(query, model.project_tiles(tile))[0])
     return torch.cat(scores)
 
 
@@ -108,7 +108,7 @@ def main(asked: ScoringBench) -> None:
         query = model.fuse(features(asked.queries, width, 3), a, features(asked.queries, width, 4))
         tile_proj = model.tile_linear(c)
     many = tile_proj.repeat(-(-asked.tiles // len(tile_proj)), 1)[: asked.tiles].half()
-    quick = fastest(torch.device("cpu"))
+    quick = fastest_dtype(torch.device("cpu"))
     pairs = asked.queries * asked.tiles
     ways: dict[str, tuple[int, Callable[[], object]]] = {
         "all towers for each pair": (asked.pairs, lambda: all_towers(model, asked.pairs)),

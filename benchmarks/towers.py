@@ -28,7 +28,7 @@ class TowersBench(Bench):
 def trained(name: str, batch: int, top: float) -> dict[str, float | str]:
     """A row of the table. `top`: FLOP/s of the device."""
     device = hardware.device()
-    tower = backbones.tower(name, backbones.RANDOM).to(device).train()
+    tower = backbones.load_tower(name, backbones.RANDOM).to(device).train()
     pictures = torch.randn(batch, 3, *MatcherConfig().panorama, device=device)
 
     def step() -> None:

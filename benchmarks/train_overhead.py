@@ -15,7 +15,7 @@ from ray.data import Dataset
 from torch import Tensor, nn
 
 from cvmatch.data import storage
-from cvmatch.match.batches import decode, synthesized
+from cvmatch.match.batches import decode, read_pairs
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.match.train import build_task
@@ -57,7 +57,7 @@ class Timed(MatcherTask):
 
 def pairs_of(config: TrainMatcher) -> Dataset:
     """The decoded training pairs."""
-    return decode(synthesized(config.pairs, joint=False), config.panorama, config.square)
+    return decode(read_pairs(config.pairs, joint=False), config.panorama, config.tile_size)
 
 
 def timed(config: TrainMatcher) -> Timed:

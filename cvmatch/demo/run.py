@@ -20,7 +20,7 @@ from cvmatch.evaluate.run import evaluate
 from cvmatch.generate import train as generator
 from cvmatch.index.build import build
 from cvmatch.match import train as matcher
-from cvmatch.match.batches import pair_ids
+from cvmatch.match.batches import read_pair_ids
 from cvmatch.report import (
     Curve,
     Example,
@@ -191,7 +191,7 @@ def summarize(
 def look_up(config: Demo, settings: Settings) -> list[Example]:
     """Search the index for ten held-out panoramas, as a user does, and gather the pictures."""
     location = settings.evaluate.queries
-    ids = pair_ids(location)
+    ids = read_pair_ids(location)
     queries = ids[:: max(1, len(ids) // SHOWN)][:SHOWN]
     files = {f"{config.output}/world/streetview/{pair_id}.jpg": pair_id for pair_id in queries}
     flags = settings.synthesize[1]

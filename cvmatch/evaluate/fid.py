@@ -21,7 +21,7 @@ def build_fid(network: str) -> FrechetInceptionDistance:
         ValueError: the network or its weights are not here; says what to do.
     """
     if network != INCEPTION:
-        return FrechetInceptionDistance(feature=_Features(backbones.tower(network).eval()))
+        return FrechetInceptionDistance(feature=_Features(backbones.load_tower(network).eval()))
     try:
         return FrechetInceptionDistance(feature=2048)
     except (ImportError, OSError) as error:  # no torch-fidelity; no network to fetch its weights

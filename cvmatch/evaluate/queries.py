@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cvmatch.data import images, schema, tables
 from cvmatch.evaluate.settings import Evaluate
-from cvmatch.match.augment import limited
+from cvmatch.match.augment import crop_fov
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
@@ -63,7 +63,8 @@ def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Mod
         keys = torch.tensor([rng.row_key(name) for name in rows[schema.PAIR_ID]])
         turn = rng.uniform(keys, rng.fold_in(config.seed, purpose="heading"), 1)[:, 0] * 360
         for view in views:
-            seen = limited(ground, view.fov, turn * view.unknown_heading)
+            heading = turn * view.unknown_heading
+            seen = crop_fov(ground, view.fov, heading, model.ground_mean)
             features["G"] = model.ground_features(seen)
             for _, name in (key for key in modalities if key[0] == view):
                 inputs = [features.get(x) if x in name.split("+") else None for x in "GAS"]
@@ -97,13 +98,13 @@ def _embed_synthetic(
     rows: dict[str, list], letters: set[str], model: Matcher
 ) -> dict[str, Float[Tensor, "row feature"]]:
     """Return the features of A and S, of those that a modality needs."""
-    features, side = {}, (model.config.square, model.config.square)
+    features, side = {}, (model.config.tile_size, model.config.tile_size)
     if "A" in letters:
         pictures = _stack_images(rows[schema.SYNTHETIC], side)
         features["A"] = model.aerial_features(pictures.to(model.device))
     if "S" in letters:
         maps = [images.decode_ids(data, side) for data in rows[schema.SYNTHETIC_CLASSES]]
-        features["S"] = model.class_features(torch.from_numpy(np.stack(maps)).to(model.device))
+        features["S"] = model.mask_features(torch.from_numpy(np.stack(maps)).to(model.device))
     return features
 
 

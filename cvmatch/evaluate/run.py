@@ -36,7 +36,7 @@ from cvmatch.index.reader import Index
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
-from cvmatch.match.task import IDS, training_ids
+from cvmatch.match.task import IDS, read_training_ids
 from cvmatch.runtime import progress, tracking
 
 QUERIES_FILE = "queries.parquet"
@@ -108,7 +108,7 @@ def check_unseen(ids: list[str], model: str) -> None:
     if not os.path.exists(os.path.join(model, IDS)):
         _log.warning("%s has no %s: it is not known what it was trained on", model, IDS)
         return
-    seen = sorted(training_ids(model) & set(ids))
+    seen = sorted(read_training_ids(model) & set(ids))
     if seen:
         raise ValueError(
             f"evaluate: the matcher was trained on {len(seen)} of {len(ids)} queries, such as "

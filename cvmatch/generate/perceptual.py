@@ -40,7 +40,7 @@ class Lpips(nn.Module):
 
         `name` and `weights` as in `towers.tower`.
         """
-        features = backbones.features(name, weights)
+        features = backbones.load_vgg_features(name, weights)
         published = [_width(stage) for stage in _stages(features)] == _VGG16
         return cls(features, published_weights() if published else None)
 

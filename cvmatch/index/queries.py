@@ -12,7 +12,7 @@ from cvmatch.generate.settings import Sampling
 from cvmatch.index.shard import CHUNK
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EMBEDDING, QUERY_PROJ, EmbedQuery
-from cvmatch.match.model import Matcher
+from cvmatch.match.model import read_config
 from cvmatch.match.settings import Modality
 from cvmatch.runtime import hardware
 
@@ -46,8 +46,7 @@ def split_queries(location: str, model: str, sample: int, seed: int) -> Queries 
     """
     if not location:
         return None
-    alone = Matcher.config_of(model).alone
-    modalities: tuple[Modality, ...] = ("G",) if alone else _MODALITIES
+    modalities: tuple[Modality, ...] = ("G",) if read_config(model).ground_only else _MODALITIES
     columns = [schema.PAIR_ID, schema.ERROR]
     ids = [
         pair_id

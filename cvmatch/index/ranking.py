@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from cvmatch.index.reader import EXHAUSTIVE, Index
 from cvmatch.index.settings import Mode
 from cvmatch.match.fusion import Query
-from cvmatch.match.scoring import fastest
+from cvmatch.match.scoring import fastest_dtype
 
 _SPARE = 64  # tiles that are scored again in fp32, at least
 
@@ -46,7 +46,7 @@ def _exact(
     index: Index, query: Query, top_k: int, among: Int64[np.ndarray, " row"] | None = None
 ) -> Ranked:
     """The best of all tiles: in the type that is fastest, then in fp32 those that may be it."""
-    dtype = fastest(query.query_proj.device)
+    dtype = fastest_dtype(query.query_proj.device)
     if dtype == torch.float32:
         return _sorted(*_best(index, query, top_k, dtype, among), top_k)
     rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype, among)

@@ -66,7 +66,7 @@ class MatcherHead:
 
     def tile(self, tile_proj: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
         """Candidate embeddings."""
-        return self.matcher.shortlist(tile_proj)
+        return self.matcher.shortlist_embedding(tile_proj)
 
     def query(self, query: Query) -> Float[Tensor, "query hidden"]:
         """Query embeddings."""

@@ -22,8 +22,8 @@ _DIRECT = (
 _JOINT = (*_DIRECT, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
 
 
-def synthesized(location: str, joint: bool = True) -> Dataset:
-    """Rows that jobs/synthesize.py wrote; without A and S where these are not `joint`.
+def read_pairs(location: str, joint: bool = True) -> Dataset:
+    """Read the rows that jobs/synthesize.py wrote; without A and S where not `joint`.
 
     Raises:
         FileNotFoundError: no finished output there.
@@ -34,49 +34,52 @@ def synthesized(location: str, joint: bool = True) -> Dataset:
     return ray.data.read_parquet(path, filesystem=filesystem, columns=columns)
 
 
-def pair_ids(location: str) -> tuple[str, ...]:
-    """Sorted ids of the synthesized rows without error.
+def read_pair_ids(location: str) -> tuple[str, ...]:
+    """Read the sorted ids of the synthesized rows without error.
 
     Raises:
         ValueError: there are none.
     """
     filesystem, path = storage.resolve(location)
-    found: list[str] = []
+    ids: list[str] = []
     for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
         if info.path.endswith(".parquet"):
             columns = [schema.PAIR_ID, schema.ERROR]
             rows = parquet.read_table(info.path, columns=columns, filesystem=filesystem)
-            found += schema.good_rows(rows)[schema.PAIR_ID].to_pylist()
-    if not found:
+            ids += schema.good_rows(rows)[schema.PAIR_ID].to_pylist()
+    if not ids:
         raise ValueError(
             f"{location}: expected Parquet rows without error, found none. Run jobs/synthesize.py, "
             "or read the reasons in the column `error`."
         )
-    return tuple(sorted(found))
+    return tuple(sorted(ids))
 
 
-def decode(rows: Dataset, panorama: tuple[int, int], square: int) -> Dataset:
-    """Synthesized rows -> uint8 tensors and `key`, of the pictures there are.
+def decode(rows: Dataset, panorama: tuple[int, int], tile_size: int) -> Dataset:
+    """Decode synthesized rows to uint8 tensors and `key`; rows with `error` are left out.
 
-    Rows with `error` are left out.
+    A row without `error` whose pictures cannot be decoded stops the training: synthesis has read or
+    made them.
 
-    `panorama` (height, width) is the size of G, `square` the side of the maps. A row without
-    `error` whose pictures cannot be decoded stops the training: synthesis has read or made them.
+    Args:
+        rows: Rows of `schema.SYNTHESIZED`, with or without A and S.
+        panorama: Height and width of G, in pixels.
+        tile_size: Height and width of C, A and S, in pixels.
     """
-    stage: Any = functools.partial(decode_batch, panorama=panorama, square=square)
+    stage: Any = functools.partial(decode_batch, panorama=panorama, tile_size=tile_size)
     return rows.map_batches(stage, batch_format="numpy", batch_size=None)
 
 
 def decode_batch(
-    batch: dict[str, np.ndarray], panorama: tuple[int, int], square: int
+    batch: dict[str, np.ndarray], panorama: tuple[int, int], tile_size: int
 ) -> dict[str, np.ndarray]:
-    """One batch of `decode`: `ground`, `aerial`, `key`, and where there, `synthetic`, `classes`.
+    """Decode one batch to `ground`, `aerial`, `key`, and where there, `synthetic` and its mask.
 
-    Pictures are CHW, `classes` are ids, HW.
+    Pictures are CHW; `synthetic_mask` are ids, HW.
     """
     errors = schema.read_errors(batch[schema.ERROR])
     good = [index for index, error in enumerate(errors) if error is None]
-    side = (square, square)
+    side = (tile_size, tile_size)
 
     def pictures(column: str, size: tuple[int, int]) -> np.ndarray:
         decoded = [images.decode(batch[column][index], size) for index in good]
@@ -84,13 +87,13 @@ def decode_batch(
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
     keys = [rng.row_key(str(batch[schema.PAIR_ID][index])) for index in good]
-    found = {
+    tensors = {
         "ground": pictures(schema.GROUND, panorama),
         "aerial": pictures(schema.AERIAL, side),
         "key": np.array(keys, dtype=np.int64),
     }
     if schema.SYNTHETIC in batch:
-        classes = [images.decode_ids(batch[schema.SYNTHETIC_CLASSES][i], side) for i in good]
-        found["synthetic"] = pictures(schema.SYNTHETIC, side)
-        found["classes"] = np.array(classes, dtype=np.uint8).reshape(-1, *side)
-    return found
+        masks = [images.decode_ids(batch[schema.SYNTHETIC_CLASSES][i], side) for i in good]
+        tensors["synthetic"] = pictures(schema.SYNTHETIC, side)
+        tensors["synthetic_mask"] = np.array(masks, dtype=np.uint8).reshape(-1, *side)
+    return tensors

@@ -1,4 +1,4 @@
-"""What scores need of a matcher beside its towers: the fusion heads, and the nulls.
+"""Fusion heads and learned nulls: all of the matcher except its towers.
 
 `candidate = FFN_C([a; c])` uses the *query's* synthetic aerial, so a tile has no embedding of its
 own. FFN_C's first layer is linear, hence W1 [a; c] + b1 = (W1c c) + (W1a a + b1) = tile_proj +
@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-ALONE = (
-    "matcher: trained on G alone (w_joint 0), expected queries of modality G, got A or S. Pass "
-    "--modalities G (jobs/evaluate.py), leave the generator out, or train it with w_joint."
+GROUND_ONLY = (
+    "matcher: trained on G alone (joint_weight 0), expected queries of modality G, got A or S. "
+    "Pass --modalities G (jobs/evaluate.py), leave the generator out, or train it with "
+    "joint_weight."
 )
+"""Why a model without a tower of S refuses a query."""
 
 
 class Query(NamedTuple):
@@ -24,19 +26,17 @@ class Query(NamedTuple):
     embedding: Float[Tensor, "query hidden"]
     """FFN_G([g; a; s]), unit norm."""
     query_proj: Float[Tensor, "query hidden"]
-    """W1a a + b1: the query's part of FFN_C's first layer."""
+    """W1a a + b1: the query's half of FFN_C's first layer."""
 
     def rows(self, which: "slice | Tensor") -> "Query":
-        """Some of the queries."""
+        """Select some of the queries."""
         return Query(self.embedding[which], self.query_proj[which])
 
 
 class ResidualMLP(nn.Module):
-    """What follows the first layer of a fusion head: x + W3 relu(W2 relu(x) + b2) + b3, unit norm.
+    """Map what a head's first layer returns: x + W3 relu(W2 relu(x) + b2) + b3, unit norm.
 
-    The sum with x makes a head start as a linear one. Without it, G found C among 500 (`standard`
-    world, InfoNCE, modality G) in 8 % after a CPU minute, and in 46 % after four; with it in 49 %
-    after the first.
+    The skip makes a head start as a linear one (docs/decisions.md#residual-heads).
     """
 
     def __init__(self, width: int) -> None:
@@ -44,27 +44,31 @@ class ResidualMLP(nn.Module):
         self.middle, self.last = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "*row hidden"]) -> Float[Tensor, "*row hidden"]:
-        """The embedding of what the first layer gave."""
+        """Return the embedding, of unit norm."""
         return nn.functional.normalize(x + self.last(self.middle(x.relu()).relu()), dim=-1)
 
 
 class Fusion(nn.Module):
-    """FFN_G, FFN_C, and learned nulls for an absent g, a or s, whose widths are given.
+    """FFN_G, FFN_C, and learned nulls that stand in for an absent g, a or s.
 
-    `classes` 0: queries of G alone.
+    Args:
+        ground: Width of g.
+        aerial: Width of a, and of c.
+        mask: Width of s; 0: queries of G alone.
+        hidden: Width of the heads.
     """
 
-    def __init__(self, ground: int, aerial: int, classes: int, hidden: int) -> None:
+    def __init__(self, ground: int, aerial: int, mask: int, hidden: int) -> None:
         super().__init__()
         self.null_ground = nn.Parameter(torch.zeros(ground))
         self.null_synthetic = nn.Parameter(torch.zeros(aerial))
-        self.null_classes = nn.Parameter(torch.zeros(classes))
-        self.query_linear = nn.Linear(ground + aerial + classes, hidden)
+        self.null_mask = nn.Parameter(torch.zeros(mask))
+        self.query_linear = nn.Linear(ground + aerial + mask, hidden)
         self.query_mlp = ResidualMLP(hidden)
         self.tile_linear = nn.Linear(aerial, hidden, bias=False)  # W1c
         self.query_aerial_linear = nn.Linear(aerial, hidden)  # W1a, b1
         self.candidate_mlp = ResidualMLP(hidden)
-        # A and S start without a say, as new inputs of a pre-trained network do: G learns first.
+        # As ControlNet does with new inputs: training starts from G alone.
         nn.init.zeros_(self.query_aerial_linear.weight)
         self.query_linear.weight.data[:, ground:] = 0
 
@@ -82,46 +86,52 @@ class Fusion(nn.Module):
         self,
         ground: Float[Tensor, "query g"] | None,
         synthetic: Float[Tensor, "query a"] | None,
-        classes: Float[Tensor, "query s"] | None,
+        mask: Float[Tensor, "query s"] | None,
     ) -> Query:
-        """Query from tower features; None stands for the learned null.
+        """Fuse tower features to a query; None stands for the learned null.
 
         Raises:
             ValueError: all three are None, or the model was trained on G alone and there is more.
         """
-        given = [feature for feature in (ground, synthetic, classes) if feature is not None]
-        if not given:
+        features = [feature for feature in (ground, synthetic, mask) if feature is not None]
+        if not features:
             raise ValueError(
-                "a query needs at least one of ground, synthetic and classes, got none"
+                "matcher: a query needs at least one of ground, synthetic and synthetic_mask, got "
+                "none. Pass a picture."
             )
-        if not len(self.null_classes) and not (synthetic is None and classes is None):
-            raise ValueError(ALONE)
-        g = self.null_ground.expand(len(given[0]), -1) if ground is None else ground
-        a = self.null_synthetic.expand(len(given[0]), -1) if synthetic is None else synthetic
-        s = self.null_classes.expand(len(given[0]), -1) if classes is None else classes
+        if not len(self.null_mask) and not (synthetic is None and mask is None):
+            raise ValueError(GROUND_ONLY)
+        count = len(features[0])
+        g = self.null_ground.expand(count, -1) if ground is None else ground
+        a = self.null_synthetic.expand(count, -1) if synthetic is None else synthetic
+        s = self.null_mask.expand(count, -1) if mask is None else mask
         embedding = self.query_mlp(self.query_linear(torch.cat([g, a, s], dim=1)))
         return Query(embedding, self.query_aerial_linear(a))
 
-    def joint(
-        self, tile_proj: Float[Tensor, "*#pair hidden"], query_proj: Float[Tensor, "*#pair hidden"]
+    def candidate_embedding(
+        self,
+        tile_proj: Float[Tensor, "*#pair hidden"],
+        query_proj: Float[Tensor, "*#pair hidden"],
     ) -> Float[Tensor, "*pair hidden"]:
-        """Candidate embedding FFN_C([a; c]) of pairs, unit norm, from its two halves."""
+        """Return FFN_C([a; c]) of pairs, unit norm, from its two halves."""
         return self.candidate_mlp(tile_proj + query_proj)
 
     def pair_scores(
         self, query: Query, tile_proj: Float[Tensor, "tile hidden"]
     ) -> Float[Tensor, "query tile"]:
-        """Cosine of each query and each tile, each tile embedded with that query's own A.
+        """Score each query and tile by cosine, the tile embedded with that query's own A.
 
-        All pairs at once, with gradient; `score.joint_scores` is for many tiles.
+        All pairs at once, with gradient; `scoring.joint_scores` is for many tiles.
         """
-        candidate = self.joint(tile_proj[None], query.query_proj[:, None])
+        candidate = self.candidate_embedding(tile_proj[None], query.query_proj[:, None])
         return (candidate.float() * query.embedding[:, None].float()).sum(-1)
 
-    def shortlist(self, tile_proj: Float[Tensor, "tile hidden"]) -> Float[Tensor, "tile hidden"]:
-        """A tile's own embedding (unit norm), under the null synthetic aerial: what FAISS holds.
+    def shortlist_embedding(
+        self, tile_proj: Float[Tensor, "tile hidden"]
+    ) -> Float[Tensor, "tile hidden"]:
+        """Embed a tile under the null synthetic aerial (unit norm): what FAISS holds.
 
         Its product with a query of modality G is that modality's exact score.
         """
         query_proj = self.query_aerial_linear(self.null_synthetic)
-        return self.joint(tile_proj, query_proj.expand(len(tile_proj), -1))
+        return self.candidate_embedding(tile_proj, query_proj.expand(len(tile_proj), -1))

@@ -41,21 +41,21 @@ class EmbedTile:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One batch; failed rows keep the reason in `error`."""
+        """Embed one batch; failed rows keep the reason in `error`."""
         config = self.model.config
-        side = (config.square, config.square)
+        side = (config.tile_size, config.tile_size)
         decoders = {schema.AERIAL: lambda data: images.decode(data, side)}
-        good, errors, (aerial,) = _decoded(batch, decoders, "embed tile")
+        good, errors, (aerial,) = _decode(batch, decoders, "embed tile")
         tile_proj = np.zeros((len(errors), config.hidden), dtype=np.float16)
-        for row, made in zip(good, self.tiles(aerial), strict=True):
-            if isinstance(made, Exception):
-                errors[row] = f"embed tile: {reason(made)}"
+        for row, projection in zip(good, self.tiles(aerial), strict=True):
+            if isinstance(projection, Exception):
+                errors[row] = f"embed tile: {reason(projection)}"
             else:
-                tile_proj[row] = made
-        return _kept(batch) | {TILE_PROJ: tile_proj, schema.ERROR: errors}
+                tile_proj[row] = projection
+        return _drop_pictures(batch) | {TILE_PROJ: tile_proj, schema.ERROR: errors}
 
     def _tiles(self, aerial: list[np.ndarray]) -> list[np.ndarray]:
-        return [*self.model.tile(_planes(aerial, self.device)).cpu().half().numpy()]
+        return [*self.model.project_tiles(_planes(aerial, self.device)).cpu().half().numpy()]
 
 
 class EmbedQuery:
@@ -72,9 +72,9 @@ class EmbedQuery:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One batch; failed rows keep the reason in `error`."""
+        """Embed one batch; failed rows keep the reason in `error`."""
         config = self.model.config
-        side = (config.square, config.square)
+        side = (config.tile_size, config.tile_size)
         every = {
             "G": (schema.GROUND, lambda data: images.decode(data, config.panorama)),
             "A": (schema.SYNTHETIC, lambda data: images.decode(data, side)),
@@ -82,7 +82,7 @@ class EmbedQuery:
         }
         letters = self.modality.split("+")
         decoders = dict(every[letter] for letter in letters)
-        good, errors, pictures = _decoded(batch, decoders, "embed query")
+        good, errors, pictures = _decode(batch, decoders, "embed query")
         embedding = np.zeros((len(errors), config.hidden), dtype=np.float32)
         query_proj = np.zeros((len(errors), config.hidden), dtype=np.float32)
         if good:
@@ -91,7 +91,11 @@ class EmbedQuery:
                 query.embedding.cpu().numpy(),
                 query.query_proj.cpu().numpy(),
             )
-        return _kept(batch) | {EMBEDDING: embedding, QUERY_PROJ: query_proj, schema.ERROR: errors}
+        return _drop_pictures(batch) | {
+            EMBEDDING: embedding,
+            QUERY_PROJ: query_proj,
+            schema.ERROR: errors,
+        }
 
     def _query(self, pictures: dict[str, list[np.ndarray]]) -> Query:
         ground, synthetic = (
@@ -99,8 +103,8 @@ class EmbedQuery:
             for letter in ("G", "A")
         )
         ids = pictures.get("S")
-        classes = None if ids is None else torch.from_numpy(np.stack(ids)).to(self.device)
-        return self.model.query(ground, synthetic, classes)
+        mask = None if ids is None else torch.from_numpy(np.stack(ids)).to(self.device)
+        return self.model.embed_queries(ground, synthetic, mask)
 
 
 def embed_tiles(rows: Dataset, config: Embed) -> Dataset:
@@ -116,12 +120,12 @@ def embed_queries(rows: Dataset, config: Embed) -> Dataset:
     )
 
 
-def _decoded(
+def _decode(
     batch: dict[str, np.ndarray],
     decoders: dict[str, Callable[[bytes], np.ndarray]],
     stage: str,
 ) -> tuple[list[int], np.ndarray, tuple[list[np.ndarray], ...]]:
-    """Rows that are whole, every row's error, and the whole rows' pictures of each column."""
+    """Return the good rows, every row's error, and the good rows' pictures of each column."""
     schema.require(batch, [*decoders, schema.ERROR], stage)
     errors = np.array(schema.read_errors(batch[schema.ERROR]), dtype=object)
     good: list[int] = []
@@ -143,7 +147,7 @@ def _decoded(
     return good, errors, tuple(pictures.values())
 
 
-def _kept(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _drop_pictures(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: values for name, values in batch.items() if name not in _PICTURES}
 
 

@@ -7,19 +7,17 @@ from torch import Tensor
 from cvmatch.match.fusion import Fusion, Query, ResidualMLP
 
 CHUNK = {"cpu": 2048, "cuda": 65_536}
-"""Tiles scored at a time. On a CPU, 100k at once are 3.5 times slower (allocator and cache);
-of 1,024 to 4,096, which differ by 10 % at most, 2,048 are the fastest."""
+"""Tiles scored at a time (docs/decisions.md#scoring-in-chunks)."""
 
 _MATRIX_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
 """Capabilities of a CPU, as torch names them, with which it multiplies bf16 faster than fp32."""
 
 
-def fastest(device: torch.device) -> torch.dtype:
-    """The type in which a device scores fastest: bf16 where it has units for it, else fp32.
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which a device scores fastest: bf16 where it has units for it, else fp32.
 
-    With avx512_bf16 its matrix products are 3 times as fast, the whole 1.2 times on a busy machine
-    (benchmarks/scoring.py); with AMX 2.7 times. Its scores are within 0.01 of fp32's, so the best
-    ones are to be scored again.
+    Scores in bf16 are within 0.01 of fp32's, so the best ones are to be scored again
+    (docs/decisions.md#scoring-in-bf16).
     """
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -37,36 +35,42 @@ def joint_scores(
     dtype: torch.dtype = torch.float32,
     chunk: int = 0,
 ) -> Float[Tensor, "query tile"]:
-    """`pair_scores` in fp32, computed in `dtype`; `tile_proj` may be the stored half precision.
+    """Score every query against every tile, each tile embedded with that query's own A.
 
-    Equal to the joint form FFN_C([a; c]) but for rounding: 1e-6 in fp32. `chunk` 0 takes CHUNK's.
+    Equal to the joint form FFN_C([a; c]) but for rounding: 1e-6 in fp32.
+
+    Args:
+        model: Heads of the matcher.
+        query: Queries.
+        tile_proj: Tile projections; may be in the stored half precision.
+        dtype: Type to compute in; the scores are in fp32.
+        chunk: Tiles at a time; 0: CHUNK's number.
     """
-    rest = _Fast(model.candidate_mlp, dtype)
+    cosine = _CandidateCosine(model.candidate_mlp, dtype)
     embedding, query_proj = query.embedding.float(), query.query_proj.to(dtype)
-    found = torch.empty(len(query_proj), len(tile_proj), device=query_proj.device)
+    scores = torch.empty(len(query_proj), len(tile_proj), device=query_proj.device)
     step = chunk or CHUNK[query_proj.device.type]
     for begin in range(0, len(tile_proj), step):
         tiles = tile_proj[begin : begin + step].to(dtype)
         for row in range(len(query_proj)):
-            found[row, begin : begin + step] = rest.cosines(tiles, query_proj[row], embedding[row])
-    return found
+            scores[row, begin : begin + step] = cosine(tiles, query_proj[row], embedding[row])
+    return scores
 
 
-class _Fast:
-    """`ResidualMLP` times a vector, in memory that is used again."""
+class _CandidateCosine:
+    """Cosines of one query and candidates that go through a `ResidualMLP`; memory is reused."""
 
-    def __init__(self, rest: ResidualMLP, dtype: torch.dtype) -> None:
-        layers = (rest.middle, rest.last)
+    def __init__(self, mlp: ResidualMLP, dtype: torch.dtype) -> None:
+        layers = (mlp.middle, mlp.last)
         self.weights = [(layer.weight.to(dtype).T, layer.bias.to(dtype)) for layer in layers]
         self.buffers: list[Tensor] = []
 
-    def cosines(
+    def __call__(
         self,
         tiles: Float[Tensor, "tile hidden"],
         query_proj: Float[Tensor, " hidden"],
         embedding: Float[Tensor, " hidden"],
     ) -> Float[Tensor, " tile"]:
-        """Cosines of one query and the tiles."""
         if not self.buffers or self.buffers[0].shape != tiles.shape:
             self.buffers = [torch.empty_like(tiles) for _ in range(3)]
         first, active, middle = self.buffers

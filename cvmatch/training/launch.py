@@ -303,7 +303,7 @@ def _identity(build: Callable[[], Task], fit: Fit) -> dict[str, Any]:
         if is_dataclass(value):
             names = configs.flat(value)
             # Pools say where work is done, not what comes out.
-            free = ("fit.", "output", "encode_pool.", "mine_pool.")
+            free = ("fit.", "output", "encode_pool.")
             found |= {k: v for k, v in names.items() if not k.startswith(free)}
         elif isinstance(value, str | int | float | tuple | list | None):
             plain.append(value)

@@ -17,7 +17,7 @@ from cvmatch.generate.conditioning import Condition
 from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import Conditioning
 from cvmatch.nn import metrics
-from cvmatch.nn.backbones import features, normalise
+from cvmatch.nn.backbones import load_vgg_features, normalise
 from cvmatch.segment.batches import Preprocess
 from cvmatch.segment.model import Segmenter
 from tools.demo_models import pretrain, untrained
@@ -54,7 +54,7 @@ def test_toy_models_fit_in_fifteen_megabytes():
 
 
 def test_toy_models_load_in_single_precision(generator):
-    for model in (generator, features(base_models.TOWER)):
+    for model in (generator, load_vgg_features(base_models.TOWER)):
         assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
@@ -185,7 +185,7 @@ def test_vae_training_starts_from_random_weights_and_sets_the_scale(place):
     torch.manual_seed(0)
     vae = untrained.new_vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    pretrain_vae(vae, tiles, classes[:, ::2, ::2], features(base_models.TOWER), steps=4)
+    pretrain_vae(vae, tiles, classes[:, ::2, ::2], load_vgg_features(base_models.TOWER), steps=4)
     same = {name for name, value in vae.state_dict().items() if torch.equal(value, before[name])}
     assert not same
     scaled_latents = encode(vae, tiles).float() * vae.config["scaling_factor"]
@@ -201,7 +201,7 @@ def test_decoder_training_leaves_the_encoder(generator, place):
     own = Latents(tiles, classes, encode(vae, tiles))
     drawn = drawn_latents(generator, panoramas, tiles, classes)
     assert drawn.latent.shape == own.latent.shape
-    pretrain_decoder(vae, own, drawn, features(base_models.TOWER), steps=2)
+    pretrain_decoder(vae, own, drawn, load_vgg_features(base_models.TOWER), steps=2)
     changed = {n for n, value in vae.state_dict().items() if not torch.equal(value, before[n])}
     assert {name.split(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
 

@@ -8,7 +8,7 @@ import torch
 from cvmatch.data import schema
 from cvmatch.evaluate.queries import QueryView, embed_queries
 from cvmatch.evaluate.settings import Evaluate
-from cvmatch.match.augment import limited
+from cvmatch.match.augment import crop_fov
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.settings import MODALITIES
 from cvmatch.nn.backbones import MEAN
@@ -54,12 +54,12 @@ def test_embed_queries_rows_without_synthetic_say_which_job(model, tmp_path):
 def test_limited_narrow_view_keeps_the_middle_and_blanks_the_rest():
     ground = torch.arange(8.0).expand(1, 3, 4, 8) / 10  # column j holds j / 10; north is column 4
     mean = torch.tensor(MEAN)[:, None]
-    north = limited(ground, 90.0, torch.tensor([0.0]))[0, :, 0]
+    north = crop_fov(ground, 90.0, torch.tensor([0.0]))[0, :, 0]
     torch.testing.assert_close(north[:, 3:5], torch.tensor([[0.3, 0.4]] * 3))
     torch.testing.assert_close(north[:, :3], mean.expand(3, 3))
     torch.testing.assert_close(north[:, 5:], mean.expand(3, 3))
-    east = limited(ground, 90.0, torch.tensor([90.0]))[0, 0, 0]  # two columns clockwise
+    east = crop_fov(ground, 90.0, torch.tensor([90.0]))[0, 0, 0]  # two columns clockwise
     torch.testing.assert_close(east[3:5], torch.tensor([0.5, 0.6]))
-    turned = limited(ground, 360.0, torch.tensor([180.0]))[0, 0, 0]
+    turned = crop_fov(ground, 360.0, torch.tensor([180.0]))[0, 0, 0]
     torch.testing.assert_close(turned, torch.tensor([0.4, 0.5, 0.6, 0.7, 0.0, 0.1, 0.2, 0.3]))
-    torch.testing.assert_close(limited(ground, 360.0, torch.tensor([0.0])), ground)
+    torch.testing.assert_close(crop_fov(ground, 360.0, torch.tensor([0.0])), ground)

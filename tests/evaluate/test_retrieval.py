@@ -30,7 +30,7 @@ def of_equal_tiles(index, model):
 
 def plane(angles, places=None, dead=()):
     """An index of tiles at angles (degrees) of a plane, whose score is the cosine of the angle."""
-    model = Fusion(ground=4, aerial=4, classes=4, hidden=2).eval()
+    model = Fusion(ground=4, aerial=4, mask=4, hidden=2).eval()
     for weight in model.candidate_mlp.parameters():
         torch.nn.init.zeros_(weight)
     places = places or [(0.01 * number, 0.0) for number in range(len(angles))]
@@ -166,7 +166,7 @@ def test_compare_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, 
 
 
 def test_compare_two_stage_equal_scores_count_against_the_query(index, model):
-    collapsed = Fusion(ground=4, aerial=4, classes=4, hidden=model.hidden).eval()
+    collapsed = Fusion(ground=4, aerial=4, mask=4, hidden=model.hidden).eval()
     for weight in collapsed.candidate_mlp.parameters():
         torch.nn.init.zeros_(weight)
     opened, truth = of_equal_tiles(index, collapsed), torch.arange(10)
@@ -218,7 +218,7 @@ def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
     queries = embed_queries(Evaluate(queries=str(tmp_path / "queries")), model)
     query = queries[QueryView(360.0, False), "G+A"]
     with torch.inference_mode():
-        candidate = model.joint(torch.zeros(COUNT, model.hidden), query.query_proj)
+        candidate = model.candidate_embedding(torch.zeros(COUNT, model.hidden), query.query_proj)
     own = (candidate * query.embedding).sum(1)
     torch.testing.assert_close(own, torch.ones(COUNT))  # the leak
     ranking = search_exactly(opened, query, torch.arange(COUNT), 1000.0)

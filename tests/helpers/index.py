@@ -18,14 +18,14 @@ from cvmatch.nn.backbones import TowerSpec
 TOWER = TowerSpec(arch="shufflenet_v2_x0_5")  # small, and made without a large classifier
 
 
-def matcher(directory: str, seed: int = 0, hidden: int = 16, alone: bool = False) -> str:
+def matcher(directory: str, seed: int = 0, hidden: int = 16, ground_only: bool = False) -> str:
     torch.manual_seed(seed)
     config = MatcherConfig(
-        ground=TOWER, aerial=TOWER, classes=TOWER, panorama=(16, 64), polar=(16, 64), square=32,
-        hidden=hidden, alone=alone,
+        ground=TOWER, aerial=TOWER, mask=TOWER, panorama=(16, 64), tile_size=32,
+        hidden=hidden, ground_only=ground_only,
     )  # fmt: skip
     model = Matcher(config)
-    for null in (model.null_ground, model.null_synthetic, model.null_classes):
+    for null in (model.null_ground, model.null_synthetic, model.null_mask):
         torch.nn.init.normal_(null)
     for layer in (model.query_linear, model.query_aerial_linear):  # A and S begin without a say
         torch.nn.init.xavier_normal_(layer.weight)
@@ -48,11 +48,11 @@ def _calibrate(model: Matcher) -> None:
     ids = torch.from_numpy(rng.integers(0, 5, (32, 4, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2))
     seen = (ground.float() / 255, tile.float() / 255, ids)
     model.train()
-    if model.config.alone:
+    if model.config.ground_only:
         model.aerial_features(seen[1])
-        model.query(seen[0])
+        model.embed_queries(seen[0])
     else:
-        model.query(*seen)
+        model.embed_queries(*seen)
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -289,7 +289,7 @@ def test_recall_measured_at_build_equals_brute_force(model, parts, output, tmp_p
     tile_proj = torch.from_numpy(opened.tile_proj.take(np.arange(12))).float()
     with torch.inference_mode():
         exact = opened.matcher.pair_scores(query, tile_proj).topk(10).indices
-        near = (query.embedding @ opened.matcher.shortlist(tile_proj).T).topk(3).indices
+        near = (query.embedding @ opened.matcher.shortlist_embedding(tile_proj).T).topk(3).indices
     held = (exact[:, :, None] == near[:, None]).any(2).double()
     assert info["recall"]["top1"] == pytest.approx(held[:, 0].mean().item())
     assert info["recall"]["top10"] == pytest.approx(held.mean().item())
@@ -300,7 +300,7 @@ def test_recall_measured_at_build_equals_brute_force(model, parts, output, tmp_p
 
 
 def test_recall_of_a_matcher_of_g_alone_needs_no_synthetic_pictures(output, tmp_path):
-    model = tiny.matcher(str(tmp_path / "alone"), alone=True)
+    model = tiny.matcher(str(tmp_path / "alone"), ground_only=True)
     rows = tiny.rows(12)
     for name in (schema.SYNTHETIC, schema.SYNTHETIC_CLASSES):
         column = rows.column_names.index(name)

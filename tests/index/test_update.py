@@ -299,7 +299,7 @@ def test_vacuum_during_a_publication_leaves_the_files_that_it_put_into_place(
 
     # It takes the old shards of the version that goes again, and copies old files of a model.
     net = Matcher.load(model)
-    net.candidate_rest.last.weight.data += 1
+    net.candidate_mlp.last.weight.data += 1
     net.save(str(tmp_path / "other"))
     age(str(tmp_path / "other"))
     publish(parts["last"], BuildIndex(model=str(tmp_path / "other"), output=output), run)
@@ -452,8 +452,8 @@ def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
     assert (found["tiles"], found["probes"], found["codes"]) == (24, 16, 24)
     assert found["probes_apart"] < 1e-2
 
-    turned = Matcher.tile
-    monkeypatch.setattr(Matcher, "tile", lambda self, x: turned(self, x.flip(1)))
+    turned = Matcher.project_tiles
+    monkeypatch.setattr(Matcher, "project_tiles", lambda self, x: turned(self, x.flip(1)))
     with pytest.raises(ValueError, match=r"of 16 stored pictures \d+ give other numbers"):
         verify(Verify(index=output, deep=True))
     monkeypatch.undo()
@@ -490,7 +490,7 @@ def test_version_stays_whole_when_equal_weights_come_without_a_file_or_with_one_
 
 def test_identity_names_the_part_that_changed(model, tmp_path):
     own = fingerprint_parts(model)
-    changes = {"tile": "candidate_tile", "tail": "candidate_rest.last", "query": "query_first"}
+    changes = {"tile": "tile_linear", "tail": "candidate_mlp.last", "query": "query_linear"}
     for part, name in changes.items():
         net = Matcher.load(model)
         net.get_submodule(name).weight.data += 1
@@ -504,7 +504,7 @@ def test_open_with_a_model_of_the_same_tower_says_that_no_tile_is_embedded_again
 ):
     publish(parts["first"], BuildIndex(model=model, output=output))
     net = Matcher.load(model)
-    net.candidate_rest.last.weight.data += 1
+    net.candidate_mlp.last.weight.data += 1
     net.save(str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"\['tail'\].*no tile is embedded again.*build_index"):
         Index.open(output, model=str(tmp_path / "other"))

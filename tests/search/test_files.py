@@ -55,10 +55,10 @@ def unsplit(index, query):
         return model.aerial_features(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
 
     c, a = features(schema.AERIAL), features(schema.SYNTHETIC)[: len(query.query_proj)]
-    first = torch.cat([model.candidate_query.weight, model.candidate_tile.weight], dim=1)
+    first = torch.cat([model.query_aerial_linear.weight, model.tile_linear.weight], dim=1)
     both = torch.cat([a[:, None].expand(-1, COUNT, -1), c.expand(len(a), -1, -1)], dim=2)
-    hidden = F.linear(both, first, model.candidate_query.bias)
-    rest = model.candidate_rest
+    hidden = F.linear(both, first, model.query_aerial_linear.bias)
+    rest = model.candidate_mlp
     last = hidden + rest.last(rest.middle(hidden.relu()).relu())
     return (F.normalize(last, dim=2) * query.embedding[:, None]).sum(2)
 
@@ -77,7 +77,7 @@ def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_rank_exact_in_bf16_gives_the_best_of_fp32(index, query, monkeypatch, spread):
-    monkeypatch.setattr(ranking, "fastest", lambda device: torch.bfloat16)
+    monkeypatch.setattr(ranking, "fastest_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(ranking, "_SPARE", 8)
     centre = index.tile_proj.take(np.arange(COUNT)).astype(np.float32).mean(axis=0)
     noise = np.random.default_rng(0).normal(size=(400, len(centre)))

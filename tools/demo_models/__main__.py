@@ -99,7 +99,7 @@ class Maker:
 
     def vae(self, steps: int) -> None:
         """From tiles, their classes and the tower."""
-        stack = backbones.features(self.at(TOWER)).float()
+        stack = backbones.load_vgg_features(self.at(TOWER)).float()
         vae = self.begun("vae", untrained.new_vae())
         aerial, classes = self.tiles
         autoencoder.pretrain_vae(vae, aerial[:-HELD_OUT], classes[:-HELD_OUT], stack, steps)
@@ -122,7 +122,7 @@ class Maker:
         """The VAE's, on: from tiles, the tower, pairs and a generator."""
         vae = AutoencoderKL.from_pretrained(self.part("vae")).to(self.device)  # pyright: ignore
         generator = Generator.load(self.config.generator, self.device)
-        stack = backbones.features(self.at(TOWER)).float()
+        stack = backbones.load_vgg_features(self.at(TOWER)).float()
         aerial, tile_classes = (part[:-HELD_OUT] for part in self.tiles)
         own = decoder.Latents(aerial, tile_classes, autoencoder.encode(vae, aerial))
         classes = torch.from_numpy(self.pairs.classes)[:, ::2, ::2]  # of twice a small tile's side

@@ -1,0 +1,115 @@
+"""A matcher of a few random weights, batches and rows of tiny pictures for it."""
+
+import dataclasses
+import os
+
+import numpy as np
+import torch
+from pyarrow import Table, parquet
+from torch.nn import functional as F
+
+from cvmatch.data import images, manifest, schema
+from cvmatch.match.augment import TowerInputs
+from cvmatch.match.model import Matcher, MatcherConfig
+from cvmatch.match.settings import TrainMatcher
+from cvmatch.match.task import MatcherTask
+from cvmatch.nn import rng
+from cvmatch.nn.backbones import TowerSpec
+from cvmatch.training.settings import Fit
+
+SIZE, HIGH, WIDE = 16, 8, 32
+
+
+SPEC = TowerSpec(arch="vgg", layers=(4, "M", 8), grid=(2, 4), dim=12)
+
+
+CONFIG = MatcherConfig(
+    ground=SPEC,
+    aerial=SPEC,
+    mask=SPEC,
+    panorama=(HIGH, WIDE),
+    tile_size=SIZE,
+    hidden=10,
+)
+
+
+def network(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = Matcher(dataclasses.replace(CONFIG, **changes))
+    # As training leaves them; zeros, with which they begin, would hide what is forgotten.
+    for null in (model.null_ground, model.null_synthetic, model.null_mask):
+        torch.nn.init.normal_(null)
+    for layer in (model.query_linear, model.query_aerial_linear):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    return model.eval()
+
+
+def rows(count, seed=0):
+    """A batch as the training loop gives it."""
+    random = torch.Generator().manual_seed(seed)
+
+    def pixels(*shape):
+        return torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+
+    return {
+        "ground": pixels(count, 3, HIGH, WIDE),
+        "aerial": pixels(count, 3, SIZE, SIZE),
+        "synthetic": pixels(count, 3, SIZE, SIZE),
+        "synthetic_mask": torch.randint(0, 5, (count, SIZE, SIZE), generator=random).byte(),
+        "key": torch.tensor([rng.row_key(str(index)) for index in range(count)]),
+        "epoch": torch.tensor(0),
+    }
+
+
+def views(batch):
+    pictures = [batch[name].float() / 255 for name in ("ground", "aerial", "synthetic")]
+    return TowerInputs(pictures[0], pictures[1], pictures[2], batch["synthetic_mask"])
+
+
+def joined(model, synthetic, tile):
+    """FFN_C of the issue: one linear layer over the concatenation [a; c]."""
+    weight = torch.cat([model.query_aerial_linear.weight, model.tile_linear.weight], dim=1)
+    first = F.linear(torch.cat([synthetic, tile]), weight, model.query_aerial_linear.bias)
+    rest = model.candidate_mlp
+    return F.normalize(first + rest.last(rest.middle(first.relu()).relu()), dim=0)
+
+
+def task_of(model, **changes):
+    return MatcherTask(model, dataclasses.replace(TrainMatcher(augment=False), **changes))
+
+
+def row(pair_id="0000001", shade=128, error=None, **changes):
+    ground = np.full((HIGH, WIDE, 3), shade, dtype=np.uint8)
+    tile = np.full((SIZE, SIZE, 3), shade, dtype=np.uint8)
+    whole = {
+        schema.PAIR_ID: pair_id,
+        schema.GROUND: images.encode(ground),
+        schema.AERIAL: images.encode(tile),
+        schema.CLASSES: None,
+        schema.SYNTHETIC: images.encode(tile),
+        schema.SYNTHETIC_CLASSES: images.encode(np.full((SIZE, SIZE), 2, dtype=np.uint8)),
+        schema.LATITUDE: 1.0,
+        schema.LONGITUDE: 2.0,
+        schema.ERROR: error,
+    }
+    return whole | changes
+
+
+def columns(*items):
+    return {name: np.array([item[name] for item in items], dtype=object) for name in items[0]}
+
+
+def synthesized_rows(directory, ids, towns=1):
+    """Places that differ in their grey level, in three views; each in the next of `towns`."""
+    shades = np.linspace(10, 245, len(ids)).astype(int)
+    items = [
+        row(name, shade=int(shade), latitude=0.01 * (number % towns) + 1e-6 * number)
+        for number, (name, shade) in enumerate(zip(ids, shades, strict=True))
+    ]
+    items.append(row("broken", error="generate: ground: empty file", synthetic=None))
+    os.makedirs(directory)
+    table = Table.from_pylist(items, schema=schema.SYNTHESIZED)
+    parquet.write_table(table, os.path.join(directory, "part-0.parquet"))
+    fit = Fit()
+    manifest.write(directory, rows=len(items), config=fit, models={}, source="test")
+    return directory

@@ -1,0 +1,59 @@
+"""Actors that embed tiles and queries."""
+
+import numpy as np
+import pytest
+import torch
+
+from cvmatch.data import schema
+from cvmatch.match.infer import EmbedQuery, EmbedTile
+from cvmatch.match.settings import MODALITIES
+from tests.helpers.matcher import (
+    HIGH,
+    SIZE,
+    WIDE,
+    columns,
+    network,
+    row,
+)
+
+
+def test_embed_tile_passes_failed_rows_through_and_drops_pictures(tmp_path):
+    model = network()
+    model.save(str(tmp_path))
+    given = columns(row("a", shade=9), row("b", error="earlier"), row("c", aerial=b"no picture"))
+    found = EmbedTile(str(tmp_path), 4)(given)
+    assert set(found) == {"pair_id", "latitude", "longitude", "error", "tile_proj"}
+    assert found["error"][:2].tolist() == [None, "earlier"]
+    assert found["error"][2].startswith("embed tile: aerial: ")
+    with torch.no_grad():
+        expected = model.project_tiles(torch.full((1, 3, SIZE, SIZE), 9 / 255))[0].half().numpy()
+    assert found["tile_proj"].dtype == np.float16
+    assert np.array_equal(found["tile_proj"][0], expected)
+    assert not found["tile_proj"][1:].any()
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_embed_query_reads_what_its_modality_names(tmp_path, modality):
+    model = network()
+    model.save(str(tmp_path))
+    named = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
+    unread = {name: None for letter, name in named.items() if letter not in modality.split("+")}
+    found = EmbedQuery(str(tmp_path), modality)(columns(row("a", shade=50, **unread)))
+    grey = {"G": (1, 3, HIGH, WIDE), "A": (1, 3, SIZE, SIZE)}
+    ground, synthetic = (
+        torch.full(grey[k], 50 / 255) if k in modality.split("+") else None for k in "GA"
+    )
+    classes = torch.full((1, SIZE, SIZE), 2, dtype=torch.uint8) if "S" in modality else None
+    with torch.no_grad():
+        expected = model.embed_queries(ground, synthetic, classes)
+    assert found["error"].tolist() == [None]
+    np.testing.assert_allclose(found["embedding"], expected.embedding.numpy(), atol=1e-6)
+    np.testing.assert_allclose(found["query_proj"], expected.query_proj.numpy(), atol=1e-5)
+
+
+def test_embed_query_without_a_column_it_reads_says_so(tmp_path):
+    network().save(str(tmp_path))
+    given = columns(row())
+    del given[schema.SYNTHETIC]
+    with pytest.raises(ValueError, match=r"embed query: expected columns \['synthetic'\]"):
+        EmbedQuery(str(tmp_path), "G+A")(given)

@@ -1,0 +1,253 @@
+"""The matcher's training step: no leak through A, dropout of modalities, DDP, training ids."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from cvmatch.match import losses
+from cvmatch.match.model import Matcher
+from cvmatch.match.scoring import joint_scores
+from cvmatch.match.settings import TrainMatcher
+from cvmatch.match.task import IDS, MatcherTask, read_training_ids
+from tests.helpers.matcher import (
+    WIDE,
+    joined,
+    network,
+    rows,
+    task_of,
+    views,
+)
+
+
+def test_scores_of_training_embed_every_tile_with_the_querys_own_aerial():
+    batch, model = rows(4), network()
+    task = task_of(model, modality_dropout=(0.0, 0.0, 0.0)).train()
+    found = task.scores(batch)
+    joint, direct = found["joint"], found["direct"]
+    seen = views(batch)
+    with torch.no_grad():
+        a, c = model.aerial_features(seen.synthetic), model.aerial_features(seen.aerial)
+        whole = model.embed_queries(seen.ground, seen.synthetic, seen.synthetic_mask).embedding
+        alone = model.embed_queries(seen.ground).embedding
+        null = model.null_synthetic
+        expected = [[whole[i] @ joined(model, a[i], c[j]) for j in range(4)] for i in range(4)]
+        own = [[alone[i] @ joined(model, null, c[j]) for j in range(4)] for i in range(4)]
+    torch.testing.assert_close(joint, torch.tensor(expected), atol=1e-6, rtol=0)
+    torch.testing.assert_close(direct, torch.tensor(own), atol=1e-6, rtol=0)
+
+
+def test_scores_of_training_pass_each_picture_through_its_tower_once():
+    model, passed = network(), {}
+    for name in ("ground_tower", "aerial_tower", "mask_tower"):
+
+        def count(tower, given, features, name=name):
+            passed[name] = passed.get(name, 0) + len(given[0])
+
+        getattr(model, name).register_forward_hook(count)
+    joint = task_of(model).train().scores(rows(5))["joint"]
+    assert joint.shape == (5, 5)
+    # The aerial tower sees each A and each C; a tower pass for each pair would make it 25 or more.
+    assert passed == {"ground_tower": 5, "aerial_tower": 10, "mask_tower": 5}
+
+
+def copy_of_a(model):
+    """Weights with which both embeddings are a code of A, and the tile is never looked at."""
+    width = model.aerial_tower.dim
+    with torch.no_grad():
+        heads = (model.query_linear, model.query_mlp, model.tile_linear, model.query_aerial_linear)
+        for part in (*heads, model.candidate_mlp):
+            for weight in part.parameters():
+                weight.zero_()
+        code = torch.randn(model.config.hidden, width, generator=torch.Generator().manual_seed(3))
+        model.query_aerial_linear.weight.copy_(code)
+        model.query_linear.weight[:, width : 2 * width].copy_(code)  # a stands between g and s
+    return model
+
+
+@pytest.mark.parametrize(("name", "chance"), [("triplet", 0.3), ("infonce", math.log(6))])
+def test_loss_does_not_reward_a_model_that_looks_at_a_alone(name, chance):
+    model = copy_of_a(network())
+    task = task_of(model, loss=name, margin=0.3).eval()
+    batch = rows(6)
+    with torch.no_grad():
+        a = model.aerial_features(batch["synthetic"].float() / 255)
+        query = model.fuse(None, a, None)
+        # What the leak would give: each tile embedded with its *own* pair's A finds itself.
+        leak = query.embedding @ model.candidate_embedding(torch.zeros(6, 10), query.query_proj).T
+        assert torch.allclose(leak.diagonal(), torch.ones(6))
+        assert losses.triplet(leak, 0.3) < 0.25
+        named = task(batch)
+    assert named["joint"].item() >= chance - 1e-5
+    assert named["batch_recall_at_1"].item() == 0  # all tiles tie
+
+
+def test_loss_reaches_every_weight():
+    task = task_of(
+        network(), loss="infonce", augment=True, modality_dropout=(0.5, 0.5, 0.5)
+    ).train()
+    task(rows(12))["loss"].backward()
+    without = [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_groups_hold_every_weight_once_at_the_rate_of_its_part():
+    task = task_of(network(), loss="infonce", lr_towers=1e-5, lr_heads=1e-2)
+    grouped = [id(p) for group in task.groups() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in task.parameters())
+    rate = {id(p): group["lr"] for group in task.groups() for p in group["params"]}
+    assert rate[id(next(task.model.aerial_tower.parameters()))] == 1e-5
+    assert rate[id(task.model.null_ground)] == rate[id(task.log_scale)] == 1e-2
+
+
+def test_dropped_synthetic_aerial_has_no_part_in_the_loss():
+    task = task_of(network(), modality_dropout=(0.1, 1.0, 0.5)).train()
+    batch = rows(4)
+    other = batch | {"synthetic": rows(4, seed=9)["synthetic"]}
+    assert torch.equal(task(batch)["loss"], task(other)["loss"])
+    task.eval()
+    assert not torch.equal(task(batch)["loss"], task(other)["loss"])
+
+
+def test_dropped_rows_keep_ground_or_synthetic():
+    task = task_of(network(), modality_dropout=(1.0, 0.5, 0.5)).train()
+    task.model.null_ground.data.fill_(7.0)
+    task.model.null_synthetic.data.fill_(7.0)
+    zero, batch = torch.zeros(64, 12), rows(64)
+    ground, synthetic, _ = task._drop_modalities(zero, zero, zero, batch)
+    no_ground, no_synthetic = ground[:, 0] == 7, synthetic[:, 0] == 7
+    assert torch.equal(no_ground, ~no_synthetic)
+    assert 16 <= int(no_synthetic.sum()) <= 48  # 4 standard deviations around a half
+
+
+def test_loss_of_a_row_does_not_depend_on_draws_of_its_neighbours():
+    task = task_of(network(), augment=True).train()
+    batch = rows(6)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = {k: v if k == "epoch" else v[order] for k, v in batch.items()}
+    torch.testing.assert_close(task(batch)["loss"], task(shuffled)["loss"])
+    assert not torch.equal(task(batch)["loss"], task(batch | {"epoch": torch.tensor(1)})["loss"])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_chunks_have_the_loss_and_gradient_of_the_whole_batch(chunk):
+    whole, parts = (task_of(network(), chunk=size).train() for size in (0, chunk))
+    for task in (whole, parts):
+        task(rows(5))["loss"].backward()
+    expected = {name: weight.grad for name, weight in whole.named_parameters()}
+    assert all(grad is not None for grad in expected.values())
+    for name, weight in parts.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_direct_branch_alone_needs_neither_a_nor_s_and_refuses_them():
+    model = network(ground_only=True)
+    task = task_of(model, joint_weight=0.0, direct_weight=1.0).train()
+    batch = rows(5)
+    named = task({k: batch[k] for k in ("ground", "aerial", "key", "epoch")})
+    assert named["loss"].item() == named["direct"].item()
+    query = model.embed_queries(batch["ground"].float() / 255)
+    with pytest.raises(ValueError, match=r"modality G.*--modalities G"):
+        model.fuse(torch.zeros(2, 12), torch.zeros(2, 12), None)
+    with pytest.raises(ValueError, match="trained on G alone"):
+        model.embed_queries(batch["ground"].float() / 255, synthetic_mask=batch["synthetic_mask"])
+    tile_proj = model.project_tiles(batch["aerial"].float() / 255)
+    direct = task.eval().scores(batch)["direct"]
+    torch.testing.assert_close(direct, joint_scores(model, query, tile_proj), atol=1e-5, rtol=0)
+
+
+def test_shared_tower_sees_both_views(tmp_path):
+    model = network(shared=True)
+    task_of(model).train()(rows(5))["loss"].backward()
+    towers = {name.split(".")[0] for name, _ in model.named_parameters() if "_tower" in name}
+    assert towers == {"aerial_tower", "mask_tower"}
+    seen = views(rows(2))
+    before = model.ground_features(seen.ground)
+    model.save(str(tmp_path))
+    again = Matcher.load(str(tmp_path))
+    torch.testing.assert_close(again.ground_features(seen.ground), before)
+    next(again.aerial_tower.parameters()).data.mul_(2)
+    assert not torch.allclose(again.ground_features(seen.ground), before)
+
+
+@pytest.mark.parametrize("view", [{"fov": 90.0}, {"unknown_heading": True}])
+def test_limited_views_are_trained_without_a_and_s(view):
+    with pytest.raises(ValueError, match="G alone: expected joint_weight 0"):
+        TrainMatcher(**view)
+    task = task_of(network(ground_only=True), joint_weight=0.0, **view).train()
+    whole = task_of(network(ground_only=True), joint_weight=0.0).train()
+    batch = rows(6)
+    assert not torch.equal(task(batch)["loss"], whole(batch)["loss"])
+
+
+def test_narrow_view_hides_what_lies_behind():
+    task = task_of(network(ground_only=True), joint_weight=0.0, fov=90.0).train()
+    batch = rows(6)
+    south = batch["ground"].clone()
+    south[..., : WIDE // 4] = 0  # behind a camera that looks north
+    assert torch.equal(task(batch)["loss"], task(batch | {"ground": south})["loss"])
+
+
+def test_unknown_heading_of_a_row_is_another_in_each_epoch():
+    task = task_of(network(ground_only=True), joint_weight=0.0, unknown_heading=True).train()
+    batch = rows(6)
+    losses = {task(batch | {"epoch": torch.tensor(n)})["loss"].item() for n in range(4)}
+    assert len(losses) == 4
+    same = batch | {"ground": batch["ground"][..., :1].expand_as(batch["ground"]).contiguous()}
+    losses = {task(same | {"epoch": torch.tensor(n)})["loss"].item() for n in range(2)}
+    assert len(losses) == 1  # a panorama of equal columns looks the same from every heading
+
+
+RECIPES = {
+    "joint": {"direct_weight": 0.7},
+    "chunks": {"chunk": 3},
+    "ground_only": {"joint_weight": 0.0},
+}
+
+
+def worker(rank, world, directory, recipe):
+    """One of `world` DDP workers on its share of the rows; rank 0 keeps loss and gradients."""
+    torch.set_num_threads(1)
+    address = f"file://{directory}/rendezvous{world}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    task = task_of(network(ground_only=recipe == "ground_only"), **RECIPES[recipe]).train()
+    batch = rows(8)
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    own = {name: v if name == "epoch" else v[share] for name, v in batch.items()}
+    parallel = DistributedDataParallel(
+        task, find_unused_parameters=True
+    )  # its gradient hooks live as long as it does
+    named = parallel(own)
+    named["loss"].backward()
+    if rank == 0:
+        found = {name: p.grad for name, p in task.named_parameters()}
+        torch.save(found | {"total": named["loss"].detach()}, f"{directory}/grads.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_workers_have_the_loss_and_gradient_of_one_with_the_whole_batch(tmp_path, recipe):
+    mp.start_processes(worker, args=(2, str(tmp_path), recipe), nprocs=2, start_method="spawn")
+    found = torch.load(tmp_path / "grads.pt", weights_only=True)
+    task = task_of(network(ground_only=recipe == "ground_only"), **RECIPES[recipe]).train()
+    named = task(rows(8))
+    named["loss"].backward()
+    assert named["loss"].item() == pytest.approx(found.pop("total").item(), abs=1e-5)
+    for name, weight in task.named_parameters():
+        if weight.grad is None:
+            assert found[name] is None or not found[name].any(), name
+        else:
+            torch.testing.assert_close(found[name], weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_training_ids_are_those_of_the_task_and_changed_lists_are_refused(tmp_path):
+    MatcherTask(network(), TrainMatcher(), ("0000003", "0000007")).save(str(tmp_path))
+    assert read_training_ids(str(tmp_path)) == {"0000003", "0000007"}
+    (tmp_path / IDS).write_text("0000003\n")
+    with pytest.raises(ValueError, match=r"is not the list that its training\.json"):
+        read_training_ids(str(tmp_path))
