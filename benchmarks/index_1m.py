@@ -31,7 +31,7 @@ from cvmatch.index.writer import vectors
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.train import train
-from cvmatch.runtime import progress, session
+from cvmatch.runtime import pools, progress, session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +225,10 @@ def main(asked: Million) -> None:
             steps=150 if asked.quick else STEPS,
         )
         with _memory.watched("Pss_Anon") as whole:
-            info = publish(parts, config, session.tasks)
+            info = publish(parts, config, pools.map_tasks)
         few = write_parts(synthetic(base, asked.tiles // 10, seed=0), f"{at}/few")
         with _memory.watched("Pss_Anon") as tenth:
-            publish(few, replace(config, output=f"{at}/tenth"), session.tasks)
+            publish(few, replace(config, output=f"{at}/tenth"), pools.map_tasks)
         peaks = tenth.mib, whole.mib
         index = Index.open(f"{at}/index")
         queries = split_queries(location, model, asked.asked, 0)

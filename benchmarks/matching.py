@@ -273,7 +273,7 @@ def main(asked: MatchingBench) -> None:
     )
     asked = sized(asked, sizes)
     session.start(logical_cpus=4)
-    hardware.keep_memory()
+    hardware.keep_freed_memory()
     chosen = [
         name for name in CONTENDERS if not asked.only or any(word in name for word in asked.only)
     ]

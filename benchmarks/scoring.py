@@ -99,7 +99,7 @@ def filled(asked: ScoringBench) -> ScoringBench:
 def main(asked: ScoringBench) -> None:
     """All ways in turns; then whether they agree."""
     asked = filled(asked)
-    hardware.keep_memory()
+    hardware.keep_freed_memory()
     torch.manual_seed(0)
     model = Matcher(MatcherConfig(hidden=asked.hidden)).eval()
     width = model.aerial_tower.dim

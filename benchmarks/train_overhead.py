@@ -114,7 +114,7 @@ def main(asked: OverheadBench) -> None:
     rounds = asked.rounds or (1 if asked.quick else 3)
     steps = asked.steps or (6 if asked.quick else 20)
     session.start(logical_cpus=6)
-    hardware.keep_memory()
+    hardware.keep_freed_memory()
     torch.set_num_threads(1)  # as a worker has
     found: dict[str, list[float]] = {"plain": [], "here": [], "train": []}
     with tempfile.TemporaryDirectory() as at:

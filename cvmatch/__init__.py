@@ -35,8 +35,10 @@ _LOCATIONS = {
     "search_files": "cvmatch.search.files",
 }
 
-# Ray reads it when imported. The warning is of no use, and goes to stdout, where commands answer.
+# Ray reads these when it is imported. The warning is of no use, and goes to stdout, where commands
+# answer; a driver under `uv run` would make every worker build an environment of its own.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started on node")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 def __getattr__(name: str) -> Any:

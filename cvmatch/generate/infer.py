@@ -9,8 +9,8 @@ from cvmatch.generate.batches import pixels
 from cvmatch.generate.model import Generator, require
 from cvmatch.generate.settings import Generate, Sampling
 from cvmatch.nn import rng
-from cvmatch.runtime import hardware, session
-from cvmatch.runtime.batch_invariant import Rowwise, reason
+from cvmatch.runtime import hardware, pools
+from cvmatch.runtime.batch_invariant import FixedBatch, error_line
 
 Keyed = tuple[np.ndarray, int]
 """A panorama's pixels, uint8, and the key of its noise."""
@@ -19,13 +19,14 @@ Keyed = tuple[np.ndarray, int]
 class GenerateAerial:
     """`ground` (encoded) -> `synthetic` (PNG); a row with `error`, or a bad picture, gets none.
 
-    `batch`: rows a call of the network, whatever the number of rows at hand (`Rowwise`).
+    `batch`: rows a call of the network, whatever the number of rows at hand (`FixedBatch`).
     """
 
     def __init__(self, model: str, sampling: Sampling, batch: int = 32) -> None:
+        hardware.keep_freed_memory()
         self.generator = Generator.load(model, hardware.device())
         self.sampling = sampling
-        self.draw = Rowwise(self._draw, batch)
+        self.draw = FixedBatch(self._draw, batch)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One batch; the failed rows keep the reason in `error`."""
@@ -43,7 +44,7 @@ class GenerateAerial:
         drawn = np.full(len(errors), None, dtype=object)
         for row, picture in zip(keyed, self.draw(list(keyed.values())), strict=True):
             if isinstance(picture, Exception):
-                errors[row] = f"generate: {reason(picture)}"
+                errors[row] = f"generate: {error_line(picture)}"
             else:
                 drawn[row] = images.encode(picture)
         return {**batch, schema.SYNTHETIC: drawn, schema.ERROR: np.array(errors, dtype=object)}
@@ -70,7 +71,7 @@ def generate(rows: Dataset, config: Generate) -> Dataset:
     """
     model = storage.absolute(config.model)  # actors have another working directory
     require(model)
-    return session.map_actors(
+    return pools.map_actors(
         rows,
         GenerateAerial,
         config.pool,

@@ -24,7 +24,7 @@ from cvmatch.generate.batches import Sizes, decode_batch
 from cvmatch.generate.encoders import Frozen
 from cvmatch.generate.latent_rows import ROWS, npy
 from cvmatch.generate.settings import Encode
-from cvmatch.runtime import hardware, session
+from cvmatch.runtime import hardware, pools
 from cvmatch.runtime.output_directory import REJECTED
 from cvmatch.runtime.stream import Stream, write_stream
 
@@ -40,6 +40,7 @@ class EncodePairs:
     """Rows of PAIRS -> rows of `encoded.ROWS`; one that failed keeps its reason in `error`."""
 
     def __init__(self, config: Encode, sizes: Sizes) -> None:
+        hardware.keep_freed_memory()
         encoders = pretrained.load_encoders(config.diffusion, config.clip, config.revision)
         self.frozen = Frozen(encoders, config.conditioning).to(hardware.device())
         self.config, self.sizes = config, sizes
@@ -117,28 +118,30 @@ def encode(config: Encode) -> str:
 
 
 def _stream(config: Encode) -> Stream:
-    depends = made_from(config)
+    depends = input_provenance(config)
     name = f"{config.data.split}-{manifest.digest(depends)[:12]}"
     models = {"encoders": depends["encoders"]}
     return Stream(
         label=f"encode {config.data.split}",
         output=storage.join(storage.absolute(config.output), name),
-        made_from=depends,
+        provenance=depends,
         rows=functools.partial(_rows, config),
         total=functools.partial(accepted, config.data),
         columns=ROWS,
-        pools=[config.pool],
+        pools={"encode-pool": config.pool},
         operators={"read": read_pictures.__name__, "encode": EncodePairs.__name__},
         max_rejected=config.data.max_rejected,
-        about={"config": config, "models": models, "source": config.data.root},
+        manifest={"config": config, "models": models, "source": config.data.root},
     )
 
 
 def _rows(config: Encode) -> Dataset:
     looks = config.conditioning
     sizes = pretrained.sizes(config.diffusion, config.clip, looks.panorama_width, config.revision)
-    rows = ingest(dataclasses.replace(config.data, recheck=False))  # as `made_from` checked them
-    return session.map_actors(rows, EncodePairs, config.pool, config=config, sizes=sizes)
+    rows = ingest(
+        dataclasses.replace(config.data, recheck=False)
+    )  # as `input_provenance` checked them
+    return pools.map_actors(rows, EncodePairs, config.pool, config=config, sizes=sizes)
 
 
 def _tell_failed(output: str) -> None:
@@ -154,7 +157,7 @@ def _tell_failed(output: str) -> None:
         )
 
 
-def made_from(config: Encode) -> dict[str, Any]:
+def input_provenance(config: Encode) -> dict[str, Any]:
     """What the rows depend on.
 
     Raises:

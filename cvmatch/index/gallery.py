@@ -15,7 +15,7 @@ from cvmatch.index.settings import GalleryConfig
 from cvmatch.index.writer import Run
 from cvmatch.match.infer import TILE_PROJ, EmbedTile, embed_tiles
 from cvmatch.match.settings import Embed
-from cvmatch.runtime import session
+from cvmatch.runtime import pools, session
 from cvmatch.runtime.stream import Stream, write_stream
 
 _COLUMNS = pa.schema(
@@ -62,11 +62,11 @@ def embed(gallery: GalleryConfig, model: str, made_from: dict[str, Any]) -> tupl
     stream = Stream(
         label="embed tiles",
         output=storage.join(work_of(gallery.output, made_from), "parts"),
-        made_from=made_from,
+        provenance=made_from,
         rows=lambda: embed_tiles(dataset(gallery), Embed(model=model, pool=gallery.pool)),
         total=lambda: _count(gallery),
         columns=_PARTS,
-        pools=[gallery.pool],
+        pools={"pool": gallery.pool},
         operators={"read": pairs.read_pictures.__name__, "embed": EmbedTile.__name__},
         max_rejected=gallery.max_rejected,
     )
@@ -104,6 +104,6 @@ def spread(uri: str) -> Run:
 
     def run(function: Any, items: Sequence[Any]) -> list[Any]:
         session.start()
-        return session.tasks(function, items, here=remote.is_remote(uri))
+        return pools.map_tasks(function, items, on_this_node=remote.is_remote(uri))
 
     return run

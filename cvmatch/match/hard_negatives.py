@@ -19,7 +19,7 @@ from scipy.spatial import KDTree
 from cvmatch.data import schema
 from cvmatch.match.infer import EMBEDDING, TILE_PROJ, EmbedQuery, EmbedTile
 from cvmatch.match.model import Matcher
-from cvmatch.runtime import session
+from cvmatch.runtime import pools
 from cvmatch.runtime.settings import Pool
 
 GROUP = 8
@@ -113,7 +113,7 @@ def _neighbours_in_space(rows: Dataset) -> tuple[list[str], np.ndarray]:
 def _neighbours_by_score(rows: Dataset, model: str, pool: Pool) -> tuple[list[str], np.ndarray]:
     """Sorted ids, and for each row the tiles of best direct score (G against C), by FAISS."""
     pairs = rows.select_columns([schema.PAIR_ID, schema.GROUND, schema.AERIAL, schema.ERROR])
-    embedded = session.map_actors(
+    embedded = pools.map_actors(
         pairs, _EmbedPair, pool, model=os.path.abspath(model), batch=pool.batch
     )
     good = _drop_failed(embedded.take_all())

@@ -11,8 +11,8 @@ from cvmatch.data import images, schema
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Embed, Modality
-from cvmatch.runtime import hardware, session
-from cvmatch.runtime.batch_invariant import Rowwise, reason
+from cvmatch.runtime import hardware, pools
+from cvmatch.runtime.batch_invariant import FixedBatch, error_line
 
 TILE_PROJ = "tile_proj"
 EMBEDDING = "embedding"
@@ -35,9 +35,10 @@ class EmbedTile:
     """
 
     def __init__(self, model: str, batch: int) -> None:
+        hardware.keep_freed_memory()
         self.device = hardware.device()
         self.model = Matcher.load(model, self.device)
-        self.tiles = Rowwise(self._tiles, batch)
+        self.tiles = FixedBatch(self._tiles, batch)
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -49,7 +50,7 @@ class EmbedTile:
         tile_proj = np.zeros((len(errors), config.hidden), dtype=np.float16)
         for row, projection in zip(good, self.tiles(aerial), strict=True):
             if isinstance(projection, Exception):
-                errors[row] = f"embed tile: {reason(projection)}"
+                errors[row] = f"embed tile: {error_line(projection)}"
             else:
                 tile_proj[row] = projection
         return _drop_pictures(batch) | {TILE_PROJ: tile_proj, schema.ERROR: errors}
@@ -66,6 +67,7 @@ class EmbedQuery:
     """
 
     def __init__(self, model: str, modality: Modality) -> None:
+        hardware.keep_freed_memory()
         self.device = hardware.device()
         self.model = Matcher.load(model, self.device)
         self.modality = modality
@@ -110,12 +112,12 @@ class EmbedQuery:
 def embed_tiles(rows: Dataset, config: Embed) -> Dataset:
     """Add `tile_proj` to rows with `aerial`; drop pictures."""
     size = config.pool.batch
-    return session.map_actors(rows, EmbedTile, config.pool, model=config.model, batch=size)
+    return pools.map_actors(rows, EmbedTile, config.pool, model=config.model, batch=size)
 
 
 def embed_queries(rows: Dataset, config: Embed) -> Dataset:
     """Add `embedding` and `query_proj` to rows with what `config.modality` reads; drop pictures."""
-    return session.map_actors(
+    return pools.map_actors(
         rows, EmbedQuery, config.pool, model=config.model, modality=config.modality
     )
 

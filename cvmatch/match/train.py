@@ -13,8 +13,8 @@ from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import backbones, rng
-from cvmatch.runtime import session, tracking
-from cvmatch.runtime.output_directory import made_from
+from cvmatch.runtime import pools, tracking
+from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.runtime.settings import Pool
 from cvmatch.training import launch
 from cvmatch.training.task import Order
@@ -41,7 +41,9 @@ def train(config: TrainMatcher) -> Result:
     order = _hard_negative_order(config, rows) if config.hard_negatives_every else None
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
-        rows_of = manifest.digest([made_from(one) for one in (config.pairs, config.val) if one])
+        rows_of = manifest.digest(
+            [read_provenance(one) for one in (config.pairs, config.val) if one]
+        )
         result = launch.fit(build, _decode(config, rows), val, config.fit, run, order, rows_of)
         launch.publish(result, config.output)
     return result
@@ -79,7 +81,13 @@ def _hard_negative_order(config: TrainMatcher, rows: Dataset) -> Order:
         gpus=fit.gpus_per_worker if fit.workers else 0,
         label=fit.label or None,
     )
-    session.preflight(pool)
+    pools.require_resources(
+        pool.size * pool.cpus + pools.READERS,
+        pool.size * pool.gpus,
+        "Actors that look for hard negatives",
+        "--fit.workers",
+        "--fit.gpus-per-worker",
+    )
 
     def reorder(model: str, epoch: int) -> Dataset:
         seed = rng.fold_in(fit.seed, epoch, "near") % 2**32

@@ -14,7 +14,7 @@ Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 
-class Rowwise(Generic[Row, Result]):
+class FixedBatch(Generic[Row, Result]):
     """Results of rows, one for each; of a row on which the network fails, the exception.
 
     `network` takes exactly `size` rows, and may give an exception in place of a result. It runs for
@@ -25,7 +25,7 @@ class Rowwise(Generic[Row, Result]):
         self, network: Callable[[list[Row]], Sequence[Result | Exception]], size: int
     ) -> None:
         self.network, self.size = network, size
-        self.turn = threading.Lock()
+        self.lock = threading.Lock()
 
     def __call__(self, rows: Sequence[Row]) -> list[Result | Exception]:
         """Results in the order of the rows.
@@ -59,10 +59,10 @@ class Rowwise(Generic[Row, Result]):
 
     def _padded(self, rows: Sequence[Row]) -> list[Result | Exception]:
         padding = [rows[-1]] * (self.size - len(rows))
-        with self.turn:
+        with self.lock:
             return list(self.network([*rows, *padding]))[: len(rows)]
 
 
-def reason(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An exception in one line, for the `error` of a row."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -1,4 +1,4 @@
-"""What torch runs on: the device of this process, its threads, and its memory."""
+"""The device of this process, its threads, and its memory."""
 
 import contextlib
 import ctypes
@@ -11,11 +11,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
 
 def device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU (and `keep_memory`)."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    keep_memory()
-    return torch.device("cpu")
+    """Return the GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextlib.contextmanager
@@ -30,17 +27,15 @@ def one_thread() -> Iterator[None]:
 
 
 @functools.cache
-def keep_memory() -> None:
-    """Let malloc keep the large buffers that torch frees on a CPU, up to 2 GiB of them.
+def keep_freed_memory() -> None:
+    """Let malloc keep up to 2 GiB of what torch frees on a CPU, and not fault it in again.
 
-    Given back to the system at once, as glibc does with more than 128 kB, they come back as new
-    pages in the next step: a training step of the demo's matcher took 0.39 s, with this 0.29 s.
-    Ray calls actors in threads, whose memory malloc keeps in heaps of 64 MiB: an empty one is given
-    back whole, unless the padding is as large. Segmentation, batches of 32: 617 new pages a row and
-    0.72 of a bare loop's speed, with this 45 pages and 1.04.
+    For processes that run many steps or batches (docs/decisions.md#freed-memory). It does nothing
+    with a GPU, or where malloc is not glibc's.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc only
-    if mallopt:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt and not torch.cuda.is_available():
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        # As large as a thread's heap: an empty one of less padding is given back whole.
         mallopt(_M_TOP_PAD, 64 * 2**20)

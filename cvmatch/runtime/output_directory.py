@@ -1,4 +1,4 @@
-"""The Parquet parts that a stream has written: their rows, and which of these failed."""
+"""The directory of Parquet files that a stream writes: its rows, and which of these failed."""
 
 import itertools
 import json
@@ -11,95 +11,102 @@ from pyarrow import parquet
 
 from cvmatch.data import manifest, schema, storage
 
-SOURCE = "source.json"
-"""Beside the parts: what they are made from."""
+PROVENANCE = "provenance.json"
+"""Beside the rows: all that they depend on."""
 
 REJECTED = "rejected.jsonl"
-"""Beside the parts: `pair_id` and `reason` of each failed row."""
+"""Beside the rows: `pair_id` and `reason` of each failed row."""
 
-LOOK_S = 5.0
-"""Seconds between looks at the parts of a running stream."""
+GUARD_S = 5.0
+"""Seconds between counts of the failed rows of a running stream."""
 
-Failed = dict[str, str]
+FailedRow = dict[str, str]
 """`pair_id` and `reason`."""
 
-Part = tuple[int, list[Failed]]
-"""Rows of a part, and those that failed."""
+FileCounts = tuple[int, list[FailedRow]]
+"""Rows of a file, and those that failed."""
 
 
-def made_from(output: str) -> dict[str, Any]:
-    """What finished rows were made from; where no stream wrote them, the models in their manifest.
+def read_provenance(output: str) -> dict[str, Any]:
+    """Return what finished rows depend on; where no stream wrote them, the manifest's models.
 
     Raises:
-        FileNotFoundError, ValueError: as `manifest.read`.
+        FileNotFoundError: the rows have no manifest, so they are not finished.
+        ValueError: the manifest is of another version.
     """
     models = manifest.read(output)["models"]
-    place = storage.join(output, SOURCE)
-    return storage.read_json(place) if storage.exists(place) else models
+    location = storage.join(output, PROVENANCE)
+    return storage.read_json(location) if storage.exists(location) else models
 
 
-class Written:
-    """What is in the parts of the directory `output` so far; each part is read once."""
+class OutputDirectory:
+    """What is in the files of the directory `output` so far; each file is read once."""
 
     def __init__(self, output: str) -> None:
         self.output = output
-        self._parts: dict[str, Part] = {}
+        self._files: dict[str, FileCounts] = {}
 
     @property
     def partial(self) -> str:
-        """Directory for what an unfinished output needs to resume.
+        """Directory of what an unfinished output needs to resume.
 
-        Beside the output, whose readers take every Parquet file in it.
+        It lies beside the output, whose readers take every Parquet file in it.
         """
         return f"{self.output}.partial"
 
-    def claim(self, made_from: dict[str, Any]) -> bool:
-        """Say what the output is being made from; True where it is whole already.
+    @property
+    def checkpoint_dir(self) -> str:
+        """Directory in which Ray Data keeps the ids of written rows."""
+        return storage.join(self.partial, "checkpoint")
+
+    def begin_or_resume(self, provenance: dict[str, Any]) -> bool:
+        """Record what the rows depend on. Return whether the output is complete already.
 
         Raises:
-            ValueError: it holds rows that were made from something else.
+            ValueError: it holds rows of another provenance.
         """
-        place = storage.join(self.output, SOURCE)
-        before = storage.read_json(place) if storage.exists(place) else None
-        if before not in (None, made_from) or (before is None and self._names()):
+        location = storage.join(self.output, PROVENANCE)
+        before = storage.read_json(location) if storage.exists(location) else None
+        if before not in (None, provenance) or (before is None and self._names()):
             raise ValueError(
-                f"{self.output}: expected rows made from {made_from}, got rows made from {before}. "
+                f"{self.output}: expected rows made from {provenance}, got rows made from "
+                f"{before or 'what no file there says, as before version 2 of the rows'}. "
                 f"Pass another location for the output, or delete {self.output}."
             )
         if before is None:
             storage.remove(self.partial)  # of a deleted output: it would leave out those rows
-        storage.write_json(place, made_from)
+        storage.write_json(location, provenance)
         return storage.exists(storage.join(self.output, manifest.NAME))
 
     @property
     def rows(self) -> int:
         """Rows, failed or not."""
-        return sum(rows for rows, _ in self._parts.values())
+        return sum(rows for rows, _ in self._files.values())
 
     @property
-    def failed(self) -> list[Failed]:
+    def failed(self) -> list[FailedRow]:
         """The failed rows."""
-        return list(itertools.chain.from_iterable(failed for _, failed in self._parts.values()))
+        return list(itertools.chain.from_iterable(failed for _, failed in self._files.values()))
 
-    def update(self, running: bool = False) -> None:
-        """Read the parts that are new; `running`: but for those that are being written.
+    def refresh(self, running: bool = False) -> None:
+        """Read new files; with `running`, skip those that are still being written.
 
         Raises:
-            pyarrow.ArrowInvalid: one is not whole.
+            pyarrow.ArrowInvalid: a file is cut off, and the stream does not run.
         """
-        found: dict[str, Part] = {}  # without those that a resumed stream deletes, half recorded
+        files: dict[str, FileCounts] = {}  # without those that a resumed stream deletes
         for name in self._names():
             try:
-                found[name] = self._parts.get(name) or _read(storage.join(self.output, name))
+                files[name] = self._files.get(name) or _count(storage.join(self.output, name))
             except (pa.ArrowInvalid, FileNotFoundError):
                 if not running:
                     raise
-        self._parts = found
+        self._files = files
 
     def _names(self) -> list[str]:
         return [name for name in storage.names(self.output) if name.endswith(".parquet")]
 
-    def judge(self, total: int, max_share: float) -> None:
+    def check_failure_rate(self, total: int, max_share: float) -> None:
         """Check how many rows failed.
 
         Raises:
@@ -107,15 +114,15 @@ class Written:
         """
         failed = self.failed
         if len(failed) > max_share * total:
-            place = self.name_failed()
+            location = self.write_rejected()
             raise ValueError(
                 f"{self.output}: expected at most {max_share:.0%} of {total} rows to fail, got "
                 f"{len(failed)} among the first {self.rows}, such as {failed[0]}. All are named in "
-                f"{place}. Mend the cause or raise max-rejected, and delete this output, which "
+                f"{location}. Mend the cause or raise max-rejected, and delete this output, which "
                 "keeps the failed rows."
             )
 
-    def require(self, total: int) -> None:
+    def check_complete(self, total: int) -> None:
         """Check that a stream that ended wrote each of its `total` rows once.
 
         A worker of a run that was killed may write a moment longer, when the next run has begun to
@@ -134,7 +141,7 @@ class Written:
                 "command again; if the source itself holds an id twice, remove its copies first."
             )
 
-    def require_good(self) -> None:
+    def check_any_good(self) -> None:
         """Check that not all rows of a stream that ended have failed.
 
         Raises:
@@ -142,54 +149,58 @@ class Written:
         """
         failed = self.failed
         if len(failed) == self.rows:
-            place = self.name_failed()
+            location = self.write_rejected()
             raise ValueError(
                 f"{self.output}: expected some good rows, but all {self.rows} failed, the first "
-                f"with {failed[:1]}. All are named in {place}. Mend the cause, and delete this "
+                f"with {failed[:1]}. All are named in {location}. Mend the cause, and delete this "
                 "output, which keeps the failed rows."
             )
 
+    def write_rejected(self) -> str:
+        """Write rejected.jsonl and return its location."""
+        location = storage.join(self.output, REJECTED)
+        storage.write_text(location, "".join(json.dumps(row) + "\n" for row in self.failed))
+        return location
+
     def _ids(self) -> pa.ChunkedArray:
-        """Ids of all rows. As large strings: to count them joins them, beyond 2 GiB perhaps."""
+        """Return the ids of all rows, as large strings: counting joins them, maybe over 2 GiB."""
         kind = pa.large_string()
-        places = [storage.join(self.output, name) for name in self._parts]
-        found = [_table(place, [schema.PAIR_ID])[schema.PAIR_ID].cast(kind) for place in places]
-        return pa.chunked_array([chunk for ids in found for chunk in ids.chunks], kind)
-
-    def name_failed(self) -> str:
-        """Write rejected.jsonl; gives its location."""
-        place = storage.join(self.output, REJECTED)
-        storage.write_text(place, "".join(json.dumps(row) + "\n" for row in self.failed))
-        return place
+        locations = [storage.join(self.output, name) for name in self._files]
+        columns = [_read(one, [schema.PAIR_ID])[schema.PAIR_ID].cast(kind) for one in locations]
+        return pa.chunked_array([chunk for ids in columns for chunk in ids.chunks], kind)
 
 
-class Judge:
+class FailureRateGuard:
     """Ends a running stream as soon as more than `max_share` of its `total` rows have failed.
 
-    A `flow.Step`.
+    A `throughput.StepCallback`.
     """
 
-    def __init__(self, written: Written, total: int, max_share: float) -> None:
-        self.written, self.total, self.max_share = written, total, max_share
+    def __init__(self, directory: OutputDirectory, total: int, max_share: float) -> None:
+        self.directory, self.total, self.max_share = directory, total, max_share
         self.next = 0.0
 
     def __call__(self, _: Any) -> None:
-        """Look every `LOOK_S` seconds. Raises ValueError, as `Written.judge`."""
+        """Check every `GUARD_S` seconds.
+
+        Raises:
+            ValueError: as `OutputDirectory.check_failure_rate`.
+        """
         if time.monotonic() >= self.next:
-            self.next = time.monotonic() + LOOK_S
-            self.written.update(running=True)
-            self.written.judge(self.total, self.max_share)
+            self.next = time.monotonic() + GUARD_S
+            self.directory.refresh(running=True)
+            self.directory.check_failure_rate(self.total, self.max_share)
 
 
-def _read(location: str) -> Part:
-    table = _table(location, [schema.PAIR_ID, schema.ERROR])
+def _count(location: str) -> FileCounts:
+    table = _read(location, [schema.PAIR_ID, schema.ERROR])
     failed = schema.failed_rows(table).to_pylist()
     return len(table), [
         {"pair_id": row[schema.PAIR_ID], "reason": row[schema.ERROR]} for row in failed
     ]
 
 
-def _table(location: str, columns: list[str]) -> pa.Table:
+def _read(location: str, columns: list[str]) -> pa.Table:
     filesystem, path = storage.resolve(location)
     with filesystem.open_input_file(path) as file:
         return parquet.ParquetFile(file).read(columns=columns)

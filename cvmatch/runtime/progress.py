@@ -34,13 +34,8 @@ def to_console(level: int = logging.INFO) -> None:
     """Show the log of a job on stderr, and of the libraries only what needs attention."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its own level, when imported
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for library in (
-        "mlflow",
-        "alembic",
-        "ray",
-        "optuna",
-        "diffusers",
-    ):  # transformers: hub.from_pretrained_kwargs
+    # transformers has its own way to be quiet: hub.from_pretrained_kwargs
+    for library in ("mlflow", "alembic", "ray", "optuna", "diffusers", "faiss"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="ray")
 

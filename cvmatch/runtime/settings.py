@@ -12,11 +12,12 @@ class Pool:
     max_size: int | None = None
     """Largest number of actors; more than `size` lets Ray add some under load. None: `size`."""
     batch: int = 16
-    """Rows a call; a block of rows should be a multiple. A network behind `Rowwise` always gets so
-    many, and the last bits of its results depend on how many they are."""
+    """Rows a call; a block of rows should be a multiple. A network behind `FixedBatch` always gets
+    so many, and the last bits of its results depend on how many they are."""
     calls: int = 1
-    """Calls at a time in an actor. A network behind `Rowwise` runs for one of them; others decode
-    and encode meanwhile, so that a GPU does not wait for them. Each holds a batch of pictures."""
+    """Calls at a time in an actor. A network behind `FixedBatch` runs for one of them; others
+    decode and encode meanwhile, so that a GPU does not wait for them. Each holds a batch of
+    pictures."""
     cpus: float = 0.5
     """Logical CPUs an actor; below 1 so that readers find room."""
     gpus: float = 0.0

@@ -1,21 +1,23 @@
-"""The one way in which a job writes rows: a stream on Ray that resumes, checked at its end.
+"""Write the rows of a stream on Ray to a directory, each once, resuming where a killed run stopped.
 
-What the rows are made from is said first, the manifest comes last. Between them each row is written
+What the rows depend on is recorded first, the manifest comes last. Between them each row is written
 once, good or with its reason in `error`; more, fewer or no good rows are an error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from ray.data import Dataset
+from ray.data import DataContext, Dataset
+from ray.data.checkpoint import CheckpointConfig
 
 from cvmatch.data import manifest, schema, storage
-from cvmatch.runtime import progress, session
-from cvmatch.runtime.output_directory import Judge, Written
+from cvmatch.runtime import pools, progress, session
+from cvmatch.runtime.output_directory import FailureRateGuard, OutputDirectory
 from cvmatch.runtime.settings import Pool
-from cvmatch.runtime.throughput import Flow, each_step
+from cvmatch.runtime.throughput import StageThroughput, call_each_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,27 +28,27 @@ class Stream:
     """What the progress calls it."""
     output: str
     """Directory of the Parquet files; what is needed to resume lies beside it."""
-    made_from: Mapping[str, Any]
+    provenance: Mapping[str, Any]
     """All that the rows depend on."""
     rows: Callable[[], Dataset]
     """Makes the rows, from a Read on; called where they can resume."""
     total: Callable[[], int]
-    """How many rows there are to write; called after `rows`."""
+    """Returns how many rows there are to write; called after `rows`."""
     columns: pa.Schema
     """On disk."""
-    pools: Sequence[Pool]
-    """Of actors that make the rows."""
+    pools: Mapping[str, Pool]
+    """Of actors that make the rows, by the flag that sets each."""
     operators: Mapping[str, str]
-    """Stages that the progress shows, as `Flow` takes them; the write is added."""
+    """Stages that the progress shows, as `StageThroughput` takes them; the write is added."""
     max_rejected: float
     """Largest share of rows that may fail, in [0, 1]; never all of them."""
-    about: Mapping[str, Any] | None = None
+    manifest: Mapping[str, Any] | None = None
     """What `manifest.write` takes beside the output and its rows; None: there is no manifest, and
     what is needed to resume stays."""
 
 
 @dataclass(frozen=True)
-class Done:
+class StreamResult:
     """What a stream has written."""
 
     rows: int
@@ -55,38 +57,60 @@ class Done:
     """Rows that failed."""
     rejected: str
     """Location of the file that names them."""
-    flow: Flow
+    throughput: StageThroughput
     """Rates of its stages."""
 
 
-def write_stream(stream: Stream) -> Done | None:
-    """Write each row once, going on where a killed run stopped; None: the output is whole already.
+def write_stream(stream: Stream) -> StreamResult | None:
+    """Write each row once. Return None where the output is complete already.
 
     Raises:
         ValueError: the output holds rows made from something else, the pools do not fit the
             cluster, there is no row, a row lacks or is there twice, more than `max_rejected` of the
             rows failed (at once, when so many did), or all did.
     """
-    written = Written(stream.output)
-    if written.claim(dict(stream.made_from)):
+    directory = OutputDirectory(stream.output)
+    if directory.begin_or_resume(dict(stream.provenance)):
         return None
     session.start()
-    flow = Flow({**stream.operators, "write": "Write"})
-    with session.resumable(storage.join(written.partial, "checkpoint")):
-        total = _run(stream, written, flow)
-    written.require(total)
-    written.judge(total, stream.max_rejected)
-    written.require_good()
-    done = Done(written.rows, len(written.failed), written.name_failed(), flow)
-    if stream.about is not None:
-        manifest.write(stream.output, rows=done.rows, **stream.about)
-        storage.remove(written.partial)
-    return done
+    throughput = StageThroughput({**stream.operators, "write": "Write"})
+    with resume_from(directory.checkpoint_dir):
+        total = _run(stream, directory, throughput)
+    directory.check_complete(total)
+    directory.check_failure_rate(total, stream.max_rejected)
+    directory.check_any_good()
+    rejected = directory.write_rejected()
+    result = StreamResult(directory.rows, len(directory.failed), rejected, throughput)
+    if stream.manifest is not None:
+        manifest.write(stream.output, rows=result.rows, **stream.manifest)
+        storage.remove(directory.partial)
+    return result
 
 
-def _run(stream: Stream, written: Written, flow: Flow) -> int:
-    """Run the stream to its end, or until too many rows have failed; returns the rows expected."""
-    session.preflight(*stream.pools)
+@contextlib.contextmanager
+def resume_from(checkpoint_dir: str, column: str = schema.PAIR_ID) -> Iterator[None]:
+    """Let streams of the block (Read -> ... -> Write) go on where a killed run of them stopped.
+
+    Finished rows stay recorded, so that a finished stream that is run again does nothing.
+
+    Args:
+        checkpoint_dir: keeps the ids of written rows; must be the same next time.
+        column: the unique id of a row.
+    """
+    context = DataContext.get_current()
+    before = context.checkpoint_config
+    context.checkpoint_config = CheckpointConfig(
+        column, storage.absolute(checkpoint_dir), delete_checkpoint_on_success=False
+    )
+    try:
+        yield
+    finally:
+        context.checkpoint_config = before
+
+
+def _run(stream: Stream, directory: OutputDirectory, throughput: StageThroughput) -> int:
+    """Run the stream to its end, or until too many rows have failed; return the rows expected."""
+    pools.preflight(stream.pools)
     # In the task that writes: a column without any value has a type there again.
     rows = stream.rows().map_batches(
         schema.conform,
@@ -97,13 +121,13 @@ def _run(stream: Stream, written: Written, flow: Flow) -> int:
     total = stream.total()
     if not total:
         raise ValueError(f"{stream.label}: expected rows to make {stream.output} of, got none.")
-    written.update(running=True)  # what was written before
-    judge = Judge(written, total, stream.max_rejected)
+    directory.refresh(running=True)  # what was written before
+    guard = FailureRateGuard(directory, total, stream.max_rejected)
     filesystem, path = storage.resolve(stream.output)
     with (
-        progress.watch(stream.label, total, lambda: written.rows, flow.note),
-        each_step(rows, flow.update, judge),
+        progress.watch(stream.label, total, lambda: directory.rows, throughput.summary),
+        call_each_step(rows, throughput.update, guard),
     ):
         rows.write_parquet(path, filesystem=filesystem)
-        written.update()
+        directory.refresh()
     return total

@@ -15,7 +15,7 @@ from cvmatch.index.reader import Index
 from cvmatch.index.settings import Mode
 from cvmatch.match.infer import EmbedQuery, embed_queries
 from cvmatch.match.settings import Embed
-from cvmatch.runtime import session
+from cvmatch.runtime import pools
 from cvmatch.runtime.stream import Stream, write_stream
 from cvmatch.search.files import query_of
 from cvmatch.search.settings import SearchRows
@@ -86,14 +86,14 @@ def _stream(config: SearchRows, index: Index, source: dict[str, Any]) -> Stream:
     return Stream(
         label="search",
         output=storage.absolute(config.output).rstrip("/"),
-        made_from={"answers": VERSION, "index": version, "rows": source, **asked},
+        provenance={"answers": VERSION, "index": version, "rows": source, **asked},
         rows=partial(_rows, config, index),
         total=lambda: source["rows"],
         columns=ANSWERS,
-        pools=(config.embed, config.rank),
+        pools={"embed": config.embed, "rank": config.rank},
         operators={"embed": EmbedQuery.__name__, "rank": RankTiles.__name__},
         max_rejected=1.0,
-        about={"config": config, "models": models, "source": config.rows},
+        manifest={"config": config, "models": models, "source": config.rows},
     )
 
 
@@ -111,4 +111,4 @@ def _rows(config: SearchRows, index: Index) -> ray.data.Dataset:
     # The version that embeds: another may become the current one while this runs.
     version = index.manifest["version"]
     arguments = {"version": version, "top_k": config.top_k, "mode": config.mode}
-    return session.map_actors(seen, RankTiles, config.rank, index=place, **arguments)
+    return pools.map_actors(seen, RankTiles, config.rank, index=place, **arguments)

@@ -10,8 +10,8 @@ from ray.data import Dataset
 
 from cvmatch.data import images, schema
 from cvmatch.nn import hub
-from cvmatch.runtime import hardware, session
-from cvmatch.runtime.batch_invariant import Rowwise, reason
+from cvmatch.runtime import hardware, pools
+from cvmatch.runtime.batch_invariant import FixedBatch, error_line
 from cvmatch.segment.model import Segmenter
 from cvmatch.segment.settings import Segment
 
@@ -36,12 +36,13 @@ class SegmentAerial:
     ) -> None:
         """`overlap` of the windows that larger pictures are read in; None: they are resized.
 
-        `batch`: rows a call of the network, whatever the number of rows at hand (`Rowwise`).
+        `batch`: rows a call of the network, whatever the number of rows at hand (`FixedBatch`).
         """
+        hardware.keep_freed_memory()
         self.segmenter = Segmenter.load(model, hardware.device())
         self.source, self.flip, self.overlap = source, flip, overlap
-        self.label = Rowwise(self._label, batch)
-        self.label_large = Rowwise(self._label_large, 1)
+        self.label = FixedBatch(self._label, batch)
+        self.label_large = FixedBatch(self._label_large, 1)
 
     def __call__(self, batch: Batch) -> Batch:
         """Segment the pictures of one batch of rows."""
@@ -58,7 +59,7 @@ class SegmentAerial:
         maps: list[bytes | None] = [None] * len(errors)
         for row, ids in found.items():
             if isinstance(ids, Exception):
-                errors[row] = f"segment: {reason(ids)}"
+                errors[row] = f"segment: {error_line(ids)}"
             else:
                 maps[row] = images.encode(ids)
         added = {schema.SYNTHETIC_CLASSES: _objects(maps), schema.ERROR: _objects(errors)}
@@ -97,7 +98,7 @@ class SegmentAerial:
 
 def segment(rows: Dataset, config: Segment) -> Dataset:
     """Add `synthetic_classes` to rows with the pictures of `config.source`; lazy."""
-    return session.map_actors(
+    return pools.map_actors(
         rows,
         SegmentAerial,
         config.pool,

@@ -19,7 +19,7 @@ from cvmatch.data.pairs import fingerprint, ingest
 from cvmatch.data.settings import Ingest
 from cvmatch.nn import hub, metrics, rng
 from cvmatch.runtime import tracking
-from cvmatch.runtime.output_directory import made_from
+from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.segment.batches import Preprocess, decode, decode_synthesized
 from cvmatch.segment.model import Segmenter, enlarge
 from cvmatch.segment.settings import TrainSegmenter
@@ -231,7 +231,7 @@ def _rows_of(config: TrainSegmenter, held_out: Ingest | None) -> str:
     """Hash of the data, and of what the synthetic aerials were made from."""
     # With recheck: their pictures were decoded just now.
     data = [fingerprint(replace(one, recheck=False)) for one in (config.data, held_out) if one]
-    return manifest.digest([data, config.synthesized and made_from(config.synthesized)])
+    return manifest.digest([data, config.synthesized and read_provenance(config.synthesized)])
 
 
 def _build(

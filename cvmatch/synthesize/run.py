@@ -16,8 +16,8 @@ from cvmatch.data.pairs import accepted, fingerprint, ingest, read_pictures
 from cvmatch.generate.infer import GenerateAerial, generate
 from cvmatch.generate.settings import SAMPLER_VERSION, Sampling
 from cvmatch.runtime import tracking
-from cvmatch.runtime.output_directory import Written
-from cvmatch.runtime.stream import Done, Stream, write_stream
+from cvmatch.runtime.output_directory import OutputDirectory
+from cvmatch.runtime.stream import Stream, StreamResult, write_stream
 from cvmatch.segment.infer import SegmentAerial, segment
 from cvmatch.synthesize.settings import Synthesize
 
@@ -27,7 +27,7 @@ OPERATORS = {
     "segment": SegmentAerial.__name__,
     "write": "Write",
 }
-"""Stages that the progress shows, as `Flow` takes them."""
+"""Stages that the progress shows, as `StageThroughput` takes them."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
         ValueError: the data cannot be used (`ingest`), or see `write_stream`.
     """
     stream = _stream(config)
-    if Written(stream.output).claim(dict(stream.made_from)):
+    if OutputDirectory(stream.output).begin_or_resume(dict(stream.provenance)):
         return manifest.read(stream.output)  # whole: it is no run to track
     with tracking.start("synthesize", config) as run:
         done = write_stream(stream)
@@ -58,14 +58,14 @@ def _stream(config: Synthesize) -> Stream:
     return Stream(
         label="synthesize",
         output=storage.absolute(config.output).rstrip("/"),
-        made_from=_made_from(config, models),
+        provenance=_provenance(config, models),
         rows=partial(_rows, config),
         total=partial(accepted, config.data),
         columns=schema.SYNTHESIZED,
-        pools=(config.generate.pool, config.segment.pool),
+        pools={"generate.pool": config.generate.pool, "segment.pool": config.segment.pool},
         operators=OPERATORS,
         max_rejected=config.max_rejected,
-        about={"config": config, "models": models, "source": config.data.root},
+        manifest={"config": config, "models": models, "source": config.data.root},
     )
 
 
@@ -74,15 +74,15 @@ def _rows(config: Synthesize) -> Dataset:
     return segment(generate(rows, config.generate), config.segment)
 
 
-def _tell(run: tracking.Run, done: Done) -> None:
+def _tell(run: tracking.Run, done: StreamResult) -> None:
     if done.failed:
         _log.warning("%d of %d rows failed; see %s", done.failed, done.rows, done.rejected)
     run.metrics({"rows": done.rows, "rejected": done.failed})
-    run.metrics({f"rate/{name}": stage.rate for name, stage in done.flow.stages.items()})
-    run.tag("slowest", done.flow.slowest)
+    run.metrics({f"rate/{name}": stage.rate for name, stage in done.throughput.stages.items()})
+    run.tag("slowest", done.throughput.slowest)
 
 
-def _made_from(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
+def _provenance(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
     """What the rows depend on; the number of actors and the place of the output do not count."""
     drawn, maps = config.generate, config.segment
     return {

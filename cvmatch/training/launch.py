@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer
 
 from cvmatch import config as configs
 from cvmatch.data import storage
-from cvmatch.runtime import hardware, progress, session, tracking
+from cvmatch.runtime import hardware, pools, progress, tracking
 from cvmatch.training import checkpoints, loop, metrics
 from cvmatch.training.settings import Fit
 from cvmatch.training.task import Order, Task
@@ -136,10 +136,10 @@ def preflight(fit: Fit) -> None:
         ValueError: it has not; says which flags to change.
     """
     if fit.workers:
-        session.require(
-            fit.workers * fit.cpus_per_worker + session.READERS,
+        pools.require_resources(
+            fit.workers * fit.cpus_per_worker + pools.READERS,
             fit.workers * fit.gpus_per_worker,
-            f"{fit.workers} training workers and {session.READERS:g} CPU to read",
+            f"{fit.workers} training workers and {pools.READERS:g} CPU to read",
             "--fit.cpus-per-worker",
             "--fit.gpus-per-worker",
         )
@@ -186,6 +186,7 @@ class Here:
     ) -> None:
         self.job, self.datasets = job, datasets
         self.directory, self.callbacks = directory, callbacks
+        hardware.keep_freed_memory()
         self.device: torch.device = hardware.device()
 
     def shard(self, name: str) -> Dataset:

@@ -77,8 +77,7 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.rank, self.world = job, context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        if self.device.type == "cpu":
-            hardware.keep_memory()
+        hardware.keep_freed_memory()
         torch.set_num_threads(max(1, int(job.fit.cpus_per_worker)))
 
     def shard(self, name: str) -> Any:

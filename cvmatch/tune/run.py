@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import ray
 import ray.tune
-from ray._private import worker
 from ray.train import Checkpoint, UserCallback
 from ray.tune import ResultGrid, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -23,7 +22,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from cvmatch import config as configs
 from cvmatch.data import storage
-from cvmatch.runtime import progress, session, tracking
+from cvmatch.runtime import pools, progress, session, tracking
 from cvmatch.training import launch
 from cvmatch.training.settings import Fit
 from cvmatch.tune import search_space
@@ -221,14 +220,14 @@ def _build_tuner(
 
 def _preflight(config: Tune, fit: Fit) -> None:
     shares = config.concurrent * max(fit.workers, 1)
-    session.require(
-        shares * fit.cpus_per_worker + session.READERS,
+    pools.require_resources(
+        shares * fit.cpus_per_worker + pools.READERS,
         shares * fit.gpus_per_worker,
-        f"{config.concurrent} trials at a time and {session.READERS:g} CPU to read",
+        f"{config.concurrent} trials at a time and {pools.READERS:g} CPU to read",
         "fit.cpus_per_worker of --base",
         "fit.gpus_per_worker of --base",
     )
-    if fit.workers and not worker.get_dashboard_url():
+    if fit.workers and not session.has_dashboard():
         raise ValueError(
             "tune: trials with workers need Ray's dashboard: without it, Ray 2.60 never frees the "
             "CPUs of a trial that was stopped early. Use session.start(dashboard=True), or "

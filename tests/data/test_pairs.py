@@ -12,7 +12,7 @@ from cvmatch.data import schema
 from cvmatch.data.pairs import check_pictures, fingerprint, ingest, read_pictures, rejected
 from cvmatch.data.settings import Ingest
 from cvmatch.generate.settings import TrainGenerator
-from cvmatch.runtime import session
+from cvmatch.runtime.stream import resume_from
 from cvmatch.segment.settings import TrainSegmenter
 from tests.helpers.cvusa import colour_of, picture, put, subset_line, write_pair, write_tables
 
@@ -247,7 +247,7 @@ def test_ingest_finished_stream_run_again_writes_nothing(ray_session, subset, tm
     config = Ingest(root=str(subset), block=2)
     output = str(tmp_path / "out")
     for _ in range(2):
-        with session.resumable(str(tmp_path / "done")):
+        with resume_from(str(tmp_path / "done")):
             ingest(config).write_parquet(output)
         ids = pq.read_table(output)["pair_id"].to_pylist()
         assert sorted(ids) == [f"{n:07d}" for n in (7, 8, 9, 10, 11, 12, 300, 44192)]

@@ -18,11 +18,11 @@ from cvmatch.data.settings import Ingest
 from cvmatch.generate import bev, pretrained
 from cvmatch.generate.augment import varied
 from cvmatch.generate.batches import decode_batch
-from cvmatch.generate.latent_cache import EncodePairs, encode, made_from
+from cvmatch.generate.latent_cache import EncodePairs, encode, input_provenance
 from cvmatch.generate.latent_rows import encoded, tensors
 from cvmatch.generate.settings import Conditioning, Encode, Recipe
 from cvmatch.nn import rng
-from cvmatch.runtime.output_directory import Written
+from cvmatch.runtime.output_directory import OutputDirectory
 from cvmatch.runtime.settings import Pool
 
 PANORAMA = (128, 512)
@@ -130,10 +130,10 @@ def test_rows_that_fail_keep_their_reason_and_the_rest_is_encoded(base, tmp_path
     rows[schema.ERROR][1] = "aerial 1.png: no such file"
     table = encoder(rows)
     parquet.write_table(table, tmp_path / "a.parquet")
-    written = Written(str(tmp_path))
-    written.update()
-    assert written.rows == 3
-    reasons = {row["pair_id"]: row["reason"] for row in written.failed}
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
+    assert directory.rows == 3
+    reasons = {row["pair_id"]: row["reason"] for row in directory.failed}
     assert reasons.keys() == {"0000000", "0000001"}
     assert reasons["0000000"].startswith("encode: cannot be decoded")
     assert reasons["0000001"] == "aerial 1.png: no such file"
@@ -198,10 +198,10 @@ def test_encodings_with_other_settings_of_a_base_model_are_others(
     base, world_root, tmp_path, file, setting, value
 ):
     data = Ingest(root=world_root, split="val")
-    before = made_from(settings(base, data))
+    before = input_provenance(settings(base, data))
     other = tmp_path / "other"
     shutil.copytree(base, other)
-    assert made_from(settings(other, data)) == before  # the same models elsewhere
+    assert input_provenance(settings(other, data)) == before  # the same models elsewhere
     config = json.loads((other / file).read_text())
     (other / file).write_text(json.dumps(config | {setting: value}))
-    assert made_from(settings(other, data)) != before
+    assert input_provenance(settings(other, data)) != before

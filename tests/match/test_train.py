@@ -13,7 +13,7 @@ from cvmatch.match.settings import Embed, TrainMatcher
 from cvmatch.match.task import read_training_ids
 from cvmatch.match.train import build_task, train
 from cvmatch.nn.backbones import Tower, save_tower
-from cvmatch.runtime.output_directory import SOURCE
+from cvmatch.runtime.output_directory import PROVENANCE
 from cvmatch.training.settings import Fit
 from tests.helpers.matcher import (
     HIGH,
@@ -83,7 +83,7 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     assert [item["error"] is None for item in found].count(False) == 1
     assert found[0]["tile_proj"].shape == (16,)
     assert train(config).metrics == result.metrics  # a finished run is taken as it is
-    storage.write_json(storage.join(config.pairs, SOURCE), {"sampling": {"steps": 50}})
+    storage.write_json(storage.join(config.pairs, PROVENANCE), {"sampling": {"steps": 50}})
     with pytest.raises(ValueError, match="rows made from"):
         train(config)
 

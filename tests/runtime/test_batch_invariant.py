@@ -9,7 +9,7 @@ from cvmatch.demo import models as base_models
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import Conditioning, Sampling
-from cvmatch.runtime.batch_invariant import Rowwise, reason
+from cvmatch.runtime.batch_invariant import FixedBatch, error_line
 
 
 def double(rows: list[int]) -> list[int]:
@@ -26,9 +26,9 @@ def test_rowwise_calls_the_network_with_batches_of_one_size():
         sizes.append(len(rows))
         return double(rows)
 
-    assert Rowwise(network, 4)([1, 2, 3, 4, 5]) == [2, 4, 6, 8, 10]
+    assert FixedBatch(network, 4)([1, 2, 3, 4, 5]) == [2, 4, 6, 8, 10]
     assert sizes == [4, 4]
-    assert Rowwise(network, 4)([]) == []
+    assert FixedBatch(network, 4)([]) == []
 
 
 def test_rowwise_result_has_the_same_bits_in_every_batch():
@@ -38,7 +38,7 @@ def test_rowwise_result_has_the_same_bits_in_every_batch():
         torch.nn.Linear(300, 500), torch.nn.ReLU(), torch.nn.Linear(500, 9)
     )
     rows = list(torch.randn(24, 300))
-    network = Rowwise(lambda batch: list(layers(torch.stack(batch)).detach()), 8)
+    network = FixedBatch(lambda batch: list(layers(torch.stack(batch)).detach()), 8)
     whole, alone = network(rows), [network([row])[0] for row in rows]
     assert all(torch.equal(one, other) for one, other in zip(whole, alone, strict=True))
     backwards = network(rows[::-1])[::-1]
@@ -46,25 +46,25 @@ def test_rowwise_result_has_the_same_bits_in_every_batch():
 
 
 def test_rowwise_row_that_fails_takes_no_other_with_it():
-    first, failed, last = Rowwise(double, 2)([1, 13, 3])
+    first, failed, last = FixedBatch(double, 2)([1, 13, 3])
     assert (first, last) == (2, 6)
-    assert reason(failed) == "RuntimeError: thirteen is unlucky"
+    assert error_line(failed) == "RuntimeError: thirteen is unlucky"
 
 
 def test_rowwise_batch_of_one_row_tells_its_failure():
-    (failed,) = Rowwise(double, 4)([13])
+    (failed,) = FixedBatch(double, 4)([13])
     assert isinstance(failed, RuntimeError)
 
 
 def test_rowwise_network_that_fails_on_every_row_raises():
     with pytest.raises(RuntimeError, match="unlucky"):
-        Rowwise(double, 2)([13, 13])
+        FixedBatch(double, 2)([13, 13])
 
     def broken(rows: list[int]) -> list[Exception]:
         return [ArithmeticError("not finite")] * len(rows)
 
     with pytest.raises(ArithmeticError, match="not finite"):
-        Rowwise(broken, 2)([1, 2])
+        FixedBatch(broken, 2)([1, 2])
 
 
 def test_rowwise_without_memory_raises_at_once():
@@ -75,7 +75,7 @@ def test_rowwise_without_memory_raises_at_once():
         raise torch.OutOfMemoryError("take smaller batches")
 
     with pytest.raises(torch.OutOfMemoryError, match="smaller"):
-        Rowwise(network, 4)([1, 2, 3, 4])
+        FixedBatch(network, 4)([1, 2, 3, 4])
     assert len(calls) == 1
 
 

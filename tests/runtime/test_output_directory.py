@@ -1,4 +1,4 @@
-"""Rows and failed rows of the parts of a stream, while it writes them and afterwards."""
+"""Rows and failed rows of the files of a stream, while it writes them and afterwards."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cvmatch.data import schema
-from cvmatch.runtime.output_directory import Judge, Written
+from cvmatch.runtime.output_directory import FailureRateGuard, OutputDirectory
 
 
 def part(output: Path, name: str, errors: list[str | None], ids: list[str] | None = None) -> Path:
@@ -18,92 +18,92 @@ def part(output: Path, name: str, errors: list[str | None], ids: list[str] | Non
     return output / f"{name}.parquet"
 
 
-def test_written_counts_the_parts_and_names_the_failed_rows(tmp_path):
+def test_output_directory_counts_the_files_and_names_the_failed_rows(tmp_path):
     part(tmp_path, "a", [None, "no picture"])
-    written = Written(str(tmp_path))
-    written.update()
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
     part(tmp_path, "b", [None, None, None])
     (tmp_path / "manifest.json").write_text("{}")
-    written.update()
-    assert written.rows == 5
-    assert written.failed == [{"pair_id": "a-1", "reason": "no picture"}]
-    place = written.name_failed()
-    assert json.loads(Path(place).read_text()) == {"pair_id": "a-1", "reason": "no picture"}
+    directory.refresh()
+    assert directory.rows == 5
+    assert directory.failed == [{"pair_id": "a-1", "reason": "no picture"}]
+    location = directory.write_rejected()
+    assert json.loads(Path(location).read_text()) == {"pair_id": "a-1", "reason": "no picture"}
 
 
-def test_written_leaves_out_a_part_that_is_being_written(tmp_path):
+def test_output_directory_leaves_out_a_part_that_is_being_written(tmp_path):
     part(tmp_path, "a", [None])
     whole = part(tmp_path, "b", [None, None]).read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[:-100])
-    written = Written(str(tmp_path))
-    written.update(running=True)
-    assert written.rows == 1
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh(running=True)
+    assert directory.rows == 1
     with pytest.raises(pa.ArrowInvalid):
-        written.update()
+        directory.refresh()
     (tmp_path / "b.parquet").write_bytes(whole)
-    written.update(running=True)
-    assert written.rows == 3
+    directory.refresh(running=True)
+    assert directory.rows == 3
 
 
-def test_written_forgets_a_part_that_a_resumed_stream_deleted(tmp_path):
+def test_output_directory_forgets_a_part_that_a_resumed_stream_deleted(tmp_path):
     part(tmp_path, "a", [None])
     gone = part(tmp_path, "b", ["no picture"])
-    written = Written(str(tmp_path))
-    written.update()
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
     gone.unlink()
-    written.update()
-    assert (written.rows, written.failed) == (1, [])
+    directory.refresh()
+    assert (directory.rows, directory.failed) == (1, [])
 
 
-def test_written_judges_the_share_of_all_rows_not_of_those_so_far(tmp_path):
+def test_output_directory_compares_the_share_of_all_rows_not_of_those_so_far(tmp_path):
     part(tmp_path, "a", [None, "no picture", "too large"])
-    written = Written(str(tmp_path))
-    written.update()
-    written.judge(total=40, max_share=0.05)  # 2 of 40
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
+    directory.check_failure_rate(total=40, max_share=0.05)  # 2 of 40
     with pytest.raises(ValueError, match=r"at most 5% of 30 rows to fail, got 2 among the first 3"):
-        written.judge(total=30, max_share=0.05)
+        directory.check_failure_rate(total=30, max_share=0.05)
     assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 2
 
 
-def test_written_requires_each_row_once(tmp_path):
+def test_output_directory_requires_each_row_once(tmp_path):
     part(tmp_path, "a", [None, "no picture"])
-    written = Written(str(tmp_path))
-    written.update()
-    written.require(2)
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
+    directory.check_complete(2)
     part(tmp_path, "b", [None])
-    written.update()
+    directory.refresh()
     for total in (2, 4):
         with pytest.raises(ValueError, match=rf"expected {total} rows, got 3: .* twice, or lack"):
-            written.require(total)
+            directory.check_complete(total)
 
 
-def test_written_refuses_a_row_twice_where_another_one_lacks(tmp_path):
+def test_output_directory_refuses_a_row_twice_where_another_one_lacks(tmp_path):
     part(tmp_path, "a", [None, "no picture"], ["0000001", "0000002"])
     part(tmp_path, "b", [None, None], ["0000002", "0000004"])
-    written = Written(str(tmp_path))
-    written.update()
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
     with pytest.raises(ValueError, match=r"expected 4 rows, got 4: of 3 ids, .*\['0000002'\]"):
-        written.require(4)
+        directory.check_complete(4)
 
 
-def test_written_requires_a_good_row(tmp_path):
+def test_output_directory_requires_a_good_row(tmp_path):
     part(tmp_path, "a", ["no picture", "too large"])
-    written = Written(str(tmp_path))
-    written.update()
-    written.judge(total=2, max_share=1.0)
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
+    directory.check_failure_rate(total=2, max_share=1.0)
     with pytest.raises(ValueError, match=r"all 2 failed, .*'no picture'.*rejected\.jsonl"):
-        written.require_good()
+        directory.check_any_good()
     assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 2
     part(tmp_path, "b", [None])
-    written.update()
-    written.require_good()
+    directory.refresh()
+    directory.check_any_good()
 
 
-def test_judge_ends_a_stream_with_too_many_failed_rows(tmp_path):
-    written = Written(str(tmp_path))
-    judge = Judge(written, total=30, max_share=0.05)
-    judge(None)
+def test_failure_rate_guard_ends_a_stream_with_too_many_failed_rows(tmp_path):
+    directory = OutputDirectory(str(tmp_path))
+    guard = FailureRateGuard(directory, total=30, max_share=0.05)
+    guard(None)
     part(tmp_path, "a", ["no picture"] * 2)
-    judge.next = 0.0  # the time has come to look again
+    guard.next = 0.0  # the time has come to look again
     with pytest.raises(ValueError, match="no picture"):
-        judge(None)
+        guard(None)

@@ -9,8 +9,9 @@ import ray.data
 from ray.data import DataContext
 from ray.exceptions import RayTaskError
 
-from cvmatch.runtime import session
+from cvmatch.runtime import pools, session
 from cvmatch.runtime.settings import Pool
+from cvmatch.runtime.stream import resume_from
 
 
 class Scale:
@@ -38,34 +39,34 @@ def test_pool_refuses_sizes_that_cannot_be(wrong):
 
 @pytest.mark.ray
 def test_preflight_leaves_a_cpu_to_read_and_write(ray_session):
-    session.preflight(Pool(size=8, cpus=0.5), Pool(size=6, cpus=0.5))  # 7 of 8
+    pools.preflight({"first": Pool(size=8, cpus=0.5), "second": Pool(size=6, cpus=0.5)})  # 7 of 8
     with pytest.raises(ValueError, match=r"need 8.5 CPUs, the cluster has 8") as error:
-        session.preflight(Pool(size=8, cpus=0.5), Pool(size=7, cpus=0.5))
-    assert "--pool.cpus" in str(error.value)
+        pools.preflight({"first": Pool(size=8, cpus=0.5), "second": Pool(size=7, cpus=0.5)})
+    assert "--first.cpus and --second.cpus" in str(error.value)
 
 
 @pytest.mark.ray
 def test_preflight_counts_the_actors_that_a_pool_may_grow_to(ray_session):
     with pytest.raises(ValueError, match="CPUs"):
-        session.preflight(Pool(size=1, max_size=16, cpus=0.5))
+        pools.preflight({"generate.pool": Pool(size=1, max_size=16, cpus=0.5)})
 
 
 @pytest.mark.ray
 def test_preflight_of_a_resumable_stream_leaves_another_cpu(ray_session, tmp_path):
     pool = Pool(size=13, cpus=0.5)
-    session.preflight(pool)
+    pools.preflight({"generate.pool": pool})
     with (
-        session.resumable(str(tmp_path)),
+        resume_from(str(tmp_path)),
         pytest.raises(ValueError, match=r"need 8.5 CPUs"),
     ):
-        session.preflight(pool)
+        pools.preflight({"generate.pool": pool})
     assert DataContext.get_current().checkpoint_config is None
 
 
 @pytest.mark.ray
 def test_preflight_refuses_gpus_that_are_not_there(ray_session):
     with pytest.raises(ValueError, match=r"need 0.5 GPUs, the cluster has 0"):
-        session.preflight(Pool(gpus=0.5))
+        pools.preflight({"generate.pool": Pool(gpus=0.5)})
 
 
 @pytest.mark.ray
@@ -88,10 +89,10 @@ def test_resumable_stream_runs_only_the_rows_that_were_not_written(ray_session, 
     pq.write_table(pa.table({"id": ids, "pair_id": [f"{i:07d}" for i in ids]}), source)
 
     def stream():
-        with session.resumable(str(tmp_path / "done")):
+        with resume_from(str(tmp_path / "done")):
             rows = ray.data.read_parquet(source).repartition(target_num_rows_per_block=10)
             pool = Pool(size=1, batch=10)
-            rows = session.map_actors(rows, Scale, pool, factor=3, notes=str(notes), bomb=str(bomb))
+            rows = pools.map_actors(rows, Scale, pool, factor=3, notes=str(notes), bomb=str(bomb))
             rows.write_parquet(output)
 
     bomb.touch()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import ray.data
 
-from cvmatch.runtime import session
+from cvmatch.runtime import pools
 from cvmatch.runtime.settings import Pool
-from cvmatch.runtime.throughput import Flow, each_step
+from cvmatch.runtime.throughput import StageThroughput, call_each_step
 
 
 class Slow:
@@ -25,28 +25,28 @@ class Quick:
 def stream(rows: int):
     """Rows of which one actor makes 100 a second and the next as many as Ray hands on."""
     numbers = ray.data.range(rows, override_num_blocks=4)
-    slow = session.map_actors(numbers, Slow, Pool(batch=8))
-    return session.map_actors(slow, Quick, Pool(batch=8))
+    slow = pools.map_actors(numbers, Slow, Pool(batch=8))
+    return pools.map_actors(slow, Quick, Pool(batch=8))
 
 
 @pytest.mark.ray
-def test_flow_tells_rows_a_second_of_each_stage_and_the_slowest(ray_session):
-    flow = Flow({"first": "Slow", "second": "Quick"})
+def test_throughput_tells_rows_a_second_of_each_stage_and_the_slowest(ray_session):
+    throughput = StageThroughput({"first": "Slow", "second": "Quick"})
     rows = stream(64)
-    with each_step(rows, flow.update):
+    with call_each_step(rows, throughput.update):
         rows.materialize()
-    first, second = flow.stages["first"], flow.stages["second"]
+    first, second = throughput.stages["first"], throughput.stages["second"]
     assert (first.rows, second.rows) == (64, 64)
     assert 30 < first.rate <= 100  # below on a loaded machine
     assert second.rate > first.rate
-    assert flow.slowest == "first"
-    assert flow.note().startswith("first ")
-    assert "(slowest)  second" in flow.note()
+    assert throughput.slowest == "first"
+    assert throughput.summary().startswith("first ")
+    assert "(slowest)  second" in throughput.summary()
 
 
-def test_flow_before_anything_is_done_says_nothing():
-    flow = Flow({"first": "Slow"})
-    assert (flow.note(), flow.slowest) == ("", "")
+def test_throughput_before_anything_is_done_says_nothing():
+    throughput = StageThroughput({"first": "Slow"})
+    assert (throughput.summary(), throughput.slowest) == ("", "")
 
 
 @pytest.mark.ray
@@ -55,5 +55,5 @@ def test_step_that_raises_ends_the_stream(ray_session):
         raise ValueError("enough")
 
     rows = stream(64)
-    with pytest.raises(ValueError, match="enough"), each_step(rows, full):
+    with pytest.raises(ValueError, match="enough"), call_each_step(rows, full):
         rows.materialize()
