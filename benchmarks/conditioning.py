@@ -12,7 +12,7 @@ import torch
 from _harness import Bench, finish, flags, interval
 
 from cvmatch.data import images, schema
-from cvmatch.data.pairs import ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
@@ -110,7 +110,9 @@ def trained(config: TrainGenerator) -> dict[str, float]:
 
 def drawn(model: str, data: Ingest, segmenter: str) -> list[dict[str, Any]]:
     """Rows with what the generator draws, at the default sampler, and its class map."""
-    rows = generate(ingest(data), Generate(model=model, pool=Pool(size=2, batch=32)))
+    rows = generate(
+        PairDataset.open(data).rows(), Generate(model=model, pool=Pool(size=2, batch=32))
+    )
     return segment(rows, Segment(model=segmenter, pool=Pool(batch=32))).take_all()
 
 

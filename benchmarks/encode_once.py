@@ -15,6 +15,7 @@ import torch
 from _harness import Bench, finish, flags, sized
 from torch import Tensor
 
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
@@ -63,7 +64,7 @@ def filled(asked: EncodeBench) -> EncodeBench:
 def stream(config: TrainGenerator) -> Any:
     """The training's own rows."""
     sizes = pretrained.sizes(config.diffusion, config.clip, config.conditioning.panorama_width)
-    return training_rows(config, config.data, sizes, config.turns, config.mirror)
+    return training_rows(config, PairDataset.open(config.data), sizes, config.turns, config.mirror)
 
 
 def batches(rows: Any, batch: int) -> Iterator[dict[str, Tensor]]:

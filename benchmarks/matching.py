@@ -16,7 +16,7 @@ from conditioning import settings as generator_settings
 from pyarrow import parquet
 
 from cvmatch.data import images, manifest, schema
-from cvmatch.data.pairs import ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
@@ -179,7 +179,7 @@ class Rows:
         self, name: str, root: str, change: Callable[[pa.Table], pa.Table] = lambda table: table
     ) -> str:
         for split in SPLITS:
-            rows = ingest(self.split(split, root)).take_all()
+            rows = PairDataset.open(self.split(split, root)).rows().take_all()
             table = change(schema.conform(pa.Table.from_pylist(rows)))
             place = f"{self.at}/{name}/{split}"
             os.makedirs(place)

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cvmatch.data.pairs import ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
@@ -115,7 +115,7 @@ def measured(
 def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
     """Decoded pairs; pictures in [0, 1]."""
     sizes = Sizes(model.panorama_size, model.tile, model.latent[1])
-    rows: Any = decode(ingest(Ingest(root=root, split="val", limit=count)), sizes)
+    rows: Any = decode(PairDataset.open(Ingest(root=root, split="val", limit=count)).rows(), sizes)
     found = rows.take_batch(count, batch_format="numpy")
     tensors = {name: torch.from_numpy(values.copy()) for name, values in found.items()}
     tensors = {n: v.float() / 255 if v.dtype == torch.uint8 else v for n, v in tensors.items()}

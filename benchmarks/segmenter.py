@@ -12,7 +12,7 @@ from _harness import Bench, finish, flags
 from ray.data import Dataset
 
 from cvmatch.data import schema
-from cvmatch.data.pairs import accepted, ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
@@ -92,8 +92,8 @@ def measured(name: str, rows: Dataset, count: int) -> SegmentationResult:
 
 def compared(held_out: Ingest, model: str, generator: str) -> dict[str, SegmentationResult]:
     """Scores of the maps of true aerials, without and with flip, and of synthetic ones."""
-    rows = ingest(held_out)
-    count = accepted(held_out)
+    rows = PairDataset.open(held_out).rows()
+    count = PairDataset.open(held_out).count
     found = {}
     for flip in (False, True):
         true = Segment(model=model, source="aerial", flip=flip, pool=Pool(batch=32))

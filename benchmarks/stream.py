@@ -18,7 +18,7 @@ import torch
 from _harness import Bench, finish, flags
 from ray.data import Dataset
 
-from cvmatch.data.pairs import ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
@@ -132,12 +132,12 @@ def stages(at: str, data: Ingest, batch: int) -> list[Stage]:
         Stage(
             "generate",
             lambda: GenerateAerial(draw.model, draw, batch),
-            lambda: generate(ingest(data), draw),
+            lambda: generate(PairDataset.open(data).rows(), draw),
         ),
         Stage(
             "segment",
             lambda: SegmentAerial(label.model, label.source, batch=batch),
-            lambda: segment(ingest(data), label),
+            lambda: segment(PairDataset.open(data).rows(), label),
         ),
     ]
 
@@ -148,7 +148,9 @@ def speed(asked: Stream, at: str) -> None:
     rounds = asked.rounds or (1 if asked.quick else 3)
     root = world(asked, at, pairs)
     data = Ingest(root=root, block=BATCHES * asked.batch)
-    batches: list = list(ingest(data).iter_batches(batch_size=asked.batch, batch_format="numpy"))
+    batches: list = list(
+        PairDataset.open(data).rows().iter_batches(batch_size=asked.batch, batch_format="numpy")
+    )
     plan = stages(at, data, asked.batch)
     speeds = [(stage.name, *compared(stage, batches, rounds)) for stage in plan]
     rows = [

@@ -112,7 +112,7 @@ def read_rows(table: str) -> list[Row]:
     return rows
 
 
-def check_apart(layout: Layout, split: str, rows: list[Row]) -> None:
+def check_disjoint(layout: Layout, split: str, rows: list[Row]) -> None:
     """Raise ValueError, naming ids and files, where an id stands in another split too."""
     ids = {row.pair_id for row in rows if row.pair_id}
     for other in sorted(set(layout.tables) - {split}):

@@ -6,6 +6,7 @@ leaves `pairs.parquet` (usable rows: paths, positions), `rejected.jsonl` (the ot
 checkpoints can resume them, and fetch the pictures block by block.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -50,68 +51,72 @@ Content = tuple[bytes | None, str | None]
 
 _CHECKED = 64  # rows a verify task: 0.5 s or more of decoding, against 40 ms that a task costs
 _FETCHES = 8  # files a task reads at a time, so that a remote store's delays overlap
-_PART = 65_536  # rows a part of the plan, in the object store and in pairs.parquet
+_PART = 65_536  # rows a slice of the plan, in the object store and in pairs.parquet
 _FAULTS = pa.schema([(PAIR_ID, pa.string()), ("file", pa.string()), ("reason", pa.string())])
 
 _log = logging.getLogger(__name__)
 
 
-def ingest(config: Ingest, pictures: Collection[str] = tuple(FILES)) -> Dataset:
-    """Rows of a split, with the columns of `schema.PAIRS`; of those in FILES only `pictures`.
+class PairDataset:
+    """A split of a data set whose pictures have been checked. Make it with `PairDataset.open`."""
 
-    A row whose file has gone since the check has null there, and says so in `error`.
+    def __init__(self, config: Ingest, layout: cvusa.Layout, cache: str, count: int) -> None:
+        self.config = config
+        self.layout = layout
+        self.cache = cache
+        self.count = count
+        """Usable rows."""
 
-    Raises:
-        ValueError: no data set or split there, an id twice or in both splits, no usable row, more
-            unusable rows than `max_rejected`, or a cache that cannot be written.
-    """
-    found = cvusa.find(config.root)
-    cache = _cache(config, found)
-    _ready(config, found, cache)
-    filesystem, path = storage.resolve(storage.join(cache, PAIRS))
-    # One read task for the one file: left to itself, Ray cuts it into other blocks than are asked
-    # for next, hence more parts and other batches, on which the last bits of a picture depend.
-    rows = ray.data.read_parquet(path, filesystem=filesystem, override_num_blocks=1)
-    rows = rows.repartition(target_num_rows_per_block=config.block)
-    read = partial(read_pictures, root=found.root, pictures=pictures)
-    return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
+    @classmethod
+    def open(cls, config: Ingest) -> "PairDataset":
+        """Find the data set, and check all pictures, or take the check of an earlier run.
 
+        It needs Ray only where pictures have to be checked.
 
-def fingerprint(config: Ingest) -> str:
-    """Hash (SHA-256) of the rows that `ingest` gives: ids, positions, names and sizes of pictures.
+        Raises:
+            ValueError: no data set or split there, an id twice or in both splits, no usable row,
+                more unusable rows than `max_rejected`, or a cache that cannot be written.
+        """
+        layout = cvusa.find(config.root)
+        cache = _cache(config, layout)
+        counts = _check_split(config, layout, cache)
+        return cls(config, layout, cache, counts["accepted"])
 
-    Sizes stand for the content: a data set that is made anew at its place has others. Pictures are
-    checked as by `ingest`; where that is done already, it needs no Ray.
+    def rows(self, pictures: Collection[str] = tuple(FILES)) -> Dataset:
+        """Return the rows, with the columns of `schema.PAIRS`; of those in FILES only `pictures`.
 
-    Raises:
-        ValueError: as `ingest`.
-    """
-    found = cvusa.find(config.root)
-    cache = _cache(config, found)
-    _ready(config, found, cache)
-    rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(cache, PAIRS))))
-    filesystem, base = storage.resolve(found.root)
-    files = {file for name in FILES.values() for file in rows[name].to_pylist() if file}
-    folders = sorted({f"{base}/{file}".rpartition("/")[0] for file in files})
-    there = {
-        info.path.removeprefix(f"{base}/"): info.size
-        for folder in folders
-        for info in filesystem.get_file_info(fs.FileSelector(folder))
-    }
-    sizes = [there.get(file) for file in sorted(files)]
-    return hashlib.sha256(json.dumps([rows.to_pylist(), sizes]).encode()).hexdigest()
+        A row whose file has gone since the check has null there, and says so in `error`.
+        """
+        filesystem, path = storage.resolve(storage.join(self.cache, PAIRS))
+        # One read task for the one file: left to itself, Ray cuts it into other blocks than are
+        # asked for next, hence other batches, on which the last bits of a picture depend.
+        rows = ray.data.read_parquet(path, filesystem=filesystem, override_num_blocks=1)
+        rows = rows.repartition(target_num_rows_per_block=self.config.block)
+        read = partial(read_pictures, root=self.layout.root, pictures=pictures)
+        return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
 
+    @property
+    def rejected(self) -> list[cvusa.Reject]:
+        """The rows that were left out, with reasons."""
+        return _read_rejected(self.cache)
 
-def accepted(config: Ingest) -> int:
-    """Number of rows that the last `ingest` of this split gave."""
-    cache = _cache(config, cvusa.find(config.root))
-    return storage.read_json(storage.join(cache, "ingest.json"))["accepted"]
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash (SHA-256) of ids, positions, names and sizes of pictures.
 
-
-def rejected(config: Ingest) -> list[cvusa.Reject]:
-    """What the last `ingest` of this split left out, with reasons."""
-    text = storage.read_text(storage.join(_cache(config, cvusa.find(config.root)), REJECTED))
-    return [json.loads(line) for line in text.splitlines()]
+        Sizes stand for the content: a data set that is made anew at its place has others.
+        """
+        rows = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.cache, PAIRS))))
+        filesystem, base = storage.resolve(self.layout.root)
+        files = {file for name in FILES.values() for file in rows[name].to_pylist() if file}
+        folders = sorted({f"{base}/{file}".rpartition("/")[0] for file in files})
+        sizes = {
+            info.path.removeprefix(f"{base}/"): info.size
+            for folder in folders
+            for info in filesystem.get_file_info(fs.FileSelector(folder))
+        }
+        listed = [sizes.get(file) for file in sorted(files)]
+        return hashlib.sha256(json.dumps([rows.to_pylist(), listed]).encode()).hexdigest()
 
 
 def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(FILES)) -> pa.Table:
@@ -124,10 +129,10 @@ def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(F
     for column in pictures:
         files = rows[FILES[column]].to_pylist()
         columns[column] = []
-        for at, (data, why) in enumerate(_fetch(root, files)):
+        for index, (data, why) in enumerate(_fetch(root, files)):
             columns[column].append(data)
-            if why and errors[at] is None:
-                errors[at] = f"{column} {files[at]}: {why}"
+            if why and errors[index] is None:
+                errors[index] = f"{column} {files[index]}: {why}"
     columns[ERROR] = errors
     fields = [field for field in schema.PAIRS if field.name in columns]
     return pa.table(columns, schema=pa.schema(fields))
@@ -138,18 +143,18 @@ def check_pictures(rows: pa.Table, root: str) -> pa.Table:
     faults: list[tuple[str | None, str | None]] = [(None, None)] * len(rows)
     for column, named in FILES.items():
         files = rows[named].to_pylist()
-        for at, (data, why) in enumerate(_fetch(root, files)):
+        for index, (data, why) in enumerate(_fetch(root, files)):
             reason = why if data is None else _fault(data, column)
-            if reason and faults[at][0] is None:
-                faults[at] = (files[at], reason)
+            if reason and faults[index][0] is None:
+                faults[index] = (files[index], reason)
     columns = [rows[PAIR_ID], [file for file, _ in faults], [reason for _, reason in faults]]
     return pa.table(dict(zip(_FAULTS.names, columns, strict=True)), schema=_FAULTS)
 
 
-def plan(found: cvusa.Layout, rows: Iterable[cvusa.Row]) -> tuple[pa.Table, list[cvusa.Reject]]:
+def plan(layout: cvusa.Layout, rows: Iterable[cvusa.Row]) -> tuple[pa.Table, list[cvusa.Reject]]:
     """The rows whose files are there, as PLAN, and the others; opens no picture."""
-    listing = cvusa.Listing(found.root)
-    positions = cvusa.read_positions(found.locations) if found.locations else []
+    listing = cvusa.Listing(layout.root)
+    positions = cvusa.read_positions(layout.locations) if layout.locations else []
     columns: dict[str, list] = {name: [] for name in PLAN.names}
     rejects: list[cvusa.Reject] = []
     for row in rows:
@@ -158,28 +163,28 @@ def plan(found: cvusa.Layout, rows: Iterable[cvusa.Row]) -> tuple[pa.Table, list
             rejects.append(files)
             continue
         number = int(row.pair_id or 0)
-        at = positions[number - 1] if 0 < number <= len(positions) else None
-        values = (row.pair_id, *files, *(at or (None, None)))
+        position = positions[number - 1] if 0 < number <= len(positions) else None
+        values = (row.pair_id, *files, *(position or (None, None)))
         for name, value in zip(PLAN.names, values, strict=True):
             columns[name].append(value)
     return pa.table(columns, schema=PLAN), rejects
 
 
-def _ready(config: Ingest, found: cvusa.Layout, cache: str) -> None:
-    """Leave checked rows in the cache, or take those of an earlier run where they fit."""
-    if config.split not in found.tables:
+def _check_split(config: Ingest, layout: cvusa.Layout, cache: str) -> dict[str, int]:
+    """Leave checked rows in the cache, or take those of an earlier run; return their counts."""
+    if config.split not in layout.tables:
         raise ValueError(
-            f"{found.root}: expected {config.split}-19zl.csv beside {list(found.tables.values())}, "
-            "got none. Add the file, or take another split."
+            f"{layout.root}: expected {config.split}-19zl.csv beside "
+            f"{list(layout.tables.values())}, got none. Add the file, or take another split."
         )
-    fingerprint = _fingerprint(config, found)
+    fingerprint = _hash_inputs(config, layout)
     state = storage.join(cache, "ingest.json")
     counts = storage.read_json(state) if storage.exists(state) else {}
     fits = not config.recheck and counts.get("fingerprint") == fingerprint
     # Where too many rows failed, the files may have been mended since: look again.
     if not fits or _share(counts) > config.max_rejected:
-        rows = cvusa.read_rows(found.tables[config.split])
-        cvusa.check_apart(found, config.split, rows)
+        rows = cvusa.read_rows(layout.tables[config.split])
+        cvusa.check_disjoint(layout, config.split, rows)
         try:
             storage.write_json(state, {})  # so that nothing half-written is taken for whole
         except OSError as error:
@@ -187,24 +192,25 @@ def _ready(config: Ingest, found: cvusa.Layout, cache: str) -> None:
                 f"{state}: expected a place to keep the checked rows, got {error}. Where the data "
                 "set is read-only, pass a directory with this job's flag that ends in .cache."
             ) from error
-        counts = _verify(found, rows[: config.limit or None], cache, f"check {config.split}")
+        counts = _verify(layout, rows[: config.limit or None], cache, f"check {config.split}")
         storage.write_json(state, {"fingerprint": fingerprint, **counts})  # vouches for the others
-    _judge(config, found.tables[config.split], cache, counts)
+    _check_rejected(config, layout.tables[config.split], cache, counts)
+    return counts
 
 
-def _fingerprint(config: Ingest, found: cvusa.Layout) -> str:
-    """Hash of all that the cached rows depend on, but for the pictures themselves."""
+def _hash_inputs(config: Ingest, layout: cvusa.Layout) -> str:
+    """Hash all that the cached rows depend on, but for the pictures themselves."""
     settings = [schema.VERSION, images.MAX_PIXELS, MAX_BYTES, config.split, config.limit]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for table in (*found.tables.values(), found.locations):
+    for table in (*layout.tables.values(), layout.locations):
         digest.update(hashlib.sha256(storage.read_bytes(table) if table else b"").digest())
     return digest.hexdigest()
 
 
-def _verify(found: cvusa.Layout, rows: list[cvusa.Row], cache: str, label: str) -> dict[str, int]:
-    """Check all pictures and write pairs.parquet and rejected.jsonl; gives the counts."""
-    pairs, rejects = plan(found, rows)
-    rejects += _check(pairs, found.root, label)
+def _verify(layout: cvusa.Layout, rows: list[cvusa.Row], cache: str, label: str) -> dict[str, int]:
+    """Check all pictures and write pairs.parquet and rejected.jsonl; return the counts."""
+    pairs, rejects = plan(layout, rows)
+    rejects += _check(pairs, layout.root, label)
     bad = {reject[PAIR_ID] for reject in rejects}
     good = pa.array([pair_id not in bad for pair_id in pairs[PAIR_ID].to_pylist()], pa.bool_())
     pairs = pairs.filter(good)
@@ -225,8 +231,8 @@ def _check(pairs: pa.Table, root: str, label: str) -> list[cvusa.Reject]:
     before, context.checkpoint_config = context.checkpoint_config, None  # for the caller's stream
     rejects, done = [], 0
     try:
-        parts = [pairs.slice(at, _PART) for at in range(0, len(pairs), _PART)]
-        rows = ray.data.from_arrow(parts).repartition(target_num_rows_per_block=_CHECKED)
+        slices = [pairs.slice(start, _PART) for start in range(0, len(pairs), _PART)]
+        rows = ray.data.from_arrow(slices).repartition(target_num_rows_per_block=_CHECKED)
         check = partial(check_pictures, root=root)
         verdicts = rows.map_batches(check, batch_size=None, batch_format="pyarrow")
         with progress.watch(label, len(pairs), lambda: done):
@@ -239,14 +245,14 @@ def _check(pairs: pa.Table, root: str, label: str) -> list[cvusa.Reject]:
     return rejects
 
 
-def _judge(config: Ingest, table: str, cache: str, counts: dict[str, int]) -> None:
+def _check_rejected(config: Ingest, table: str, cache: str, counts: dict[str, int]) -> None:
     """Raise ValueError where too many rows, or all, are unusable."""
     if not counts["rejected"]:
         return
-    some = "; ".join(f"{row['file']}: {row['reason']}" for row in rejected(config)[:3])
+    examples = "; ".join(f"{row['file']}: {row['reason']}" for row in _read_rejected(cache)[:3])
     text = (
         f"{table}: expected at most {config.max_rejected:.1%} unusable rows, got "
-        f"{_share(counts):.1%} ({counts['rejected']}), such as {some}. "
+        f"{_share(counts):.1%} ({counts['rejected']}), such as {examples}. "
         f"All are in {storage.join(cache, REJECTED)}."
     )
     if _share(counts) > config.max_rejected or not counts["accepted"]:
@@ -257,18 +263,23 @@ def _judge(config: Ingest, table: str, cache: str, counts: dict[str, int]) -> No
     _log.warning(text)
 
 
+def _read_rejected(cache: str) -> list[cvusa.Reject]:
+    text = storage.read_text(storage.join(cache, REJECTED))
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def _share(counts: dict[str, int]) -> float:
     return counts["rejected"] / max(1, counts["accepted"] + counts["rejected"])
 
 
-def _cache(config: Ingest, found: cvusa.Layout) -> str:
+def _cache(config: Ingest, layout: cvusa.Layout) -> str:
     """The cache's directory for this split (and limit) of this data set."""
     part = f"{config.split}-{config.limit}" if config.limit else config.split
     if not config.cache:
-        return storage.join(found.root, ".cvmatch", part)
+        return storage.join(layout.root, ".cvmatch", part)
     # Two data sets may share a cache: the same id is another picture in each.
-    own = hashlib.sha256(found.root.encode()).hexdigest()[:8]
-    return storage.join(storage.absolute(config.cache), own, part)
+    digest = hashlib.sha256(layout.root.encode()).hexdigest()[:8]
+    return storage.join(storage.absolute(config.cache), digest, part)
 
 
 def _fetch(root: str, files: list[str | None]) -> list[Content]:

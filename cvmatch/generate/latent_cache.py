@@ -6,7 +6,6 @@ tile and CLIP's states of the panorama, in half precision: rounding of 5e-4, aga
 training adds. A row that failed has its reason in `error` alone. `encoded` reads the others.
 """
 
-import dataclasses
 import functools
 import logging
 from typing import Any
@@ -18,7 +17,7 @@ from ray.data import Dataset
 from torch import Tensor
 
 from cvmatch.data import geometry, images, manifest, schema, storage
-from cvmatch.data.pairs import accepted, fingerprint, ingest, read_pictures
+from cvmatch.data.pairs import PairDataset, read_pictures
 from cvmatch.generate import augment, pretrained
 from cvmatch.generate.batches import Sizes, decode_batch
 from cvmatch.generate.encoders import Frozen
@@ -103,30 +102,31 @@ def _decoded(batch: Batch, sizes: Sizes) -> tuple[Batch, list[str | None]]:
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}, errors
 
 
-def encode(config: Encode) -> str:
+def encode(config: Encode, pairs: PairDataset | None = None) -> str:
     """Write the encoded rows, or find them there; returns their directory.
 
-    A pass that was killed goes on where it stopped. Rows that failed are named in rejected.jsonl.
+    `pairs`: those of `config.data`, where they are open. A pass that was killed goes on where it
+    stopped. Rows that failed are named in rejected.jsonl.
 
     Raises:
         ValueError: a base model or the data is not there, or see `write_stream`.
     """
-    stream = _stream(config)
+    stream = _stream(config, pairs or PairDataset.open(config.data))
     write_stream(stream)
     _tell_failed(stream.output)
     return stream.output
 
 
-def _stream(config: Encode) -> Stream:
-    depends = input_provenance(config)
+def _stream(config: Encode, pairs: PairDataset) -> Stream:
+    depends = input_provenance(config, pairs)
     name = f"{config.data.split}-{manifest.digest(depends)[:12]}"
     models = {"encoders": depends["encoders"]}
     return Stream(
         label=f"encode {config.data.split}",
         output=storage.join(storage.absolute(config.output), name),
         provenance=depends,
-        rows=functools.partial(_rows, config),
-        total=functools.partial(accepted, config.data),
+        rows=functools.partial(_rows, config, pairs),
+        total=lambda: pairs.count,
         columns=ROWS,
         pools={"encode-pool": config.pool},
         operators={"read": read_pictures.__name__, "encode": EncodePairs.__name__},
@@ -135,13 +135,10 @@ def _stream(config: Encode) -> Stream:
     )
 
 
-def _rows(config: Encode) -> Dataset:
+def _rows(config: Encode, pairs: PairDataset) -> Dataset:
     looks = config.conditioning
     sizes = pretrained.sizes(config.diffusion, config.clip, looks.panorama_width, config.revision)
-    rows = ingest(
-        dataclasses.replace(config.data, recheck=False)
-    )  # as `input_provenance` checked them
-    return pools.map_actors(rows, EncodePairs, config.pool, config=config, sizes=sizes)
+    return pools.map_actors(pairs.rows(), EncodePairs, config.pool, config=config, sizes=sizes)
 
 
 def _tell_failed(output: str) -> None:
@@ -157,7 +154,7 @@ def _tell_failed(output: str) -> None:
         )
 
 
-def input_provenance(config: Encode) -> dict[str, Any]:
+def input_provenance(config: Encode, pairs: PairDataset) -> dict[str, Any]:
     """What the rows depend on.
 
     Raises:
@@ -177,5 +174,5 @@ def input_provenance(config: Encode) -> dict[str, Any]:
         "tile": sizes.tile,
         "variants": [config.turns, config.mirror],
         "decoder": images.PREPROCESS,
-        "pictures": fingerprint(config.data),
+        "pictures": pairs.fingerprint,
     }

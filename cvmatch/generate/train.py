@@ -9,8 +9,7 @@ from ray.train import Result
 from safetensors.torch import load_file
 
 from cvmatch.data import manifest, storage
-from cvmatch.data.pairs import fingerprint, ingest
-from cvmatch.data.settings import Ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.generate import pretrained
 from cvmatch.generate.batches import Sizes, decode
 from cvmatch.generate.bev_task import FILE, RaysTask
@@ -37,9 +36,11 @@ def train(config: TrainGenerator) -> Result:
         config.diffusion, config.clip, config.conditioning.panorama_width, config.revision
     )
     with tracking.start("generate", config) as run:
-        data = training_rows(config, config.data, sizes, config.turns, config.mirror)
-        val = config.val and training_rows(config, config.val, sizes, turns=False, mirror=False)
-        rows_of = _rows_of(config)
+        pairs = PairDataset.open(config.data)
+        held_out = config.val and PairDataset.open(config.val)
+        data = training_rows(config, pairs, sizes, config.turns, config.mirror)
+        val = held_out and training_rows(config, held_out, sizes, turns=False, mirror=False)
+        rows_of = manifest.digest([one.fingerprint for one in (pairs, held_out) if one])
         rays = ""
         if config.pretrain_rays and config.conditioning.geometry:
             rays = _pretrain(config, data, val, sizes, rows_of)
@@ -61,14 +62,14 @@ def build_task(config: TrainGenerator, rays: str = "") -> GeneratorTask:
 
 
 def training_rows(
-    config: TrainGenerator, data: Ingest, sizes: Sizes, turns: bool, mirror: bool
+    config: TrainGenerator, pairs: PairDataset, sizes: Sizes, turns: bool, mirror: bool
 ) -> Dataset:
     """Pairs as the tensors of `GeneratorTask`."""
     if config.encode == "live":
-        return launch.cached(decode(ingest(data), sizes), config.fit)
+        return launch.cached(decode(pairs.rows(), sizes), config.fit)
     directory = encode(
         Encode(
-            data=data,
+            data=pairs.config,
             diffusion=config.diffusion,
             revision=config.revision,
             clip=config.clip,
@@ -77,15 +78,10 @@ def training_rows(
             mirror=mirror,
             output=config.encoded,
             pool=config.encode_pool,
-        )
+        ),
+        pairs,
     )
     return launch.cached(encoded(directory), config.fit)
-
-
-def _rows_of(config: TrainGenerator) -> str:
-    """Hash of the data, whose pictures were checked just now, and need no `recheck` again."""
-    both = [one for one in (config.data, config.val) if one]
-    return manifest.digest([fingerprint(dataclasses.replace(one, recheck=False)) for one in both])
 
 
 def _pretrain(

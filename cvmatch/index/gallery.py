@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from cvmatch.data import manifest, pairs, schema, storage, tables
-from cvmatch.data.settings import Ingest
+from cvmatch.data import manifest, schema, storage, tables
+from cvmatch.data.pairs import PairDataset, read_pictures
 from cvmatch.index import remote
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.index.writer import Run
@@ -31,10 +31,10 @@ def dataset(gallery: GalleryConfig) -> ray.data.Dataset:
     """The rows of the tiles, with their pictures.
 
     Raises:
-        ValueError: there are none, or they lack a column; or see `ingest`.
+        ValueError: there are none, or they lack a column; or see `PairDataset.open`.
     """
     if not gallery.rows:
-        first, *rest = [pairs.ingest(one, [schema.AERIAL]) for one in _ingests(gallery)]
+        first, *rest = [one.rows([schema.AERIAL]) for one in _open_pairs(gallery)]
         return first.union(*rest) if rest else first
     filesystem, path = storage.resolve(gallery.rows)
     have = tables.columns(gallery.rows)
@@ -67,7 +67,7 @@ def embed(gallery: GalleryConfig, model: str, made_from: dict[str, Any]) -> tupl
         total=lambda: _count(gallery),
         columns=_PARTS,
         pools={"pool": gallery.pool},
-        operators={"read": pairs.read_pictures.__name__, "embed": EmbedTile.__name__},
+        operators={"read": read_pictures.__name__, "embed": EmbedTile.__name__},
         max_rejected=gallery.max_rejected,
     )
     write_stream(stream)
@@ -78,19 +78,19 @@ def source(gallery: GalleryConfig) -> str:
     """Fingerprint of the tiles: names and sizes of their files."""
     if gallery.rows:
         return manifest.digest(tables.sizes(gallery.rows))
-    return manifest.digest([pairs.fingerprint(one) for one in _ingests(gallery)])
+    return manifest.digest([one.fingerprint for one in _open_pairs(gallery)])
 
 
 def _count(gallery: GalleryConfig) -> int:
     """Tiles; call it after `dataset`."""
     if gallery.rows:
         return sum(tables.rows(gallery.rows))
-    return sum(pairs.accepted(one) for one in _ingests(gallery))
+    return sum(one.count for one in _open_pairs(gallery))
 
 
-def _ingests(gallery: GalleryConfig) -> list[Ingest]:
+def _open_pairs(gallery: GalleryConfig) -> list[PairDataset]:
     splits = gallery.splits or (gallery.tiles.split,)
-    return [replace(gallery.tiles, split=split) for split in splits]
+    return [PairDataset.open(replace(gallery.tiles, split=split)) for split in splits]
 
 
 def work_of(output: str, made_from: dict[str, Any]) -> str:

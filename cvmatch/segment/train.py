@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from ray.train import Result
 from torch import Tensor, nn
 
 from cvmatch.data import images, manifest, schema, storage
-from cvmatch.data.pairs import fingerprint, ingest
-from cvmatch.data.settings import Ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.nn import hub, metrics, rng
 from cvmatch.runtime import tracking
 from cvmatch.runtime.output_directory import read_provenance
@@ -97,8 +95,9 @@ def train(config: TrainSegmenter) -> Result:
     """
     launch.preflight(config.fit)
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
-    held_out = config.held_out
-    rows = training_rows(config, preprocess)
+    pairs = PairDataset.open(config.data)
+    held_out = config.held_out and PairDataset.open(config.held_out)
+    rows = training_rows(config, pairs, preprocess)
     val = held_out and labelled(held_out, preprocess, config.fit)
     weights = None
     if config.class_weights:
@@ -108,29 +107,29 @@ def train(config: TrainSegmenter) -> Result:
         _build, config, hub.absolute_or_hub_id(config.base), preprocess, weights
     )
     with tracking.start("segment", config) as run:
-        rows_of = _rows_of(config, held_out)
+        rows_of = _input_fingerprint(config, [pairs, *([held_out] if held_out else [])])
         result = launch.fit(build, rows, val, config.fit, run, made_from=rows_of)
         launch.publish(result, config.output)
         run.image("masks", sheet(Segmenter.load(config.output), (val or rows).take(SHOWN)))
     return result
 
 
-def labelled(data: Ingest, preprocess: Preprocess, fit: Fit) -> Dataset:
+def labelled(pairs: PairDataset, preprocess: Preprocess, fit: Fit) -> Dataset:
     """Decoded rows with a class map: `tile`, `mask` and `key`.
 
     Raises:
         ValueError: there is none.
     """
-    decoded = launch.cached(_mapped(ingest(data), decode, preprocess=preprocess), fit)
+    decoded = launch.cached(_mapped(pairs.rows(), decode, preprocess=preprocess), fit)
     if not decoded.take(1):
         raise ValueError(
-            f"{data.root} ({data.split}): expected rows with a class map, got none. The segmenter "
-            "learns from segmap/*.png; official CVUSA has none, the published subset has."
+            f"{pairs.config.root} ({pairs.config.split}): expected rows with a class map, got none. "
+            "The segmenter learns from segmap/*.png; official CVUSA has none, the published subset has."
         )
     return decoded
 
 
-def training_rows(config: TrainSegmenter, preprocess: Preprocess) -> Dataset:
+def training_rows(config: TrainSegmenter, pairs: PairDataset, preprocess: Preprocess) -> Dataset:
     """Labelled rows of `config.data`, and between them those of `config.synthesized`.
 
     Raises:
@@ -138,7 +137,7 @@ def training_rows(config: TrainSegmenter, preprocess: Preprocess) -> Dataset:
         ValueError: it is of another split, or no row of `config.data` has a class map.
     """
     if not config.synthesized:
-        return labelled(config.data, preprocess, config.fit)
+        return labelled(pairs, preprocess, config.fit)
     made = manifest.read(config.synthesized)["config"]
     split = made.get("data", {}).get("split")
     if split != config.data.split:
@@ -152,7 +151,7 @@ def training_rows(config: TrainSegmenter, preprocess: Preprocess) -> Dataset:
     share = config.synthesized_share
     options = {"preprocess": preprocess, "share": share, "seed": config.fit.seed}
     drawn = _mapped(drawn, decode_synthesized, **options)
-    true = labelled(config.data, preprocess, config.fit)
+    true = labelled(pairs, preprocess, config.fit)
     # mix and not union, which would put them all at the end of an epoch.
     return launch.cached(true.mix(drawn, weights=[1.0, share]), config.fit)
 
@@ -227,11 +226,10 @@ def _mapped(rows: Dataset, step: Callable, **arguments: Any) -> Dataset:
     return rows.map_batches(step, fn_kwargs=arguments, batch_format="numpy", batch_size=None)
 
 
-def _rows_of(config: TrainSegmenter, held_out: Ingest | None) -> str:
-    """Hash of the data, and of what the synthetic aerials were made from."""
-    # With recheck: their pictures were decoded just now.
-    data = [fingerprint(replace(one, recheck=False)) for one in (config.data, held_out) if one]
-    return manifest.digest([data, config.synthesized and read_provenance(config.synthesized)])
+def _input_fingerprint(config: TrainSegmenter, pairs: list[PairDataset]) -> str:
+    """Hash the data, and what the synthetic aerials were made from."""
+    synthesized = config.synthesized and read_provenance(config.synthesized)
+    return manifest.digest([[one.fingerprint for one in pairs], synthesized])
 
 
 def _build(

@@ -5,14 +5,14 @@ until its row is written. A row that failed stays in the output with its reason 
 """
 
 import logging
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 from ray.data import Dataset
 
 from cvmatch.data import images, manifest, schema, storage
-from cvmatch.data.pairs import accepted, fingerprint, ingest, read_pictures
+from cvmatch.data.pairs import PairDataset, read_pictures
 from cvmatch.generate.infer import GenerateAerial, generate
 from cvmatch.generate.settings import SAMPLER_VERSION, Sampling
 from cvmatch.runtime import tracking
@@ -38,7 +38,7 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
     An output that is whole already is left as it is.
 
     Raises:
-        ValueError: the data cannot be used (`ingest`), or see `write_stream`.
+        ValueError: the data cannot be used (`PairDataset.open`), or see `write_stream`.
     """
     stream = _stream(config)
     if OutputDirectory(stream.output).begin_or_resume(dict(stream.provenance)):
@@ -51,6 +51,7 @@ def synthesize(config: Synthesize) -> dict[str, Any]:
 
 
 def _stream(config: Synthesize) -> Stream:
+    pairs = PairDataset.open(config.data)
     models = {
         "generator": manifest.fingerprint(config.generate.model),
         "segmenter": manifest.fingerprint(config.segment.model),
@@ -58,9 +59,9 @@ def _stream(config: Synthesize) -> Stream:
     return Stream(
         label="synthesize",
         output=storage.absolute(config.output).rstrip("/"),
-        provenance=_provenance(config, models),
-        rows=partial(_rows, config),
-        total=partial(accepted, config.data),
+        provenance=_provenance(config, pairs, models),
+        rows=partial(_rows, config, pairs),
+        total=lambda: pairs.count,
         columns=schema.SYNTHESIZED,
         pools={"generate.pool": config.generate.pool, "segment.pool": config.segment.pool},
         operators=OPERATORS,
@@ -69,9 +70,8 @@ def _stream(config: Synthesize) -> Stream:
     )
 
 
-def _rows(config: Synthesize) -> Dataset:
-    rows = ingest(replace(config.data, recheck=False))  # the fingerprint was of checked pictures
-    return segment(generate(rows, config.generate), config.segment)
+def _rows(config: Synthesize, pairs: PairDataset) -> Dataset:
+    return segment(generate(pairs.rows(), config.generate), config.segment)
 
 
 def _tell(run: tracking.Run, done: StreamResult) -> None:
@@ -82,12 +82,12 @@ def _tell(run: tracking.Run, done: StreamResult) -> None:
     run.tag("slowest", done.throughput.slowest)
 
 
-def _provenance(config: Synthesize, models: dict[str, str]) -> dict[str, Any]:
+def _provenance(config: Synthesize, pairs: PairDataset, models: dict[str, str]) -> dict[str, Any]:
     """What the rows depend on; the number of actors and the place of the output do not count."""
     drawn, maps = config.generate, config.segment
     return {
         "models": models,
-        "data": fingerprint(config.data),
+        "data": pairs.fingerprint,
         "decoder": images.PREPROCESS,
         "sampling": {part.name: getattr(drawn, part.name) for part in fields(Sampling)},
         "sampler": SAMPLER_VERSION,

@@ -134,12 +134,12 @@ def test_read_rows_binary_file_is_refused_by_name(tmp_path):
         cvusa.read_rows(str(tmp_path / "train-19zl.csv"))
 
 
-def test_check_apart_id_in_two_splits_names_it_and_both_files(tmp_path):
+def test_check_disjoint_id_in_two_splits_names_it_and_both_files(tmp_path):
     write_tables(tmp_path, [subset_line(1), subset_line(2)], [subset_line(2), subset_line(3)])
     found = cvusa.find(str(tmp_path))
     rows = cvusa.read_rows(found.tables["val"])
     with pytest.raises(ValueError, match=r"val-19zl\.csv and .*train-19zl\.csv.*1: 0000002"):
-        cvusa.check_apart(found, "val", rows)
+        cvusa.check_disjoint(found, "val", rows)
 
 
 @pytest.mark.parametrize(

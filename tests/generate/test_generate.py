@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVi
 from transformers.models.clip import CLIPConfig, CLIPTextConfig
 
 from cvmatch.data import geometry, images, schema
-from cvmatch.data.pairs import ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.generate import finetune, infer, losses, low_freq_guidance, pretrained
 from cvmatch.generate.augment import varied
@@ -1145,7 +1145,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     assert all(np.isfinite(found[name]) and found[name] > 0 for name in [*names, "val/lpips"])
     assert 0 <= found["val/recall_at_10_percent"] <= 1
     assert os.path.exists(os.path.join(result.checkpoint.path, "samples.png"))
-    rows = ingest(held_out)
+    rows = PairDataset.open(held_out).rows()
     drawn = infer.generate(
         rows, Generate(model=config.output, steps=2, pool=Pool(batch=8))
     ).take_all()
@@ -1183,7 +1183,7 @@ def test_encode_keeps_what_live_training_would_compute(toy: str, world_root: str
     directory = encode(asked)
     sizes = pretrained.sizes(asked.diffusion, asked.clip, TOY.panorama_width)
     stored = {row["key"]: row for row in encoded(directory).take_all()}
-    live = {row["key"]: row for row in decode(ingest(data), sizes).take_all()}
+    live = {row["key"]: row for row in decode(PairDataset.open(data).rows(), sizes).take_all()}
     assert stored.keys() == live.keys()
     model = _base(toy)
     for key, row in live.items():

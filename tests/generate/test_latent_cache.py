@@ -13,7 +13,7 @@ from pyarrow import parquet
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from cvmatch.data import images, schema
-from cvmatch.data.pairs import ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.generate import bev, pretrained
 from cvmatch.generate.augment import varied
@@ -162,7 +162,7 @@ def test_encode_names_rows_that_fail_and_gives_training_the_others(
     root = tmp_path / "world"
     shutil.copytree(world_root, root)
     data = Ingest(root=str(root), limit=8, block=2, max_rejected=0.3)
-    ids = [row[schema.PAIR_ID] for row in ingest(data).take_all()]
+    ids = [row[schema.PAIR_ID] for row in PairDataset.open(data).rows().take_all()]
     for name in ids[2:4]:  # a whole block
         (root / "streetview" / f"{name}.jpg").unlink()
     asked = replace(settings(base, data, str(tmp_path / "encoded")), pool=Pool(batch=2))
@@ -198,10 +198,11 @@ def test_encodings_with_other_settings_of_a_base_model_are_others(
     base, world_root, tmp_path, file, setting, value
 ):
     data = Ingest(root=world_root, split="val")
-    before = input_provenance(settings(base, data))
+    pairs = PairDataset.open(data)
+    before = input_provenance(settings(base, data), pairs)
     other = tmp_path / "other"
     shutil.copytree(base, other)
-    assert input_provenance(settings(other, data)) == before  # the same models elsewhere
+    assert input_provenance(settings(other, data), pairs) == before  # the same models elsewhere
     config = json.loads((other / file).read_text())
     (other / file).write_text(json.dumps(config | {setting: value}))
-    assert input_provenance(settings(other, data)) != before
+    assert input_provenance(settings(other, data), pairs) != before

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cvmatch.data import schema, storage, tables
-from cvmatch.data.pairs import FILES, ingest
+from cvmatch.data.pairs import FILES, PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.generate.infer import GenerateAerial
@@ -81,7 +81,7 @@ class Pairs:
         root = folder / "world"
         shutil.copytree(world_root, root, ignore=shutil.ignore_patterns(".cvmatch"))
         self.data = Ingest(root=str(root), block=2, limit=ROWS, max_rejected=1.0)
-        ingest(self.data)
+        PairDataset.open(self.data)
         self.plan = root / ".cvmatch" / f"train-{ROWS}" / "pairs.parquet"
 
     def rows(self) -> list[Row]:

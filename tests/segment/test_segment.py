@@ -18,6 +18,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from cvmatch import config as configs
 from cvmatch.data import images, manifest, schema
 from cvmatch.data.images import BadImage
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.schema import IGNORE, PALETTE
 from cvmatch.data.settings import Ingest
 from cvmatch.nn import metrics, rng
@@ -708,7 +709,7 @@ def test_training_rows_come_once_and_synthetic_ones_between_the_true(tmp_path: o
     root = os.path.join(tmp_path, "pairs")
     make_pairs(root, maps=True, count=25)
     config = TrainSegmenter(data=Ingest(root=root, block=8), synthesized=output)
-    rows = training_rows(config, Preprocess(size=SIZE))
+    rows = training_rows(config, PairDataset.open(config.data), Preprocess(size=SIZE))
     assert rows.count() == 48
     drawn = [bool((row["tile"] == 128).all()) for row in rows.take_all()]
     assert sum(drawn) == 24
@@ -720,7 +721,7 @@ def test_training_rows_of_another_split_are_refused(tmp_path: os.PathLike):
     write_synthesized(output, 2, "val")
     config = TrainSegmenter(synthesized=output)
     with pytest.raises(ValueError, match=r"expected rows of the split 'train'.*got 'val'"):
-        training_rows(config, Preprocess(size=SIZE))
+        training_rows(config, PairDataset.open(config.data), Preprocess(size=SIZE))
 
 
 @pytest.mark.ray
@@ -729,7 +730,7 @@ def test_labelled_no_class_map_says_so(tmp_path: os.PathLike):
     root = os.path.join(tmp_path, "pairs")
     make_pairs(root, maps=False)
     with pytest.raises(ValueError, match="expected rows with a class map, got none"):
-        labelled(Ingest(root=root), Preprocess(size=SIZE), Fit())
+        labelled(PairDataset.open(Ingest(root=root)), Preprocess(size=SIZE), Fit())
 
 
 @pytest.mark.ray

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from ray._private import state as ray_state
 
 from cvmatch.data import images, schema, tables
-from cvmatch.data.pairs import ingest
+from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
 from cvmatch.generate.model import Generator
@@ -156,7 +156,7 @@ def copied(config, world_root, tmp_path):
         output=str(tmp_path / "rows"),
         max_rejected=0.1,
     )
-    ids = sorted(row[schema.PAIR_ID] for row in ingest(found.data).take_all())
+    ids = sorted(row[schema.PAIR_ID] for row in PairDataset.open(found.data).rows().take_all())
     return found, ids
 
 
