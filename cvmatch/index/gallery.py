@@ -85,12 +85,13 @@ def _count(gallery: GalleryConfig) -> int:
     """Tiles; call it after `dataset`."""
     if gallery.rows:
         return sum(tables.rows(gallery.rows))
-    return sum(one.count for one in _open_pairs(gallery))
+    return sum(one.count for one in _open_pairs(gallery, rechecked=True))
 
 
-def _open_pairs(gallery: GalleryConfig) -> list[PairDataset]:
+def _open_pairs(gallery: GalleryConfig, rechecked: bool = False) -> list[PairDataset]:
     splits = gallery.splits or (gallery.tiles.split,)
-    return [PairDataset.open(replace(gallery.tiles, split=split)) for split in splits]
+    tiles = replace(gallery.tiles, recheck=gallery.tiles.recheck and not rechecked)
+    return [PairDataset.open(replace(tiles, split=split)) for split in splits]
 
 
 def work_of(output: str, made_from: dict[str, Any]) -> str:

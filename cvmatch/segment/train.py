@@ -122,9 +122,10 @@ def labelled(pairs: PairDataset, preprocess: Preprocess, fit: Fit) -> Dataset:
     """
     decoded = launch.cached(_mapped(pairs.rows(), decode, preprocess=preprocess), fit)
     if not decoded.take(1):
+        data = pairs.config
         raise ValueError(
-            f"{pairs.config.root} ({pairs.config.split}): expected rows with a class map, got none. "
-            "The segmenter learns from segmap/*.png; official CVUSA has none, the published subset has."
+            f"{data.root} ({data.split}): expected rows with a class map, got none. The segmenter "
+            "learns from segmap/*.png; official CVUSA has none, the published subset has."
         )
     return decoded
 
