@@ -61,7 +61,7 @@ def settings(root: str, pairs: int, epochs: int, seed: int, at: str) -> TrainSeg
         size=128,
         lr=1e-3,
         lr_head=3e-3,
-        dice=0.5,
+        dice_weight=0.5,
         output=f"{at}/segmenter",
         fit=Fit(epochs=epochs, batch=6, seed=seed, storage=f"{at}/runs", cache=True),
     )

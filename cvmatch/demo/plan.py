@@ -78,7 +78,7 @@ def settings(config: Demo) -> Settings:
             size=128,
             lr=1e-3,
             lr_head=3e-3,
-            dice=0.5,
+            dice_weight=0.5,
             output=f"{at}/models/segmenter",
             fit=fit("segmenter", 2, 8),
         ),

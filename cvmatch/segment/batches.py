@@ -1,6 +1,6 @@
 """Encoded rows -> the tensors that training and inference read, by one `Preprocess`.
 
-It imports no model: a task that decodes should not wait for transformers (9 s of a core, measured).
+It imports no model: a task that decodes should not wait for transformers (9 s of a core).
 """
 
 from dataclasses import dataclass
@@ -50,18 +50,18 @@ class Preprocess:
 
     @classmethod
     def read(cls, location: str) -> "Preprocess":
-        """The preprocessing of a model directory. Raises FileNotFoundError if it has none."""
+        """Read the preprocessing of a model directory. Raises FileNotFoundError if it has none."""
         values: dict[str, Any] = storage.read_json(storage.join(location, FILE))
         for name in ("mean", "std"):
             values[name] = tuple(values[name])  # lists in JSON
         return cls(**values)
 
     def tile(self, data: bytes) -> UInt8[np.ndarray, "3 size size"]:
-        """Pixels of an encoded picture at the network's size. Raises images.BadImage."""
+        """Decode a picture at the network's size. Raises images.BadImage."""
         return images.decode(data, (self.size, self.size)).transpose(2, 0, 1)
 
     def mask(self, data: bytes) -> UInt8[np.ndarray, "size size"]:
-        """Class ids of an encoded palette picture, nearest pixel, IGNORE where no class fits.
+        """Decode a palette picture to class ids, nearest pixel, IGNORE where no class fits.
 
         Raises:
             images.BadImage: not a picture, or grey: then it is no palette picture.
@@ -69,7 +69,7 @@ class Preprocess:
         return images.decode_palette(data, (self.size, self.size), self.num_classes)
 
     def normalise(self, tiles: Num[Tensor, "n 3 size size"]) -> Float[Tensor, "n 3 size size"]:
-        """Values in [0, 255] to the network's input.
+        """Normalise values in [0, 255] to the network's input.
 
         Raises:
             ValueError: the tiles have another size than the model was trained with.
@@ -85,7 +85,7 @@ class Preprocess:
 
 
 def decode(batch: dict[str, np.ndarray], preprocess: Preprocess) -> dict[str, np.ndarray]:
-    """Encoded rows to tensors; rows without class map, or with an `error`, are left out.
+    """Decode rows to `aerial`, `aerial_mask`, `key`; skip those without map or with `error`.
 
     Raises:
         images.BadImage: a picture of another row cannot be decoded, though ingest has passed it.
@@ -105,8 +105,8 @@ def decode(batch: dict[str, np.ndarray], preprocess: Preprocess) -> dict[str, np
         keys.append(rng.row_key(str(name)))
     side = preprocess.size
     return {
-        "tile": np.array(tiles, dtype=np.uint8).reshape(-1, 3, side, side),
-        "mask": np.array(masks, dtype=np.uint8).reshape(-1, side, side),
+        "aerial": np.array(tiles, dtype=np.uint8).reshape(-1, 3, side, side),
+        "aerial_mask": np.array(masks, dtype=np.uint8).reshape(-1, side, side),
         "key": np.array(keys, dtype=np.int64),
     }
 
@@ -114,15 +114,17 @@ def decode(batch: dict[str, np.ndarray], preprocess: Preprocess) -> dict[str, np
 def decode_synthesized(
     batch: dict[str, np.ndarray], preprocess: Preprocess, share: float, seed: int
 ) -> dict[str, np.ndarray]:
-    """`decode` of a `share` of rows of SYNTHESIZED, with A in the place of C."""
-    return decode(synthesized(batch, share, seed), preprocess)
+    """Decode a `share` of rows of SYNTHESIZED, with A in the place of C."""
+    return decode(select_synthesized(batch, share, seed), preprocess)
 
 
-def synthesized(batch: dict[str, np.ndarray], share: float, seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows of SYNTHESIZED -> rows that `decode` reads, with A in the place of C.
+def select_synthesized(
+    batch: dict[str, np.ndarray], share: float, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Select a share of rows of SYNTHESIZED for `decode`, with A in the place of C.
 
-    A `share` of them, in [0, 1], which id and `seed` alone decide. Their ids are made to differ
-    from those of the true pictures, so that augmentation is drawn for each by itself.
+    `share` is in [0, 1]; id and `seed` alone decide which. Their ids differ from those of the true
+    pictures, so that augmentation is drawn for each by itself.
     """
     names = [str(name) for name in batch[schema.PAIR_ID]]
     keys = torch.tensor([rng.row_key(name) for name in names], dtype=torch.int64)

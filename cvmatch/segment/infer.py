@@ -21,79 +21,52 @@ Batch = dict[str, np.ndarray]
 class SegmentAerial:
     """`synthetic` (or `aerial`) picture -> `synthetic_classes`, a PNG of class ids (mode L).
 
-    The map has the segmenter's own size; with `tile`, a larger picture's map has the picture's. A
-    row with an `error` passes through, its map null; a picture that cannot be decoded, or on which
-    the network fails, becomes the `error` of its row.
+    The map has the segmenter's own size. A row with an `error` passes through, its map null; a
+    picture that cannot be decoded, or on which the network fails, becomes the `error` of its row.
+
+    Args:
+        model: Local directory of the segmenter.
+        source: Column of the pictures.
+        flip: Average the logits with those of the mirrored picture.
+        batch: Rows a call of the network, whatever the number of rows at hand (`FixedBatch`).
     """
 
     def __init__(
-        self,
-        model: str,
-        source: str = schema.SYNTHETIC,
-        flip: bool = False,
-        overlap: float | None = None,
-        batch: int = 16,
+        self, model: str, source: str = schema.SYNTHETIC, flip: bool = False, batch: int = 16
     ) -> None:
-        """`overlap` of the windows that larger pictures are read in; None: they are resized.
-
-        `batch`: rows a call of the network, whatever the number of rows at hand (`FixedBatch`).
-        """
         hardware.keep_freed_memory()
         self.segmenter = Segmenter.load(model, hardware.device())
-        self.source, self.flip, self.overlap = source, flip, overlap
-        self.label = FixedBatch(self._label, batch)
-        self.label_large = FixedBatch(self._label_large, 1)
+        self.source, self.flip = source, flip
+        self.predict = FixedBatch(self._predict, batch)
 
     def __call__(self, batch: Batch) -> Batch:
         """Segment the pictures of one batch of rows."""
         schema.require(batch, (schema.PAIR_ID, self.source, schema.ERROR), "segment")
         errors = schema.read_errors(batch[schema.ERROR])
-        size = self.segmenter.preprocess.size
-        tiles, found = {}, {}
-        for row, picture in self._pictures(batch[self.source], errors):
-            if picture.shape[1:] == (size, size):
-                tiles[row] = picture
-            else:  # at once: a batch of them may be gigabytes
-                found[row] = self.label_large([picture])[0]
-        found |= zip(tiles, self.label(list(tiles.values())), strict=True)
+        tiles = dict(self._decode(batch[self.source], errors))
         maps: list[bytes | None] = [None] * len(errors)
-        for row, ids in found.items():
+        for row, ids in zip(tiles, self.predict(list(tiles.values())), strict=True):
             if isinstance(ids, Exception):
                 errors[row] = f"segment: {error_line(ids)}"
             else:
                 maps[row] = images.encode(ids)
-        added = {schema.SYNTHETIC_CLASSES: _objects(maps), schema.ERROR: _objects(errors)}
-        return {**schema.with_nulls(batch), **added}
+        columns = {schema.SYNTHETIC_CLASSES: _objects(maps), schema.ERROR: _objects(errors)}
+        return {**schema.with_nulls(batch), **columns}
 
-    def _pictures(
+    def _decode(
         self, column: np.ndarray, errors: list[str | None]
-    ) -> Iterator[tuple[int, UInt8[np.ndarray, "3 h w"]]]:
-        """Row and pixels of each picture; puts in `errors` why a row has none."""
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "3 size size"]]]:
+        """Yield row and pixels of each picture; write to `errors` why a row has none."""
         for row, data in enumerate(column):
             if errors[row] is None:
                 try:
-                    yield row, self._pixels(data or b"")  # null: empty
+                    yield row, self.segmenter.preprocess.tile(data or b"")  # null: empty
                 except images.BadImage as error:
                     errors[row] = f"segment: {self.source}: {error}"
 
-    def _pixels(self, data: bytes) -> UInt8[np.ndarray, "3 h w"]:
-        """Pixels at the segmenter's size, or at the picture's own if it is to be cut in windows."""
-        preprocess = self.segmenter.preprocess
-        if self.overlap is not None:
-            own = images.decode(data).transpose(2, 0, 1)
-            if max(own.shape[1:]) > preprocess.size:
-                return own
-        return preprocess.tile(data)
-
-    def _label(self, tiles: list[np.ndarray]) -> list[np.ndarray]:
+    def _predict(self, tiles: list[np.ndarray]) -> list[np.ndarray]:
         pixels = torch.from_numpy(np.stack(tiles)).to(hardware.device())
         return list(self.segmenter.predict(pixels, flip=self.flip).cpu().numpy())
-
-    def _label_large(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
-        assert self.overlap is not None, "pictures are resized"
-        pixels = torch.tensor(pictures[0], device=hardware.device())
-        ids = self.segmenter.predict_large(pixels, overlap=self.overlap, flip=self.flip)
-        return [ids.cpu().numpy()]
 
 
 def segment(rows: Dataset, config: Segment) -> Dataset:
@@ -105,13 +78,12 @@ def segment(rows: Dataset, config: Segment) -> Dataset:
         model=hub.absolute_or_hub_id(config.model),
         source=config.source,
         flip=config.flip,
-        overlap=config.overlap if config.tile else None,
         batch=config.pool.batch,
     )
 
 
 def _objects(values: list[Any]) -> np.ndarray:
-    """An object array, which may hold None, of bytes that numpy would otherwise pad and strip."""
+    """Make an object array, which may hold None; numpy would pad and strip bytes otherwise."""
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array

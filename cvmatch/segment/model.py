@@ -5,7 +5,6 @@ beside the weights: a segmenter cannot be run at another size or normalisation t
 """
 
 import dataclasses
-import functools
 import os
 from typing import Any
 
@@ -16,7 +15,6 @@ from transformers import SegformerForSemanticSegmentation
 
 from cvmatch.data import schema, storage
 from cvmatch.nn import hub
-from cvmatch.segment import windows
 from cvmatch.segment.batches import FILE, Preprocess
 
 BASES = {
@@ -36,7 +34,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def from_base(cls, base: str, preprocess: Preprocess, flag: str = "--base") -> "Segmenter":
-        """A pretrained SegFormer, by short name (`BASES`), hub id or directory, to be fine-tuned.
+        """Load a pretrained SegFormer to fine-tune, by short name (`BASES`), hub id or directory.
 
         Its last layer is kept where its number of classes is right, and else made new.
 
@@ -57,7 +55,7 @@ class Segmenter(nn.Module):
 
     @classmethod
     def load(cls, location: str, device: torch.device | str = "cpu") -> "Segmenter":
-        """A segmenter that `save` wrote, in eval mode.
+        """Load a segmenter that `save` wrote, in eval mode.
 
         Raises:
             ValueError: no such directory, or no `preprocess.json` in it.
@@ -83,40 +81,28 @@ class Segmenter(nn.Module):
         storage.write_json(os.path.join(directory, FILE), dataclasses.asdict(self.preprocess))
 
     def logits(self, tiles: Num[Tensor, "n 3 size size"]) -> Float[Tensor, "n classes low low"]:
-        """Scores of the classes at a quarter of the size, of tiles with values in [0, 255]."""
+        """Score the classes at a quarter of the size, of tiles with values in [0, 255]."""
         return self.net(self.preprocess.normalise(tiles)).logits
 
     def scores(
         self, tiles: Num[Tensor, "n 3 size size"], *, flip: bool = False
     ) -> Float[Tensor, "n classes size size"]:
-        """Logits at the resolution of the tiles; with `flip`, their mean over tile and mirror."""
+        """Return logits at the tiles' resolution; with `flip`, the mean over tile and mirror."""
         logits = self.logits(tiles)
         if flip:
             logits = (logits + self.logits(tiles.flip(-1)).flip(-1)) / 2
-        return enlarge(logits, tiles.shape[-1])
+        return upsample(logits, tiles.shape[-1])
 
     @torch.inference_mode()
     def predict(
         self, tiles: UInt8[Tensor, "n 3 size size"], *, flip: bool = False
     ) -> UInt8[Tensor, "n size size"]:
-        """Most probable class id of each pixel, of tiles at the size it was trained with."""
+        """Return the most probable class id of each pixel, of tiles of the size of training."""
         return self.scores(tiles, flip=flip).argmax(dim=1).byte()
 
-    @torch.inference_mode()
-    def predict_large(
-        self, picture: UInt8[Tensor, "3 h w"], *, overlap: float = 0.25, flip: bool = False
-    ) -> UInt8[Tensor, "h w"]:
-        """Most probable class id of each pixel of a picture of any size, by overlapping windows.
 
-        The windows have the size it was trained with, so a pixel should show as much ground as a
-        pixel of the (resized) training tiles; neighbours share `overlap` of their side.
-        """
-        scores = functools.partial(self.scores, flip=flip)
-        return windows.blend(scores, picture, self.preprocess, overlap).argmax(dim=0).byte()
-
-
-def enlarge(
+def upsample(
     logits: Float[Tensor, "n classes low low"], size: int
 ) -> Float[Tensor, "n classes size size"]:
-    """Logits at the resolution of the mask, bilinear, in float32."""
+    """Enlarge logits to the resolution of the mask, bilinear, in float32."""
     return nn.functional.interpolate(logits.float(), size=(size, size), mode="bilinear")

@@ -33,7 +33,7 @@ class TrainSegmenter:
     """Learning rate of the decode head, whose last layer is new."""
     class_weights: bool = False
     """Weigh rare classes more, by 1 / ln(1.02 + share of pixels)."""
-    dice: float = 0.0
+    dice_weight: float = 0.0
     """Weight of the Dice loss beside cross entropy."""
     augment: bool = True
     """Quarter turns, mirrors and colour jitter."""
@@ -68,15 +68,5 @@ class Segment:
     """Column of the pictures: the generated ones, or the true ones."""
     flip: bool = False
     """Average the logits with those of the mirrored picture, at twice the cost."""
-    tile: bool = False
-    """Read a picture larger than the segmenter's size in windows of that size, so that its map has
-    the picture's size; for pictures whose pixels show as much ground as those of the resized
-    training tiles. Else, all are resized as in training, and so are their maps."""
-    overlap: float = 0.25
-    """Share of a window's side, in [0, 1), that it has in common with the next, with `tile`."""
     pool: Pool = field(default_factory=Pool)
     """Actors that hold the model."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"segment: overlap is a share in [0, 1), got {self.overlap}.")

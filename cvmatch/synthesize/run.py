@@ -91,5 +91,5 @@ def _provenance(config: Synthesize, pairs: PairDataset, models: dict[str, str]) 
         "decoder": images.PREPROCESS,
         "sampling": {part.name: getattr(drawn, part.name) for part in fields(Sampling)},
         "sampler": SAMPLER_VERSION,
-        "maps": [maps.source, maps.flip, maps.tile, maps.overlap],
+        "maps": [maps.source, maps.flip],
     }

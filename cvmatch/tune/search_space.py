@@ -29,7 +29,7 @@ SPACES: dict[str, dict[str, dict[str, list]]] = {
         "lr": {"loguniform": [1e-5, 3e-4]},
         "lr_head": {"loguniform": [1e-4, 3e-3]},
         "class_weights": {"choice": [False, True]},
-        "dice": {"choice": [0.0, 0.5, 1.0]},
+        "dice_weight": {"choice": [0.0, 0.5, 1.0]},
     },
     "matcher": {
         "loss": {"choice": ["triplet", "infonce"]},
