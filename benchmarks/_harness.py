@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from cvmatch import report
+from cvmatch.report.page import describe_run
 from cvmatch.runtime import progress
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -54,7 +54,7 @@ def finish(
     `rows` have the same keys, the table's columns; `figures` are the last line, as one JSON object.
     """
     script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-    about = {"Command": _command(script), "Commit": _commit()} | report.provenance()
+    about = {"Command": _command(script), "Commit": _commit()} | describe_run()
     lines = [f"# {title}", ""]
     lines += [f"- {name}: {value}" for name, value in about.items()]
     lines += ["", *_table(rows), "", *(f"{note}\n" for note in notes)]

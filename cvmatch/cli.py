@@ -206,11 +206,12 @@ def _without_files(info: dict[str, Any]) -> dict[str, Any]:
 def _evaluate(config: Any) -> Any:
     from cvmatch.data import storage
     from cvmatch.evaluate.run import evaluate
-    from cvmatch.report import evaluation, score_table, scores
+    from cvmatch.report.evaluation_page import write_evaluation_page
+    from cvmatch.report.scores import collect_scores, format_table
 
     results = evaluate(config).to_json()
-    page = evaluation(config.output, config.queries, config.seed)
-    print(score_table(scores(results), "Evaluation"), file=sys.stderr)
+    page = write_evaluation_page(config.output, config.queries, config.seed)
+    print(format_table(collect_scores(results), "Evaluation"), file=sys.stderr)
     print(f"page  {storage.absolute(page)}", file=sys.stderr)
     return results
 
@@ -219,7 +220,7 @@ def _search(config: Any) -> None:
     import webbrowser
 
     from cvmatch.data import storage
-    from cvmatch.report.found import found
+    from cvmatch.report.search_page import write_search_page
     from cvmatch.search.files import search_files
 
     results = []
@@ -228,7 +229,7 @@ def _search(config: Any) -> None:
             print(json.dumps(tile))
         results.append(result)
     if page := config.page or ("search.html" if config.open else ""):
-        location = storage.absolute(found(results, page, config.tiles))
+        location = storage.absolute(write_search_page(results, page, config.tiles))
         if config.open:
             webbrowser.open(location if "://" in location else f"file://{location}")
 

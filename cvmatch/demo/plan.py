@@ -1,4 +1,4 @@
-"""The settings that make the whole pipeline run on a laptop: small pictures, toy base models."""
+"""The settings of the demo's stages: small pictures and tiny base models, for a laptop."""
 
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ VIEW = (32, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Plan:
     """Settings of each stage of the demo."""
 
     world: MakeWorld
@@ -40,10 +40,10 @@ class Settings:
     evaluate: Evaluate
 
 
-def settings(config: Demo) -> Settings:
-    """Settings of the stages, all below `config.output`."""
-    at, tiny = config.output, config.preset == "tiny"
-    train, val = (Ingest(root=f"{at}/world", split=split) for split in ("train", "val"))
+def make_plan(config: Demo) -> Plan:
+    """Return the settings of the stages, all below `config.output`."""
+    root, tiny = config.output, config.preset == "tiny"
+    train, val = (Ingest(root=f"{root}/world", split=split) for split in ("train", "val"))
 
     def fit(name: str, epochs: int, batch: int, workers: int = 0) -> Fit:
         return Fit(
@@ -51,14 +51,14 @@ def settings(config: Demo) -> Settings:
             batch=4 if tiny else batch,
             workers=workers,
             seed=config.seed,
-            storage=f"{at}/runs",
+            storage=f"{root}/runs",
             name=name,
             cache=True,
         )
 
     matcher = TrainMatcher(
-        pairs=f"{at}/synthesized/train",
-        val=f"{at}/synthesized/val",
+        pairs=f"{root}/synthesized/train",
+        val=f"{root}/synthesized/val",
         tower=base_models.TOWER,
         panorama=VIEW,
         tile_size=64,
@@ -66,11 +66,11 @@ def settings(config: Demo) -> Settings:
         grid=(4, 16),
         lr_towers=1e-3,
         lr_heads=1e-3,
-        output=f"{at}/models/matcher",
+        output=f"{root}/models/matcher",
         fit=fit("matcher", 14, 32, config.workers),
     )
-    return Settings(
-        world=MakeWorld(output=f"{at}/world", preset=config.preset, seed=config.seed),
+    return Plan(
+        world=MakeWorld(output=f"{root}/world", preset=config.preset, seed=config.seed),
         segmenter=TrainSegmenter(
             data=train,
             val=val,
@@ -79,7 +79,7 @@ def settings(config: Demo) -> Settings:
             lr=1e-3,
             lr_head=3e-3,
             dice_weight=0.5,
-            output=f"{at}/models/segmenter",
+            output=f"{root}/models/segmenter",
             fit=fit("segmenter", 2, 8),
         ),
         generator=TrainGenerator(
@@ -92,59 +92,59 @@ def settings(config: Demo) -> Settings:
             w_contrast=0.2,
             w_identify=0.1,
             train_unet="attention",
-            ema=0.95,  # without, at twice these rates: mottled (Frechet distance 24, with it 10)
+            ema=0.95,  # docs/decisions.md#ema-of-the-demo
             mirror=True,
             lr=3.5e-4,
             lr_rays=2e-3,
             pretrain_rays=1 if tiny else 6,
             freeze_rays=True,
-            encoded=f"{at}/encoded",
-            output=f"{at}/models/generator",
+            encoded=f"{root}/encoded",
+            output=f"{root}/models/generator",
             fit=fit("generator", 5, 32),
         ),
-        synthesize=(_synthesize(at, train), _synthesize(at, val)),
-        tune=_tune(at, tiny, config.seed),
+        synthesize=(_make_synthesize(root, train), _make_synthesize(root, val)),
+        tune=_make_tune(root, tiny, config.seed),
         trial=override(matcher, {"fit.workers": 0}),  # a trial is a process of its own
         matcher=matcher,
         index=BuildIndex(
             tiles=val,
-            model=f"{at}/models/matcher",
-            queries=f"{at}/synthesized/val",
-            output=f"{at}/index",
+            model=f"{root}/models/matcher",
+            queries=f"{root}/synthesized/val",
+            output=f"{root}/index",
             pool=Pool(batch=32, cpus=1),
             shortlist=5 if tiny else 50,
             seed=config.seed,
         ),
         evaluate=Evaluate(
-            queries=f"{at}/synthesized/val",
-            index=f"{at}/index",
-            output=f"{at}/evaluation",
+            queries=f"{root}/synthesized/val",
+            index=f"{root}/index",
+            output=f"{root}/evaluation",
             seed=config.seed,
         ),
     )
 
 
-def _synthesize(at: str, data: Ingest) -> Synthesize:
+def _make_synthesize(root: str, data: Ingest) -> Synthesize:
     return Synthesize(
         data=data,
         generate=Generate(
-            model=f"{at}/models/generator",
+            model=f"{root}/models/generator",
             pool=Pool(size=2, batch=16, calls=2),
         ),
-        segment=Segment(model=f"{at}/models/segmenter", pool=Pool(batch=16, calls=2)),
-        output=f"{at}/synthesized/{data.split}",
+        segment=Segment(model=f"{root}/models/segmenter", pool=Pool(batch=16, calls=2)),
+        output=f"{root}/synthesized/{data.split}",
     )
 
 
-def _tune(at: str, tiny: bool, seed: int) -> Tune:
+def _make_tune(root: str, tiny: bool, seed: int) -> Tune:
     return Tune(
         stage="matcher",
         space=base_models.SPACE,
         trials=2 if tiny else 3,
         concurrent=3,
         epochs=1,
-        storage=f"{at}/runs",
+        storage=f"{root}/runs",
         name="tune",
-        output=f"{at}/tuned",
+        output=f"{root}/tuned",
         seed=seed,
     )

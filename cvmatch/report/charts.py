@@ -1,20 +1,57 @@
-"""Numbers in, small SVG charts out; the page's CSS colours them, for light and dark."""
+"""Numbers in, small SVG charts out, drawn by matplotlib; the page's CSS colours them.
 
+Each colour of a chart is a CSS variable of the page, so that it is legible on light and dark.
+"""
+
+import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 Number = float | int  # beartype does not take an int for a float
 Point = tuple[Number, Number]
 
-WIDTH, HEIGHT = 380, 230
-"""Size of a chart in its own units, about CSS pixels."""
-
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
-_NAME, _CHARACTER = 28, 6.6  # room for the name of the upward axis, and for a digit at 11 px
+_INCHES = (3.9, 2.35)  # about 380 x 230 CSS pixels at most
 _LOG_FROM = 30.0  # ratio of largest to smallest value from which an axis is logarithmic
-_TICKS = 5
+_DOTS = 40  # points of a curve up to which each gets a dot; more would be a thick line
+_COLORS = {
+    "text": ("#000001", "var(--soft)"),
+    "grid": ("#000002", "var(--line)"),
+    "card": ("#000003", "var(--card)"),
+    "best": ("#000004", "var(--right)"),
+    "s0": ("#000010", "var(--s0)"),
+    "s1": ("#000011", "var(--s1)"),
+    "s2": ("#000012", "var(--s2)"),
+    "s3": ("#000013", "var(--s3)"),
+}
+"""Colours in matplotlib's SVG, and what the page has in their place."""
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "cvmatch",  # the same numbers give the same bytes
+    "text.parse_math": False,  # a name with $ is a name
+    "font.size": 8.5,
+    "text.color": _COLORS["text"][0],
+    "axes.labelcolor": _COLORS["text"][0],
+    "axes.edgecolor": _COLORS["text"][0],
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": _COLORS["grid"][0],
+    "xtick.color": _COLORS["text"][0],
+    "ytick.color": _COLORS["text"][0],
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,70 +64,42 @@ class Curve:
     """(x, y), in order of x; points that are not finite are left out."""
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Values -> positions between `start` and `end`, in the chart's units."""
-
-    low: Number
-    high: Number
-    start: Number
-    end: Number
-    log: bool
-    ticks: tuple[Number, ...]
-
-    def __call__(self, value: Number) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = math.log(value), math.log(low), math.log(high)
-        share = (value - low) / (high - low) if high > low else 0.5
-        return self.start + share * (self.end - self.start)
-
-
-def lines(curves: Sequence[Curve], x: str, y: str) -> str:
-    """SVG of `curves` over common axes named `x` and `y`; an empty string without finite points."""
-    kept = [(curve.name, _finite(curve.points)) for curve in curves]
-    every = [point for _, points in kept for point in points]
-    if not every:
+def draw_curves(curves: Sequence[Curve], x_label: str, y_label: str) -> str:
+    """Draw curves over common axes; returns SVG, or an empty string without finite points."""
+    series = [(curve.name, _select_finite(curve.points)) for curve in curves]
+    points = [point for _, part in series for point in part]
+    if not points:
         return ""
-    across, up = _axes(every, whole=all(float(p[0]).is_integer() for p in every))
-    marks = []
-    for index, (name, points) in enumerate(kept):
-        if not points:
-            continue
-        places = [f"{across(a):.1f},{up(b):.1f}" for a, b in points]
-        kind = f"series s{index % 4}"
-        marks.append(f'<polyline class="{kind}" points="{" ".join(places)}"/>')
-        if len(points) <= 40:  # more would be a thick line
-            marks += [
-                f'<circle class="{kind}" cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="2.4">'
-                f"<title>{escape(name)}: {number(b)} at {number(a)}</title></circle>"
-                for p, (a, b) in zip(places, points, strict=True)
-            ]
-    label = f"{y} over {x}: " + "; ".join(
-        f"{name} from {number(points[0][1])} to {number(points[-1][1])}"
-        for name, points in kept
-        if points
+    chart = _Chart(points, x_label, y_label, whole=all(float(x).is_integer() for x, _ in points))
+    for number, (name, part) in enumerate(series):
+        chart.add_line(part, f"s{number % 4}", dashed=number % 4 == 1)
+        for x, y in part if len(part) <= _DOTS else ():
+            title = f"{name}: {format_number(y)} at {format_number(x)}"
+            chart.add_dot((x, y), f"s{number % 4}", title, size=4.0)
+    return chart.to_svg(
+        f"{y_label} over {x_label}: "
+        + "; ".join(
+            f"{name} from {format_number(part[0][1])} to {format_number(part[-1][1])}"
+            for name, part in series
+            if part
+        )
     )
-    return _svg("".join(marks), across, up, x, y, label)
 
 
-def scatter(points: Sequence[Point], best: int, x: str, y: str) -> str:
-    """SVG of `points` with number `best` marked; an empty string without finite points."""
-    kept = [(index, point) for index, point in enumerate(points) if _is_finite(point)]
-    if not kept:
+def draw_scatter(points: Sequence[Point], best: int, x_label: str, y_label: str) -> str:
+    """Draw points, number `best` marked; returns SVG, or an empty string without finite points."""
+    finite = [(number == best, point) for number, point in enumerate(points) if _is_finite(point)]
+    if not finite:
         return ""
-    across, up = _axes([point for _, point in kept])
-    marks = [
-        f'<circle class="dot{" best" if index == best else ""}" cx="{across(a):.1f}" '
-        f'cy="{up(b):.1f}" r="{6 if index == best else 4}">'
-        f"<title>{number(b)} at {number(a)}</title></circle>"
-        for index, (a, b) in sorted(kept, key=lambda item: item[0] == best)  # the best on top
-    ]
-    return _svg("".join(marks), across, up, x, y, f"{y} over {x}, {len(kept)} points")
+    chart = _Chart([point for _, point in finite], x_label, y_label)
+    for is_best, (x, y) in sorted(finite, key=lambda item: item[0]):  # the best on top
+        title = f"{format_number(y)} at {format_number(x)}" + (", best" if is_best else "")
+        chart.add_dot((x, y), "best" if is_best else "s0", title, size=8.0 if is_best else 5.5)
+    return chart.to_svg(f"{y_label} over {x_label}, {len(finite)} points")
 
 
-def number(value: Number) -> str:
-    """A number for a person: about three digits, no exponent where it can be helped."""
+def format_number(value: Number) -> str:
+    """Write a number for a person: about three digits, no exponent where it can be helped."""
     if not math.isfinite(value):
         return "-"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
@@ -100,74 +109,100 @@ def number(value: Number) -> str:
     return f"{value:.2g}"
 
 
+class _Chart:
+    """A pair of axes that fit some points, and what is drawn on them."""
+
+    def __init__(
+        self, points: Sequence[Point], x_label: str, y_label: str, whole: bool = False
+    ) -> None:
+        # Here, because it takes a second of CPU, and only pages with charts need it.
+        import matplotlib  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+
+        self.titles: list[str] = []
+        self.style = matplotlib.rc_context
+        with self.style(_STYLE):
+            self.figure = Figure(figsize=_INCHES, layout="constrained")
+            self.axes: Axes = self.figure.subplots()
+            x_values, y_values = [x for x, _ in points], [y for _, y in points]
+            x_log = _is_logarithmic(x_values) and not whole
+            y_log = _is_logarithmic(y_values)
+            self.axes.set(
+                xscale="log" if x_log else "linear",
+                yscale="log" if y_log else "linear",
+                xlabel=x_label + (" (log)" if x_log else ""),
+                ylabel=y_label + (" (log)" if y_log else ""),
+            )
+            self.axes.margins(0.06)
+            _set_ticks(self.axes.xaxis, x_values, whole)
+            _set_ticks(self.axes.yaxis, y_values, whole=False)
+
+    def add_line(self, points: Sequence[Point], color: str, dashed: bool) -> None:
+        """Draw a line through points in a colour of _COLORS."""
+        x, y = [x for x, _ in points], [y for _, y in points]
+        style = (0, (2.5, 2)) if dashed else "-"
+        self.axes.plot(x, y, color=_COLORS[color][0], linestyle=style, linewidth=1.6)
+
+    def add_dot(self, point: Point, color: str, title: str, size: float) -> None:
+        """Draw a dot with a title that a pointer shows."""
+        edge = _COLORS["card" if color == "best" else color][0]
+        self.axes.plot(
+            *([value] for value in point), "o", color=_COLORS[color][0], markersize=size,
+            markeredgecolor=edge, gid=f"dot{len(self.titles)}",
+        )  # fmt: skip
+        self.titles.append(title)
+
+    def to_svg(self, label: str) -> str:
+        """Return the chart as an SVG element of a page, with `label` for those who cannot see."""
+        buffer = io.StringIO()
+        with self.style(_STYLE):
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        svg = _inline(buffer.getvalue())
+        for number, title in enumerate(self.titles):
+            svg = svg.replace(f'<g id="dot{number}">', f"<g><title>{escape(title)}</title>")
+        head = f'<svg role="img" aria-label="{escape(label)}"'
+        return svg.replace("<svg", head, 1)
+
+
+def _inline(document: str) -> str:
+    """Return matplotlib's SVG as an element with the font and the colours of the page."""
+    svg = document[document.index("<svg") :]
+    for pattern in (
+        r"<metadata>.*?</metadata>",
+        r"<style.*?</style>",  # it would hold for the whole page
+        r"<clipPath.*?</clipPath>",  # nothing lies outside the axes
+        r' clip-path="[^"]*"',
+        r"<!--.*?-->",
+        r"(?<=<svg)([^>]*?) width=\"[^\"]*\" height=\"[^\"]*\"",
+        r"font-family: [^;\"]*;? ?",
+        r' id="(?!m[0-9a-f]{8}|dot\d)[^"]*"',  # would be there again in the next chart
+    ):
+        svg = re.sub(pattern, r"\1" if "(?<=<svg)" in pattern else "", svg, flags=re.DOTALL)
+    for color, variable in _COLORS.values():
+        svg = svg.replace(color, variable)
+    return re.sub(r"\s*\n\s*", " ", svg).replace("<defs> </defs>", "").strip()
+
+
+def _is_logarithmic(values: Sequence[Number]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > _LOG_FROM
+
+
+def _set_ticks(axis: "Axis", values: Sequence[Number], whole: bool) -> None:
+    """Put about five ticks with short labels on an axis whose scale is set."""
+    from matplotlib import ticker  # noqa: PLC0415 (see _Chart)
+
+    if axis.get_scale() == "log":
+        few = max(values) / min(values) < 1e3
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
+        axis.set_minor_locator(ticker.NullLocator())
+    else:
+        axis.set_major_locator(ticker.MaxNLocator(5, integer=whole, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: format_number(value)))
+
+
 def _is_finite(point: Point) -> bool:
     return math.isfinite(point[0]) and math.isfinite(point[1])
 
 
-def _finite(points: Sequence[Point]) -> list[Point]:
+def _select_finite(points: Sequence[Point]) -> list[Point]:
     return [point for point in points if _is_finite(point)]
-
-
-def _axes(points: Sequence[Point], whole: bool = False) -> tuple[_Axis, _Axis]:
-    up = _axis([p[1] for p in points], HEIGHT - _BOTTOM, _TOP, whole=False)
-    widest = max((len(number(tick)) for tick in up.ticks), default=0)
-    left = max(_LEFT, _NAME + _CHARACTER * widest)  # ticks lie beside the axis' name, not on it
-    return _axis([p[0] for p in points], left, WIDTH - _RIGHT, whole), up
-
-
-def _axis(values: Sequence[Number], start: Number, end: Number, whole: bool) -> _Axis:
-    low, high = min(values), max(values)
-    if low > 0 and high / low > _LOG_FROM and not whole:
-        low, high = low / 1.15, high * 1.15
-        return _Axis(low, high, start, end, True, tuple(_decades(low, high)))
-    if not whole:
-        room = 0.06 * (high - low) or 0.1 * abs(low) or 1.0
-        low, high = low - room, high + room
-    step = _step((high - low) / _TICKS)
-    step = max(1.0, step) if whole else step
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return _Axis(low, high, start, end, False, tuple(i * step for i in range(first, last + 1)))
-
-
-def _step(rough: Number) -> float:
-    """The nearest round step (1, 2, 5 or 10 times a power of ten) that is not below `rough`."""
-    if rough <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-
-
-def _decades(low: Number, high: Number) -> list[float]:
-    """Round values of a logarithmic axis: powers of ten, and 2 and 5 of them where they are few."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 3 else (1,)
-    return [m * 10.0**p for p in powers for m in factors if low <= m * 10.0**p <= high]
-
-
-def _svg(marks: str, across: _Axis, up: _Axis, x: str, y: str, label: str) -> str:
-    left, floor = across.start, HEIGHT - _BOTTOM
-    middle = (left + WIDTH - _RIGHT) / 2
-    parts = [
-        f'<line class="grid" x1="{left}" x2="{WIDTH - _RIGHT}" y1="{up(t):.1f}" y2="{up(t):.1f}"/>'
-        f'<text x="{left - 7}" y="{up(t) + 4:.1f}" text-anchor="end">{number(t)}</text>'
-        for t in up.ticks
-    ]
-    parts += [
-        f'<text x="{across(t):.1f}" y="{floor + 16}" text-anchor="middle">{number(t)}</text>'
-        for t in across.ticks
-    ]
-    parts.append(
-        f'<line class="axis" x1="{left}" x2="{WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>'
-        f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">'
-        f"{escape(x)}{_scale(across)}</text>"
-        f'<text class="name" transform="translate(11 {(_TOP + floor) / 2}) rotate(-90)" '
-        f'text-anchor="middle">{escape(y)}{_scale(up)}</text>'
-    )
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}{marks}</svg>"
-    )
-
-
-def _scale(axis: _Axis) -> str:
-    return " (log)" if axis.log else ""

@@ -1,9 +1,10 @@
-"""The page: results, pictures, curves, trials and times as HTML.
+"""The page: results, pictures, curves, trials and times as HTML, from the template page.html.
 
 It loads nothing from elsewhere: its style is inline, its pictures are data URIs. All text in it is
 escaped, since pair ids come from files that we did not write.
 """
 
+import base64
 import importlib.metadata
 import math
 import os
@@ -11,21 +12,22 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from html import escape
 from importlib import resources
-from string import Template
 
 import torch
+from PIL import Image
 
-from cvmatch.data import storage
+from cvmatch.data import images, storage
 from cvmatch.data.schema import LABELS, PALETTE
 from cvmatch.report import charts
-from cvmatch.report.charts import Curve, Number, number
+from cvmatch.report.charts import Curve, Number, format_number
+from cvmatch.report.examples import Example, Pixels, Tile
+from cvmatch.report.image_grid import resize
 from cvmatch.report.scores import Score
-from cvmatch.report.sheet import Example, Pixels, Tile, data_uri
 
 _PACKAGES = ("ray", "torch", "torchvision", "diffusers", "transformers", "faiss-cpu", "mlflow")
 _WIDEST = {"ground": 640}  # pixels; with 192 for tiles, ten examples stay near a megabyte
+_SMALL = 128 * 128  # pictures of at most this many pixels stay lossless
 _SCATTERS = 3  # parameters of a search that get a picture; the table has them all
 
 
@@ -50,14 +52,14 @@ class Page:
     summary: str = ""
     """A paragraph under the title."""
     run: Mapping[str, str] = field(default_factory=dict)
-    """What was run, by name: see `provenance`."""
+    """What was run, by name: see `describe_run`."""
     config: str = ""
     """The configuration, as YAML."""
     results: Sequence[Score] = ()
-    """See `scores.scores`."""
+    """See `scores.collect_scores`."""
     examples: Sequence[Example] = ()
     """Panoramas, and what was found for them."""
-    places: str = "Held-out places"
+    examples_title: str = "Held-out places"
     """What they are."""
     curves: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
     """Loss against epoch, by title of the chart: a curve for training, one for validation."""
@@ -73,37 +75,46 @@ class Page:
     """Sentences on what the numbers do not say."""
 
 
-def report(page: Page, output: str) -> str:
-    """Write the page to a file, whole or not at all; gives its location back."""
-    storage.write_text(output, html(page))
+def write_page(page: Page, output: str) -> str:
+    """Write the page to a file, whole or not at all; returns its location."""
+    storage.write_text(output, render_page(page))
     return output
 
 
-def html(page: Page) -> str:
-    """The page as one HTML document in UTF-8 that needs no other file and no network."""
+def render_page(page: Page) -> str:
+    """Return the page as one HTML document in UTF-8 that needs no other file and no network."""
+    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415 (only where a page is made)
+    from markupsafe import Markup  # noqa: PLC0415
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": format_number,
+        "percent": _format_percent,
+        "duration": _format_duration,
+        "cell": _format_cell,
+    }
     template = resources.files("cvmatch.report").joinpath("page.html").read_text("utf-8")
-    parts = [
-        ("results", "Results", _results(page.results)),
-        ("places", page.places, _examples(page.examples)),
-        ("learning", "Learning", _curves(page.curves)),
-        ("search", "Search", _trials(page)),
-        ("time", "Time", _seconds(page.seconds)),
-        ("run", "What was run", _run(page)),
-        ("limits", "Limits", "".join(f"<p>{escape(text)}</p>" for text in page.limits)),
-    ]
-    parts = [part for part in parts if part[2]]
-    return Template(template).substitute(
-        title=escape(page.title),
-        summary=f'<p class="summary">{escape(page.summary)}</p>' if page.summary else "",
-        links="".join(f'<a href="#{name}">{title}</a>' for name, title, _ in parts),
-        sections="".join(
-            f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in parts
-        ),
+    best = _find_best(page.trials, page.maximise)
+    return environment.from_string(template).render(
+        page=page,
+        classes=list(zip(LABELS, PALETTE, strict=True)),
+        rows=[_Row(example) for example in page.examples],
+        charts=[
+            (title, curves, Markup(chart))
+            for title, curves in page.curves.items()
+            if (chart := charts.draw_curves(curves, "epoch", "loss"))
+        ],
+        parameters=list(dict.fromkeys(name for trial in page.trials for name in trial.params)),
+        scatters=[Markup(chart) for chart in _draw_trials(page, best)],
+        best=best,
+        draw_map=lambda example: Markup(_draw_map(example)),
     )
 
 
-def provenance() -> dict[str, str]:
-    """Date, machine and versions, for `Page.run`."""
+def describe_run() -> dict[str, str]:
+    """Return date, machine and versions, for `Page.run`."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
@@ -116,6 +127,116 @@ def provenance() -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class _Figure:
+    """A picture of an example, with its caption."""
+
+    kind: str
+    """Class in the style sheet."""
+    uri: str | None
+    alt: str
+    caption: str
+    absent: str = "not made"
+    """What is said where there is no picture."""
+    score: str = ""
+    right: bool = False
+
+
+class _Row:
+    """What the template needs of an example."""
+
+    def __init__(self, example: Example) -> None:
+        self.example = example
+        name = example.pair_id
+        self.figures = [
+            _figure(example.ground, "ground", f"Street panorama of {name}", "G panorama"),
+            _figure(example.synthetic, "tile", f"Generated tile of {name}", "A generated"),
+            _figure(example.class_colors, "classes", f"Classes of the tile of {name}", "S classes"),
+            _figure(example.aerial, "true", f"True tile of {name}", "C true", absent="not known"),
+        ]
+        # A row of nothing but empty frames says nothing.
+        pictured = any(tile.picture is not None for tile in example.top)
+        if pictured:
+            self.figures += [
+                _answer(tile, number, example.pair_id) for number, tile in enumerate(example.top, 1)
+            ]
+        self.listed = not pictured or any(tile.coordinates for tile in example.top)
+        """Whether a table says more than the pictures do."""
+
+
+def _figure(
+    picture: Pixels | None, kind: str, alt: str, caption: str, absent: str = "not made"
+) -> _Figure:
+    return _Figure(kind, _encode_uri(picture, kind), alt, caption, absent)
+
+
+def _answer(tile: Tile, number: int, true_id: str) -> _Figure:
+    right = tile.pair_id == true_id
+    alt = f"Answer {number}, {'right' if right else 'wrong'}: {tile.pair_id}"
+    kind = "right" if right else "answer"
+    uri = _encode_uri(tile.picture, kind)
+    return _Figure(kind, uri, alt, str(number), "not at hand", f"{tile.score:.2f}", right)
+
+
+def _encode_uri(picture: Pixels | None, kind: str) -> str | None:
+    """Return a picture, shrunk to its kind's width, as a data URI; class maps keep colours."""
+    if picture is None:
+        return None
+    height, width = picture.shape[:2]
+    widest, exact = _WIDEST.get(kind, 192), kind == "classes"
+    if width > widest:
+        method = Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS
+        picture = resize(picture, (max(1, round(height * widest / width)), widest), method)
+    form = "PNG" if exact or picture.shape[0] * picture.shape[1] <= _SMALL else "JPEG"
+    text = base64.b64encode(images.encode(picture, form)).decode()
+    return f"data:image/{form.lower()};base64,{text}"
+
+
+def _draw_map(example: Example) -> str:
+    """Draw where the best tiles lie; the first one is marked."""
+    axes = ("metres east of the first tile", "metres north")
+    return charts.draw_scatter(example.offsets, 0, *axes)
+
+
+def _draw_trials(page: Page, best: int) -> list[str]:
+    """Draw the objective against each parameter that varies."""
+    names = dict.fromkeys(name for trial in page.trials for name in trial.params)
+    drawings = []
+    for name in names:
+        if column := _read_column(page.trials, name):
+            points = [(x, trial.value) for x, trial in zip(column, page.trials, strict=True)]
+            drawings.append(charts.draw_scatter(points, best, name, page.objective))
+    return [drawing for drawing in drawings[:_SCATTERS] if drawing]
+
+
+def _find_best(trials: Sequence[Trial], maximise: bool) -> int:
+    """Return the number of the best trial; -1 where none has a finite value."""
+    sign = 1 if maximise else -1
+    finite = [(sign * t.value, -i) for i, t in enumerate(trials) if math.isfinite(t.value)]
+    return -max(finite)[1] if finite else -1
+
+
+def _read_column(trials: Sequence[Trial], name: str) -> list[float]:
+    """Return a parameter's values, NaN where a trial has none; empty if text or all equal."""
+    values = [trial.params.get(name, math.nan) for trial in trials]
+    numbers = [float(v) for v in values if isinstance(v, int | float)]
+    different = len({v for v in numbers if math.isfinite(v)}) > 1
+    return numbers if len(numbers) == len(values) and different else []
+
+
+def _format_cell(value: Number | str) -> str:
+    return str(value) if isinstance(value, str | bool) else format_number(value)
+
+
+def _format_percent(share: Number) -> str:
+    return f"{100 * share:.1f} %" if math.isfinite(share) else "-"
+
+
+def _format_duration(seconds: Number) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
 def _processor() -> str:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -123,217 +244,3 @@ def _processor() -> str:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _results(rows: Sequence[Score]) -> str:
-    if not rows:
-        return ""
-    body, group = [], ""
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            body.append(f'<tr class="group"><th colspan="5">{escape(group)}</th></tr>')
-        show = _percent if row.share else number
-        between = " to ".join(map(show, row.interval)) if row.interval else ""
-        guess = "" if row.chance is None else show(row.chance)
-        body.append(
-            f'<tr><th scope="row"><code>{escape(row.name)}</code></th>'
-            f'<td class="value">{show(row.value)}</td>'
-            f'<td data-label="95 % interval">{between}</td>'
-            f'<td data-label="by chance">{guess}</td>'
-            f'<td class="words">{escape(row.meaning)}</td></tr>'
-        )
-    names = ("measure", "value", "95 % interval", "by chance", "what it says")
-    return f'<table class="results">{_head(names)}<tbody>{"".join(body)}</tbody></table>'
-
-
-def _examples(examples: Sequence[Example]) -> str:
-    if not examples:
-        return ""
-    key = "".join(
-        f'<li><i style="background:rgb{colour}"></i>{name}</li>'
-        for name, colour in zip(LABELS, PALETTE, strict=True)
-    )
-    mapped = any(example.classes is not None for example in examples)
-    return (
-        f"<p>{_explain(examples)}</p>"
-        + (f'<ul class="key" aria-label="colours of the classes">{key}</ul>' if mapped else "")
-        + "".join(_example(example) for example in examples)
-    )
-
-
-def _explain(examples: Sequence[Example]) -> str:
-    """What the pictures are, of those that are there."""
-    made = {
-        "the tile <b>A</b> made from it": any(one.synthetic is not None for one in examples),
-        "the classes <b>S</b> of that": any(one.classes is not None for one in examples),
-        "the true tile <b>C</b>": any(one.aerial is not None for one in examples),
-        "the first tiles that the search found": True,
-    }
-    *first, last = [words for words, there in made.items() if there]
-    listed = f"{', '.join(first)}, and {last}" if first else last
-    known = any(tile.pair_id == one.pair_id for one in examples for tile in one.top)
-    right = " The right one has a frame and a tick." if known else ""
-    return f"A row for each panorama <b>G</b>: {listed}, with their scores.{right}"
-
-
-def _example(example: Example) -> str:
-    name = escape(example.pair_id)
-    place = "" if example.rank is None else f"right tile at place {example.rank:,}"
-    place = escape(", ".join(part for part in (example.note, place) if part))
-    cells = [
-        _figure(example.ground, "ground", f"Street panorama of {name}", "G panorama"),
-        _figure(example.synthetic, "tile", f"Generated tile of {name}", "A generated"),
-        _figure(example.class_colours, "classes", f"Classes of the tile of {name}", "S classes"),
-        _figure(example.aerial, "true", f"True tile of {name}", "C true", absent="not known"),
-    ]
-    for answer, tile in enumerate(_pictured(example.top), 1):
-        right = tile.pair_id == example.pair_id
-        alt = f"Answer {answer}, {'right' if right else 'wrong'}: {escape(tile.pair_id)}"
-        caption = f"{'&#10003; ' if right else ''}{answer} <small>{tile.score:.2f}</small>"
-        kind = "right" if right else "answer"
-        cells.append(_figure(tile.picture, kind, alt, caption, absent="not at hand"))
-    return (
-        f"<article><h3>{name} <span>{place}</span></h3>"
-        f'<div class="row">{"".join(cells)}</div>{_answers(example.top)}{_map(example)}</article>'
-    )
-
-
-def _pictured(tiles: Sequence[Tile]) -> Sequence[Tile]:
-    """The tiles, where any has a picture: a row of nothing but empty frames says nothing."""
-    return tiles if any(tile.picture is not None for tile in tiles) else ()
-
-
-def _answers(tiles: Sequence[Tile]) -> str:
-    """A table of the tiles, where it says more than the pictures do."""
-    if _pictured(tiles) and not any(tile.place for tile in tiles):
-        return ""
-    body = "".join(
-        f"<tr>{''.join(map(_cell, (str(rank), tile.pair_id, f'{tile.score:.3f}', *_place(tile))))}"
-        "</tr>"
-        for rank, tile in enumerate(tiles, 1)
-    )
-    names = ("rank", "tile", "score", "latitude", "longitude")
-    return f'<div class="wide answers"><table>{_head(names)}<tbody>{body}</tbody></table></div>'
-
-
-def _place(tile: Tile) -> tuple[str, str]:
-    """Latitude and longitude to a decimetre or so, as maps are asked for them."""
-    if tile.place is None:
-        return "not known", "not known"
-    latitude, longitude = tile.place
-    return f"{latitude:.6f}", f"{longitude:.6f}"
-
-
-def _map(example: Example) -> str:
-    """Where the best tiles lie; the first one is marked."""
-    axes = ("metres east of the first tile", "metres north")
-    drawing = charts.scatter(example.positions, 0, *axes)
-    return f'<div class="charts"><figure>{drawing}</figure></div>' if drawing else ""
-
-
-def _figure(
-    picture: Pixels | None, kind: str, alt: str, caption: str, absent: str = "not made"
-) -> str:
-    """`alt` and `caption` are HTML already."""
-    body = f'<div class="absent">{absent}</div>'
-    if picture is not None:
-        uri = data_uri(picture, _WIDEST.get(kind, 192), classes=kind == "classes")
-        body = f'<img src="{uri}" alt="{alt}">'
-    return f'<figure class="{kind}">{body}<figcaption>{caption}</figcaption></figure>'
-
-
-def _curves(curves: Mapping[str, Sequence[Curve]]) -> str:
-    figures = []
-    for title, several in curves.items():
-        drawing = charts.lines(several, "epoch", "loss")
-        key = "".join(
-            f'<span class="s{i % 4}"><i></i>{escape(c.name)}</span>' for i, c in enumerate(several)
-        )
-        if drawing:
-            caption = f'<figcaption>{escape(title)}<span class="lines">{key}</span></figcaption>'
-            figures.append(f"<figure>{caption}{drawing}</figure>")
-    return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
-
-
-def _trials(page: Page) -> str:
-    if not page.trials:
-        return ""
-    names = list(dict.fromkeys(name for trial in page.trials for name in trial.params))
-    best = _best(page.trials, page.maximise)
-    body = []
-    for index, trial in enumerate(page.trials):
-        state = f"{trial.state}, best" if index == best else trial.state
-        cells = [trial.params.get(name, "") for name in names] + [trial.value, state]
-        mark = ' class="best"' if index == best else ""
-        body.append(f"<tr{mark}>{''.join(map(_cell, cells))}</tr>")
-    drawings = [
-        charts.scatter(
-            [(x, t.value) for x, t in zip(column, page.trials, strict=True)], best, *axes
-        )
-        for name in names
-        if (column := _column(page.trials, name)) and (axes := (name, page.objective))
-    ]
-    figures = "".join(f"<figure>{drawing}</figure>" for drawing in drawings[:_SCATTERS] if drawing)
-    return (
-        (f'<div class="charts">{figures}</div>' if figures else "")
-        + f'<div class="wide"><table>{_head((*names, page.objective, "state"))}'
-        + f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _best(trials: Sequence[Trial], maximise: bool) -> int:
-    """Number of the best trial; -1 where none gave a finite value."""
-    sign = 1 if maximise else -1
-    finite = [(sign * t.value, -i) for i, t in enumerate(trials) if math.isfinite(t.value)]
-    return -max(finite)[1] if finite else -1
-
-
-def _column(trials: Sequence[Trial], name: str) -> list[float]:
-    """A parameter's values, NaN where a trial has none; empty if text, or if all are equal."""
-    values = [trial.params.get(name, math.nan) for trial in trials]
-    numbers = [float(v) for v in values if isinstance(v, int | float)]
-    different = len({v for v in numbers if math.isfinite(v)}) > 1
-    return numbers if len(numbers) == len(values) and different else []
-
-
-def _seconds(seconds: Mapping[str, Number]) -> str:
-    if not seconds:
-        return ""
-    longest, total = max(*seconds.values(), 1e-9), _duration(sum(seconds.values()))
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td class="bar">'
-        f'<i style="width:{100 * value / longest:.1f}%"></i></td><td>{_duration(value)}</td></tr>'
-        for name, value in seconds.items()
-    )
-    rows += f'<tr class="total"><th scope="row">all</th><td></td><td>{total}</td></tr>'
-    return f'<table class="bars"><tbody>{rows}</tbody></table>'
-
-
-def _run(page: Page) -> str:
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in page.run.items())
-    config = (
-        f"<details><summary>Configuration</summary><pre>{escape(page.config)}</pre></details>"
-        if page.config
-        else ""
-    )
-    return (f"<dl>{rows}</dl>" if rows else "") + config
-
-
-def _head(names: Sequence[str]) -> str:
-    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    return f"<thead><tr>{cells}</tr></thead>"
-
-
-def _cell(value: Number | str) -> str:
-    text = str(value) if isinstance(value, str | bool) else number(value)
-    return f"<td>{escape(text)}</td>"
-
-
-def _percent(share: Number) -> str:
-    return f"{100 * share:.1f} %" if math.isfinite(share) else "-"
-
-
-def _duration(seconds: Number) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""Numbers of results.json in, table rows with chance levels and plain words out."""
+"""Numbers of results.json -> table rows with chance levels and plain words."""
 
 import math
 import re
@@ -17,7 +17,7 @@ class Score:
     """One row of a table of results."""
 
     group: str
-    """What it belongs to, such as "retrieval / 360-north / G+A+S"."""
+    """Path of its tree, such as "retrieval / 360-north / G+A+S"."""
     name: str
     """Its key in results.json."""
     value: Number
@@ -25,11 +25,11 @@ class Score:
     interval: tuple[Number, Number] | None = None
     """95 % interval, in the unit of `value`."""
     chance: Number | None = None
-    """What a guess scores, in the unit of `value`; None where there is no such thing."""
+    """What a guess scores, in the unit of `value`; None where that is not defined."""
     share: bool = False
     """Whether to show it in percent."""
     meaning: str = ""
-    """What it says, in plain words."""
+    """The same in plain words."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +88,23 @@ _GROUPS = {
 _PARTS = re.compile(r".*(_low|_high|_k|_chance)|(near_|\w+/)?gallery|near_queries")
 
 
-def score_table(rows: Iterable[Score], title: str) -> str:
-    """Returns the rows as a table for a terminal, with what a guess would score."""
-    shown = Table(title=title)
+def format_table(rows: Iterable[Score], title: str) -> str:
+    """Return the rows as a table for a terminal, with what a guess would score."""
+    table = Table(title=title)
     for name in ("", "value", "95 %", "chance"):
-        shown.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right")
     for row in rows:
         low_high = " to ".join(f"{end:.3f}" for end in row.interval) if row.interval else ""
         chance = "" if row.chance is None else f"{row.chance:.3f}"
-        shown.add_row(f"{row.group} / {row.name}", f"{row.value:.3f}", low_high, chance)
+        table.add_row(f"{row.group} / {row.name}", f"{row.value:.3f}", low_high, chance)
     console = Console(width=100)
     with console.capture() as text:
-        console.print(shown)
+        console.print(table)
     return text.get()
 
 
-def scores(results: Mapping[str, Any], gallery: Number = 0) -> list[Score]:
-    """Rows of the numbers in a tree of results, as `evaluate` gives it, in its order.
+def collect_scores(results: Mapping[str, Any], gallery: Number = 0) -> list[Score]:
+    """Return a row for each number in a tree of results, such as results.json, in its order.
 
     Keys beside a name belong to its row: "gallery" (tiles searched, also for trees below),
     "<name>_95" ([low, high]) or "<name>_low" and "<name>_high" (95 % interval), "<name>_k",
@@ -128,48 +128,48 @@ def _walk(tree: Mapping[str, Any], above: tuple[str, ...], gallery: Number) -> I
 
 def _score(group: str, name: str, tree: Mapping[str, Any], gallery: Number) -> Score:
     base = name.removesuffix("_shuffled")
-    own = _GROUPS.get(group.rpartition(" / ")[2], ())
-    kind, chance, shown = None, None, {"first": "", "gallery": ""}
-    for candidate in (*own, *_KINDS):
+    kinds = _GROUPS.get(group.rpartition(" / ")[2], ())
+    kind, chance, blanks = None, None, {"first": "", "gallery": ""}
+    for candidate in (*kinds, *_KINDS):
         if match := re.fullmatch(candidate.pattern, base):
-            shown, guess = _chance(match.groupdict(), tree, gallery)
+            blanks, guess = _guess(match.groupdict(), tree, gallery)
             kind, chance = candidate, candidate.chance if guess is None else guess
             break
     low, high = tree.get(f"{name}_95") or (tree.get(f"{name}_low"), tree.get(f"{name}_high"))
-    given = tree.get(f"{name}_chance")
-    words = kind.meaning.format(**shown) if kind else ""
+    stated = tree.get(f"{name}_chance")
+    words = kind.meaning.format(**blanks) if kind else ""
     return Score(
         group=group,
         name=name,
         value=tree[name],
         interval=(low, high) if _is_number(low) and _is_number(high) else None,
-        chance=given if _is_number(given) else chance,
+        chance=stated if _is_number(stated) else chance,
         share=kind is not None and kind.share,
         meaning=words if base == name else _SHUFFLED,
     )
 
 
-def _chance(
-    found: Mapping[str, str | None], tree: Mapping[str, Any], gallery: Number
+def _guess(
+    groups: Mapping[str, str | None], tree: Mapping[str, Any], gallery: Number
 ) -> tuple[dict[str, str], float | None]:
-    """Words of a recall, and what a guess scores: k of the gallery, or the middle place."""
-    places, words = gallery, f"{gallery:,.0f}" if gallery else "all"
-    if ten := found.get("ten"):
-        k, places = int(ten), 10
-    elif near := found.get("near"):
+    """Return the words of a recall, and what a guess scores: k of n, or the middle rank."""
+    size, words = gallery, f"{gallery:,.0f}" if gallery else "all"
+    if ten := groups.get("ten"):
+        k, size = int(ten), 10
+    elif near := groups.get("near"):
         # No guess from the mean: 2 and 100 tiles give 25.5 %, 51 give 2.0 %. See "<name>_chance".
-        k, places, mean = int(near), 0, tree.get("near_gallery", 0)
+        k, size, mean = int(near), 0, tree.get("near_gallery", 0)
         words = f"{mean:.1f} on average" if mean else "not counted"
-    elif percent := found.get("percent"):  # as metrics.recall_share counts
+    elif percent := groups.get("percent"):  # as metrics.recall_share counts
         k = max(1, int(float(percent) / 100 * gallery + 1e-9))
-    elif found.get("middle"):
+    elif groups.get("middle"):
         return {}, (gallery + 1) / 2 if gallery else None
-    elif number := found.get("k") or (found.get("first") and "1"):
+    elif number := groups.get("k") or (groups.get("first") and "1"):
         k = int(number)
     else:
         return {}, None
     first = "first" if k == 1 else f"among the first {k:,}"
-    return {"first": first, "gallery": words}, min(1.0, k / places) if places else None
+    return {"first": first, "gallery": words}, min(1.0, k / size) if size else None
 
 
 def _is_number(value: Any) -> TypeGuard[Number]:

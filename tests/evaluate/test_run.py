@@ -14,7 +14,7 @@ from cvmatch.evaluate.run import check_unseen, evaluate, find_true_rows, flatten
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.settings import DeleteTiles
 from cvmatch.index.update import delete
-from cvmatch.report import evaluation
+from cvmatch.report.evaluation_page import write_evaluation_page
 from tests.helpers import index as tiny
 
 COUNT = 24  # tiles of the index of conftest.py
@@ -92,7 +92,7 @@ def test_evaluate_writes_results_that_agree_query_by_query(folder, tmp_path, mon
     own = [best[rank - 1] for best, rank in zip(near["best_score"], near["rank"], strict=True)]
     assert own
     np.testing.assert_allclose(own, near["score"], atol=1e-6)
-    page = Path(evaluation(config.output, config.queries)).read_text()
+    page = Path(write_evaluation_page(config.output, config.queries)).read_text()
     assert page.count("<article>") == 10  # five best, five worst, and no other is left
     assert page.count("one of the best") == page.count("one of the worst") == 5
     assert results.generation.retrieval["luminance"].gallery == 10
@@ -145,5 +145,5 @@ def test_evaluate_counts_the_queries_that_failed_and_says_so(folder, tmp_path):
     )  # fmt: skip
     results = evaluate(config)
     assert (results.queries, results.failed) == (7, 3)
-    page = Path(evaluation(config.output, config.queries)).read_text()
+    page = Path(write_evaluation_page(config.output, config.queries)).read_text()
     assert "3 more failed in synthesis, and no number counts them" in page

@@ -24,7 +24,7 @@ from cvmatch.index.shard import Store
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import Matcher
-from cvmatch.report.found import found
+from cvmatch.report.search_page import write_search_page
 from cvmatch.search import files
 from cvmatch.search.files import query_of
 from cvmatch.search.rows import search_rows
@@ -296,7 +296,9 @@ def test_page_of_a_search_shows_each_panorama_its_tiles_and_where_they_are(index
     (tmp_path / "street <1>.png").write_bytes(rows[schema.GROUND][2].as_py())
     folder = index.heads.split("/heads/")[0]
     config = SearchFiles(panorama=(str(tmp_path / "street <1>.png"),), index=folder, top_k=3)
-    place = found(list(files.search_files(config)), str(tmp_path / "page.html"), location)
+    place = write_search_page(
+        list(files.search_files(config)), str(tmp_path / "page.html"), location
+    )
     page = Path(place).read_text(encoding="utf-8")
     assert page.count("<img ") == 4  # the panorama and three tiles
     assert "street &lt;1&gt;.png" in page

@@ -1,0 +1,64 @@
+"""The page of a search: each panorama, what was made of it, and the best tiles."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cvmatch.data import geography, images, schema
+from cvmatch.report import examples
+from cvmatch.report.examples import Example, Tile
+from cvmatch.report.page import Page, describe_run, write_page
+from cvmatch.search.files import Answer
+
+
+def write_search_page(answers: Sequence[Answer], output: str, tiles: str = "") -> str:
+    """Write the page of a search; returns its location.
+
+    Args:
+        answers: one for each panorama.
+        output: location of the file.
+        tiles: URI of rows with pictures of the tiles; empty: the page shows none.
+    """
+    names = {tile["tile"] for answer in answers for tile in answer.tiles}
+    pictures = examples.read_pictures(tiles, names) if tiles else {}
+    modalities = sorted({tile["modality"] for answer in answers for tile in answer.tiles})
+    page = Page(
+        title="cvmatch: search",
+        summary=f"Panoramas: {len(answers)}, searched by {', '.join(modalities)}. Which tile is "
+        "the right one is not known here: the first one is the best guess.",
+        run=describe_run(),
+        examples_title="Panoramas",
+        examples=[_build_example(answer, pictures) for answer in answers],
+    )
+    return write_page(page, output)
+
+
+def _build_example(answer: Answer, pictures: examples.Pictures) -> Example:
+    synthetic = answer.pictures.get(schema.SYNTHETIC)
+    classes = answer.pictures.get(schema.SYNTHETIC_CLASSES)
+    return Example(
+        pair_id=answer.query,
+        ground=images.decode(answer.pictures[schema.GROUND] or b""),
+        synthetic=images.decode(synthetic) if synthetic else None,
+        classes=images.decode_ids(classes) if classes else None,
+        top=[
+            Tile(
+                pair_id=tile["tile"],
+                picture=examples.decode_tile(pictures.get(tile["tile"])),
+                score=tile["score"],
+                coordinates=_read_coordinates(tile),
+            )
+            for tile in answer.tiles
+        ],
+        offsets=_measure_offsets(answer),
+    )
+
+
+def _measure_offsets(answer: Answer) -> list[tuple[float, float]]:
+    """Return metres east and north of the tiles with coordinates from the first one."""
+    known = [degrees for tile in answer.tiles if (degrees := _read_coordinates(tile))]
+    return [geography.offset_m(known[0], degrees) for degrees in known]
+
+
+def _read_coordinates(tile: Mapping[str, Any]) -> tuple[float, float] | None:
+    latitude, longitude = tile["latitude"], tile["longitude"]
+    return None if latitude is None or longitude is None else (latitude, longitude)
