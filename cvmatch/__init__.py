@@ -15,6 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cvmatch.data.pairs import PairDataset
     from cvmatch.generate.model import Generator
     from cvmatch.index.reader import Index
     from cvmatch.match.model import Matcher
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Generator", "Index", "Matcher", "SearchFiles", "Segmenter", "search_files"]
+__all__ = ["Generator", "Index", "Matcher", "PairDataset", "SearchFiles", "Segmenter", "search_files"]
 
 _LOCATIONS = {
     "Generator": "cvmatch.generate.model",
     "Index": "cvmatch.index.reader",
     "Matcher": "cvmatch.match.model",
+    "PairDataset": "cvmatch.data.pairs",
     "SearchFiles": "cvmatch.search.settings",
     "Segmenter": "cvmatch.segment.model",
     "search_files": "cvmatch.search.files",

@@ -30,6 +30,8 @@ def train(config: TrainMatcher) -> Result:
     """
     launch.preflight(config.fit)
     config = with_absolute_paths(config)
+    backbones.load_tower(config.tower, config.weights, config.grid)  # before rows are read
+    session.start()
     rows = read_pairs(config.pairs, config.joint)
     val = _decode(config, read_pairs(config.val, config.joint)) if config.val else None
     ids = read_pair_ids(config.pairs)

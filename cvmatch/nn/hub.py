@@ -1,12 +1,14 @@
 """Base models by hub id or directory: safetensors only, and advice where a model cannot be had."""
 
+import glob
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from pyarrow import fs
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from cvmatch.data import storage
@@ -41,6 +43,41 @@ def from_pretrained_kwargs(name: str, flag: str) -> Iterator[dict[str, Any]]:
             f"writes it, or the id of a model on the Hugging Face hub. Got: {reason} "
             f"{_advice(name)} Then pass {flag} DIR."
         ) from error
+
+
+def check_all(*checks: Callable[[], Any]) -> None:
+    """Run a check of each base model, and report all that are not there in one error.
+
+    Raises:
+        ValueError: what those checks say that raised one, a line each.
+    """
+    messages = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            messages.append(str(error))
+    if messages:
+        raise ValueError("\n".join(messages))
+
+
+def check_model(name: str, flag: str, *folders: str) -> None:
+    """Check that a base model can be had, without loading its weights.
+
+    Args:
+        name: Hub id or directory of the model.
+        flag: As in `from_pretrained_kwargs`.
+        folders: Those of its parts, such as unet and vae, if it has several.
+
+    Raises:
+        ValueError: as in `from_pretrained_kwargs`.
+    """
+    for folder in folders or ("",):
+        with from_pretrained_kwargs(name, flag):
+            cached_file(name, "config.json", subfolder=folder)
+            local = os.path.join(name, folder)
+            if os.path.isdir(local) and not glob.glob("*.safetensors", root_dir=local):
+                raise OSError(f"there are no *.safetensors in {local}.")
 
 
 def absolute_or_hub_id(name: str) -> str:

@@ -14,10 +14,10 @@ from ray.train import Result
 from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.pairs import PairDataset
 from cvmatch.nn import hub
-from cvmatch.runtime import tracking
+from cvmatch.runtime import session, tracking
 from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.segment.batches import Preprocess, decode, decode_synthesized
-from cvmatch.segment.model import Segmenter
+from cvmatch.segment.model import BASES, Segmenter
 from cvmatch.segment.settings import TrainSegmenter
 from cvmatch.segment.task import SegmenterTask, class_weights
 from cvmatch.training import launch
@@ -39,6 +39,8 @@ def train(config: TrainSegmenter) -> Result:
             model cannot be had.
     """
     launch.preflight(config.fit)
+    hub.check_model(BASES.get(config.base, config.base), "--base")
+    session.start()
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
     pairs = PairDataset.open(config.data)
     held_out = config.held_out and PairDataset.open(config.held_out)

@@ -112,8 +112,8 @@ def test_tower_hub_out_of_reach_says_what_to_download_and_which_flag(monkeypatch
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    flags = r"--weights FILE.*--perceptual-weights"
-    with pytest.raises(ValueError, match=rf"https://\S+vgg16\S+\.pth .*{flags}"):
+    advice = r"copy it into .*/checkpoints.* \(--weights\).* tower directory"
+    with pytest.raises(ValueError, match=rf"https://\S+vgg16\S+\.pth .*{advice}"):
         backbones.load_tower("vgg16")
 
 
