@@ -337,8 +337,8 @@ def _download(name: str) -> Mapping[str, Tensor]:
     except OSError as error:
         raise ValueError(
             f"tower {name!r}: cannot download {url} ({error}). Download it on another machine and "
-            f"copy it into {torch.hub.get_dir()}/checkpoints, or name a local file of weights (--weights), "
-            "or a local tower directory in its place."
+            f"copy it into {torch.hub.get_dir()}/checkpoints, or name a local file of weights "
+            "(--weights), or a local tower directory in its place."
         ) from error
 
 
