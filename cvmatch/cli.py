@@ -141,9 +141,6 @@ def _train_matcher(config: Any) -> Any:
 
 
 def _train(train: Callable[[Any], Any], config: Any) -> Any:
-    from cvmatch.runtime import session
-
-    session.start()
     return {"model": config.output, **(train(config).metrics or {})}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cvmatch import cli
+from cvmatch.runtime import session
 
 ROOT = Path(__file__).parents[1]
 NAMES = [command.name for command in cli.COMMANDS]
@@ -181,3 +182,34 @@ def test_console_script_and_jobs_are_the_same_commands():
     assert set(jobs) == {name.split()[0] for name in NAMES} - {"demo-data"}
     for name, text in jobs.items():
         assert text.endswith(f'from cvmatch.cli import main\n\nmain("{name}")\n')
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("train-")])
+def test_training_that_the_machine_cannot_hold_is_refused_before_anything_is_read(
+    name, monkeypatch, capsys
+):
+    monkeypatch.setattr(session, "start", lambda **_: pytest.fail("Ray was started"))
+    many = "--fit.workers 64 --fit.batch 64 --fit.cpus-per-worker 0.01 --fit.gpus-per-worker 1"
+    code, message = failed([name, *many.split()], capsys)
+    assert code == cli.WRONG_INPUT
+    assert "64 training workers" in message
+    assert "--fit.gpus-per-worker" in message
+    code, message = failed([name, "--fit.gpus-per-worker", "1"], capsys)
+    assert code == cli.WRONG_INPUT
+    assert "expected workers with 1 GPUs each, got 0 workers" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["train-segmenter", "--base", "/nowhere/b3"], "--base /nowhere/b3"),
+        (["train-matcher", "--tower", "/nowhere/vgg"], "tower '/nowhere/vgg'"),
+    ],
+)
+def test_training_without_its_base_model_is_refused_before_anything_is_read(
+    words, flag, monkeypatch, capsys
+):
+    monkeypatch.setattr(session, "start", lambda **_: pytest.fail("Ray was started"))
+    code, message = failed(words, capsys)
+    assert code == cli.WRONG_INPUT
+    assert flag in message

@@ -13,7 +13,7 @@ from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import backbones, rng
-from cvmatch.runtime import pools, tracking
+from cvmatch.runtime import pools, session, tracking
 from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.runtime.settings import Pool
 from cvmatch.training import launch

@@ -3,14 +3,16 @@
 Workarounds for Ray 2.60: a stream whose pools hold every CPU starves its reader and hangs.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
+import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cvmatch.runtime import internals
+from cvmatch.runtime import internals, session
 from cvmatch.runtime.settings import Pool
 
 T = TypeVar("T")
@@ -83,7 +85,7 @@ def preflight(pools: Mapping[str, Pool]) -> None:
 
 
 def require_resources(
-    cpus: float, gpus: float, purpose: str, cpus_flag: str, gpus_flag: str
+    cpus: float, gpus: float | int, purpose: str, cpus_flag: str, gpus_flag: str
 ) -> None:
     """Check that the cluster, as large as its autoscaler may make it, has the resources.
 
@@ -112,7 +114,15 @@ def require_resources(
 
 
 def cluster_capacity(resource: str) -> float:
-    """Return how much of a resource the cluster has, or may get from its autoscaler."""
+    """Return how much of a resource the cluster has, or may get from its autoscaler.
+
+    Before a local Ray is started, that is what it will have.
+    """
+    if not ray.is_initialized():
+        if not os.environ.get("RAY_ADDRESS"):
+            gpus = torch.cuda.device_count()
+            return float({"CPU": session.LOGICAL_CPUS, "GPU": gpus}.get(resource, 0))
+        session.start()
     now = ray.cluster_resources().get(resource, 0.0)
     return max(now, float(internals.max_cluster_resources().get(resource, 0.0)))
 

@@ -9,6 +9,9 @@ from ray.data import DataContext
 
 from cvmatch.runtime import internals
 
+LOGICAL_CPUS = 8
+"""CPUs that a local Ray counts, where a caller says nothing else."""
+
 NO_PROGRESS_S = 300.0
 """Seconds without a finished block after which a stream fails (Ray waits 1800)."""
 
@@ -18,7 +21,7 @@ _NOISE = re.compile(
 """Ray Data's lines about what it raises too, and about a stream that was ended on purpose."""
 
 
-def start(logical_cpus: int = 8, dashboard: bool = False) -> None:
+def start(logical_cpus: int = LOGICAL_CPUS, dashboard: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS (`ray job submit` sets it), else start Ray on this machine.
 
     A second call in a process changes nothing but the settings of Ray Data.

@@ -130,11 +130,17 @@ def cached(rows: Dataset, fit: Fit) -> Dataset:
 
 
 def preflight(fit: Fit) -> None:
-    """Check that the cluster has what the workers need; for a stage to ask before it reads data.
+    """Check that the cluster has what the workers need, before anything is read or started.
 
     Raises:
-        ValueError: it has not; says which flags to change.
+        ValueError: it has not, or GPUs are asked for without workers; says which flags to change.
     """
+    if fit.gpus_per_worker and not fit.workers:
+        raise ValueError(
+            f"fit: expected workers with {fit.gpus_per_worker} GPUs each, got 0 workers. Pass "
+            "--fit.workers 1, or leave out --fit.gpus-per-worker: without workers, the training "
+            "runs in this process and takes its GPU if there is one."
+        )
     if fit.workers:
         pools.require_resources(
             fit.workers * fit.cpus_per_worker + pools.READERS,

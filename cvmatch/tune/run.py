@@ -129,8 +129,14 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
             f"fit.validate_every 1, got {fit.validate_every}. Leave it out of the stage's settings."
         )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints banners when silent, too
-    session.start(dashboard=fit.workers > 0)
     _preflight(config, fit)
+    session.start(dashboard=fit.workers > 0)
+    if fit.workers and not session.has_dashboard():
+        raise ValueError(
+            "tune: trials with workers need Ray's dashboard: without it, Ray 2.60 never frees the "
+            "CPUs of a trial that was stopped early. Use session.start(dashboard=True), or "
+            "--fit.workers 0 in the stage's settings."
+        )
     name = config.name or f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     location = storage.join(storage.absolute(config.storage), name)
     _claim(location, config, base, space)
@@ -170,7 +176,9 @@ def _run_trial(params: dict[str, Any], search: _Search) -> None:
         os.chdir(search.directory)  # Tune changed it, and the stage's locations may be relative
     session.start()  # Ray is there; but the settings of Ray Data are each process's own
     name = search.run_name(ray.tune.get_context().get_trial_id())
-    changes = {"fit.storage": search.fits, "fit.name": name}
+    changes: dict[str, Any] = {"fit.storage": search.fits, "fit.name": name}
+    if not search.base.fit.workers:
+        changes |= {"fit.gpus_per_worker": 0}  # Tune gave this process its GPU
     config = configs.override(
         search.base, {**params, **changes, "output": f"{search.fits}/{name}/model"}
     )
@@ -227,12 +235,6 @@ def _preflight(config: Tune, fit: Fit) -> None:
         "fit.cpus_per_worker of --base",
         "fit.gpus_per_worker of --base",
     )
-    if fit.workers and not session.has_dashboard():
-        raise ValueError(
-            "tune: trials with workers need Ray's dashboard: without it, Ray 2.60 never frees the "
-            "CPUs of a trial that was stopped early. Use session.start(dashboard=True), or "
-            "--fit.workers 0 in the stage's settings."
-        )
 
 
 def _claim(location: str, config: Tune, base: Any, space: Mapping) -> None:

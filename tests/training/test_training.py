@@ -147,7 +147,7 @@ def test_tensors_own_their_memory():
 
 
 def test_tensors_of_strings_name_the_column():
-    with pytest.raises(ValueError, match=r"pair_id.*draws\.key"):
+    with pytest.raises(ValueError, match=r"pair_id.*rng\.row_key"):
         metrics.tensors({"pair_id": np.array(["0000001"]), "key": np.array([1])})
 
 
