@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cvmatch.data.pairs import PairDataset
+    from cvmatch.data.settings import Ingest
     from cvmatch.generate.model import Generator
     from cvmatch.index.reader import Index
     from cvmatch.match.model import Matcher
@@ -25,11 +26,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Generator", "Index", "Matcher", "PairDataset", "SearchFiles", "Segmenter", "search_files"]
+__all__ = [
+    "Generator",
+    "Index",
+    "Ingest",
+    "Matcher",
+    "PairDataset",
+    "SearchFiles",
+    "Segmenter",
+    "search_files",
+]
 
 _LOCATIONS = {
     "Generator": "cvmatch.generate.model",
     "Index": "cvmatch.index.reader",
+    "Ingest": "cvmatch.data.settings",
     "Matcher": "cvmatch.match.model",
     "PairDataset": "cvmatch.data.pairs",
     "SearchFiles": "cvmatch.search.settings",
