@@ -12,8 +12,7 @@ import time
 import torch
 
 from cvmatch.index import versions
-from cvmatch.index.ranking import rank
-from cvmatch.index.reader import Index
+from cvmatch.index.reader import Index, rank
 from cvmatch.match.fusion import Query
 
 
@@ -29,8 +28,8 @@ def searched(root: str, place: str) -> dict[str, float]:
     query = Query(*torch.load(place, weights_only=True))
     imports = private()
     begin = time.perf_counter()
-    info = versions.read(root)
-    versions.check(root, info["files"])
+    info = versions.read_version(root)
+    versions.check_files(root, info.files)
     check = time.perf_counter() - begin
     begin = time.perf_counter()
     index = Index.open(root)

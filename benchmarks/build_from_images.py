@@ -21,15 +21,15 @@ from cvmatch.evaluate.retrieval import KS
 from cvmatch.evaluate.run import find_true_rows
 from cvmatch.generate.settings import Generate
 from cvmatch.index.build import build
-from cvmatch.index.gallery import dataset
-from cvmatch.index.ranking import rank
-from cvmatch.index.reader import Index
+from cvmatch.index.embedding import read_gallery
+from cvmatch.index.manifest import IndexManifest
+from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import BuildIndex, GalleryConfig, Mode
 from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
 from cvmatch.runtime.settings import Pool
-from cvmatch.search.files import query_of
+from cvmatch.search.files import as_query
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.segment.settings import Segment
 from cvmatch.synthesize.run import synthesize
@@ -80,26 +80,26 @@ def speeds(asked: FromImages, model: str, data: Ingest) -> tuple[float, float]:
     """Tiles a second of the tower in a loop, and of a pool of one in a stream."""
     some = GalleryConfig(tiles=replace(data, limit=asked.speed))
     pool = _pool(asked)
-    batches = dataset(some).iter_batches(batch_size=asked.batch, batch_format="numpy")
+    batches = read_gallery(some).iter_batches(batch_size=asked.batch, batch_format="numpy")
     held: list[Any] = list(batches)
     stage = Stage(
         "embed tiles",
         lambda: EmbedTile(model, asked.batch),
-        lambda: embed_tiles(dataset(some), Embed(model=model, pool=pool)),
+        lambda: embed_tiles(read_gallery(some), Embed(model=model, pool=pool)),
     )
     return compared(stage, held, asked.rounds)
 
 
 def recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]:
     """R@k of the queries in both modes, in [0, 1]."""
-    embed = EmbedQuery(index.heads, "G+A+S")
+    embed = EmbedQuery(index.matcher_dir, "G+A+S")
     pictures = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
     columns = [schema.PAIR_ID, *pictures, schema.ERROR]
     found: dict[Mode, list[np.ndarray]] = {"exact": [], "two-stage": []}
     truth = []
     for table in batches(location, columns):
         batch = {name: table[name].to_numpy() for name in columns}
-        query = query_of(embed(batch), index)
+        query = as_query(embed(batch), index)
         truth.append(find_true_rows(table[schema.PAIR_ID].to_pylist(), index).numpy())
         for mode, rows in found.items():
             rows.append(rank(index, query, max(KS), mode).rows)
@@ -147,7 +147,7 @@ def main(asked: FromImages) -> None:
 
 def report(
     asked: FromImages,
-    info: dict[str, Any],
+    info: IndexManifest,
     found: dict[Mode, dict[str, float]],
     bare: float,
     pooled: float,
@@ -158,22 +158,24 @@ def report(
         for mode, numbers in found.items()
     ]
     apart = max(abs(found["exact"][f"recall@{k}"] - found["two-stage"][f"recall@{k}"]) for k in KS)
+    recall = info.recall
+    assert recall
     figures = {"tower.bare": bare, "tower.pool": pooled, "tower.ratio": pooled / bare}
     figures |= {f"{m}.{name}": value for m, row in found.items() for name, value in row.items()}
-    figures |= {"recall_apart": apart, "tiles_per_s.embed": info["tiles_per_s"]["embed"]}
-    figures |= {f"stage_s.{name}": value for name, value in info["seconds"].items()}
-    figures |= {f"shortlist.{name}": info["recall"][name] for name in ("top1", "top10")}
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in info["seconds"].items())
+    figures |= {"recall_apart": apart, "tiles_per_s.embed": info.tiles_per_s["embed"]}
+    figures |= {f"stage_s.{name}": value for name, value in info.seconds.items()}
+    figures |= {"shortlist.top1": recall.top1, "shortlist.top10": recall.top10}
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in info.seconds.items())
     notes = (
-        f"{info['rows']} tiles of a world. The tower alone, one thread, batches of {asked.batch} "
+        f"{info.rows} tiles of a world. The tower alone, one thread, batches of {asked.batch} "
         f"in memory: {bare:.1f} tiles/s; a pool of one actor in a stream, which reads and decodes "
         f"beside it, in blocks of {BATCHES} batches: {pooled:.1f} ({pooled / bare:.2f}), "
         f"{asked.rounds} rounds in turns, medians.",
         f"Seconds of the build: {seconds}. Embedding with the start of Ray's processes, the check "
-        f"of all pictures and the writing: {info['tiles_per_s']['embed']:.1f} tiles/s.",
-        f"Shortlist {info['ann']['key']} ({info['head']} head) of {info['shortlist']} tiles; it "
-        f"holds {100 * info['recall']['top1']:.1f} % of the exact first and "
-        f"{100 * info['recall']['top10']:.1f} % of the exact first ten answers. R@k of queries of "
+        f"of all pictures and the writing: {info.tiles_per_s['embed']:.1f} tiles/s.",
+        f"Shortlist {info.ann.key} ({info.head} head) of {info.shortlist} tiles; it "
+        f"holds {100 * recall.top1:.1f} % of the exact first and "
+        f"{100 * recall.top10:.1f} % of the exact first ten answers. R@k of queries of "
         f"modality G+A+S{'' if asked.generator else ' (A is the true tile)'}; two-stage and exact "
         f"are apart by {100 * apart:.2f} points at most.",
     )

@@ -18,6 +18,7 @@ from cvmatch.data.settings import Ingest
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.index.build import build
+from cvmatch.index.manifest import IndexManifest
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import BuildIndex, Verify
 from cvmatch.index.verify import verify
@@ -75,12 +76,10 @@ def _title(pid: int) -> str:
     return title if title.startswith("ray::") else ""
 
 
-def files(info: dict[str, Any]) -> dict[str, str]:
+def files(info: IndexManifest) -> dict[str, str]:
     """Hashes of everything but what a version says of itself."""
     return {
-        name: one["sha256"]
-        for name, one in info["files"].items()
-        if not name.startswith("versions/")
+        name: one.sha256 for name, one in info.files.items() if not name.startswith("versions/")
     }
 
 
@@ -94,18 +93,17 @@ def main(asked: Parallel) -> None:
         make_world(MakeWorld(output=data, preset="standard", train=asked.tiles, val=16))
         model, location = trained(f"{at}/trained")
 
-        def built(name: str, workers: int) -> tuple[dict[str, Any], float]:
+        def built(name: str, workers: int) -> tuple[IndexManifest, float]:
             config = BuildIndex(
                 tiles=Ingest(root=data, split="train", block=32),
                 model=model,
                 output=f"{at}/{name}",
                 queries=location,
                 key="PQ64x4",
-                shard_rows=-(-asked.tiles // asked.shards),
                 pool=Pool(size=workers, batch=32),
             )
             begin = time.perf_counter()
-            info = build(config)
+            info = build(config, shard_rows=-(-asked.tiles // asked.shards))
             return info, time.perf_counter() - begin
 
         table, wanted, same = [], {}, []
@@ -134,22 +132,22 @@ def main(asked: Parallel) -> None:
     figures = {"same": sum(same) / len(same), "builds": len(same)}
     notes = (
         f"{asked.tiles} tiles in {asked.shards} shards, 2 cores; a worker is a logical one. "
-        "Files are the shards, the template, the codes, and the packed index; each hash is "
+        "Files are the shards, the empty index, the codes, and the packed index; each hash is "
         "compared with that of the first row. `verify --deep` counts the tiles and makes all codes "
         "again. A killed worker gets SIGKILL when it is first seen at its stage.",
     )
     finish(asked, "One index, however it is built", table, figures, notes)
 
 
-def _row(name: str, info: dict[str, Any], seconds: float, same: bool, place: str) -> dict[str, Any]:
+def _row(name: str, info: IndexManifest, seconds: float, same: bool, place: str) -> dict[str, Any]:
     found = verify(Verify(index=place, deep=True))
     ids = Index.open(place).tiles["pair_id"].to_pylist()
     return {
         "build": name,
         "seconds": seconds,
-        "tiles": found["tiles"],
+        "tiles": found.tiles,
         "ids twice": len(ids) - len(set(ids)),
-        "rejected": info["rejected"],
+        "rejected": info.rejected,
         "same files": f"{'all' if same else 'NOT ALL'} of {len(files(info))}",
     }
 

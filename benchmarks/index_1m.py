@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import _memory
 import faiss
@@ -22,12 +21,13 @@ from matching import MatchingBench, Rows, settings
 from pyarrow import parquet
 
 from cvmatch.data import schema, tables
+from cvmatch.index import embedding
 from cvmatch.index.build import publish
-from cvmatch.index.queries import split_queries
-from cvmatch.index.ranking import rank
-from cvmatch.index.reader import Index
-from cvmatch.index.settings import STEPS, BuildIndex, Mode
-from cvmatch.index.writer import vectors
+from cvmatch.index.embedding import split_queries
+from cvmatch.index.manifest import IndexManifest
+from cvmatch.index.reader import Index, rank
+from cvmatch.index.settings import BuildIndex, Mode
+from cvmatch.index.writer import compute_vectors
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.train import train
@@ -132,7 +132,9 @@ def faiss_size(index: faiss.Index) -> int:
 
 def rivals(index: Index, count: int) -> Iterator[Contender]:
     """HNSW32 and IVF-Flat over the same vectors, one after the other."""
-    tile = np.concatenate([vectors(index.head, part) for part in index.tile_proj.parts()])
+    tile = np.concatenate(
+        [compute_vectors(index.shortlist_head, part) for part in index.tile_proj.chunks()]
+    )
     lists = int(4 * len(tile) ** 0.5)
     for name, key, set_search in (
         ("IVF-Flat", f"IVF{lists},Flat", lambda one: setattr(one, "nprobe", 64)),
@@ -151,7 +153,7 @@ def rivals(index: Index, count: int) -> Iterator[Contender]:
         set_search(made)
 
         def near(query: Query, made: faiss.Index = made) -> np.ndarray:
-            return made.search(index.head.query(query).numpy(), count)[1]
+            return made.search(index.shortlist_head.query(query).numpy(), count)[1]
 
         yield Contender(name, seconds, faiss_size(made), near)
         del made
@@ -162,7 +164,7 @@ def rivals(index: Index, count: int) -> Iterator[Contender]:
 def ranked(index: Index, query: Query, near: np.ndarray) -> np.ndarray:
     """The ten best of a shortlist, by exact scores."""
     own = near[0][near[0] >= 0]
-    best = index.of_rows(query, own)[0].topk(min(10, len(own))).indices
+    best = index.score_rows(query, own)[0].topk(min(10, len(own))).indices
     return own[best.numpy()]
 
 
@@ -216,13 +218,12 @@ def main(asked: Million) -> None:
         )
         base = real(model, [one for one in (location, asked.more) if one])
         parts = write_parts(synthetic(base, asked.tiles, seed=0), f"{at}/parts")
+        embedding.RECALL_QUERIES = asked.asked  # the others may train the head
         config = BuildIndex(
             model=model,
             output=f"{at}/index",
             queries=location,
-            sample=asked.asked,
             shortlist=asked.shortlist,
-            steps=150 if asked.quick else STEPS,
         )
         with _memory.watched("Pss_Anon") as whole:
             info = publish(parts, config, pools.map_tasks)
@@ -231,7 +232,7 @@ def main(asked: Million) -> None:
             publish(few, replace(config, output=f"{at}/tenth"), pools.map_tasks)
         peaks = tenth.mib, whole.mib
         index = Index.open(f"{at}/index")
-        queries = split_queries(location, model, asked.asked, 0)
+        queries = split_queries(location, model, 0, asked.asked)
         assert queries
         report(asked, index, info, queries.measure, len(base), peaks, at)
 
@@ -239,14 +240,14 @@ def main(asked: Million) -> None:
 def report(
     asked: Million,
     index: Index,
-    info: dict[str, Any],
+    info: IndexManifest,
     query: Query,
     base: int,
     peaks: tuple[float, float],
     at: str,
 ) -> None:
     """Measure all, one after the other, and write the table."""
-    count = info["shortlist"]
+    count = info.shortlist
     begin = time.perf_counter()
     exact = np.concatenate(
         [
@@ -255,11 +256,11 @@ def report(
         ]
     )
     exhaustive_ms = 1000 * (time.perf_counter() - begin) / len(query.query_proj)
-    stages = info["seconds"]
-    width = vectors(index.head, index.tile_proj.take(np.arange(1))).shape[1]
-    own_s = stages["template"] + stages["codes"] + stages["merge"]
+    stages = info.seconds
+    width = compute_vectors(index.shortlist_head, index.tile_proj.take(np.arange(1))).shape[1]
+    own_s = stages["train"] + stages["codes"] + stages["merge"]
     found = {
-        "ours": {"build_s": own_s, "bytes_per_tile": info["bytes_per_tile"]["ann"]}
+        "ours": {"build_s": own_s, "bytes_per_tile": info.bytes_per_tile.ann}
         | measured(index, query, exact, lambda one: rank(index, one, 10, "two-stage").rows[0]),
         "exact": {
             "build_s": 0.0,
@@ -292,13 +293,13 @@ def report(
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
     notes = (
         f"{asked.tiles} tiles: {base} real ones, the rest mixtures of two of them about their mean "
-        f"with the spread that these have; tile_proj of {info['hidden']} numbers in half precision "
-        f"(beside the shortlist, {2 * info['hidden']} bytes a tile). "
+        f"with the spread that these have; tile_proj of {info.hidden} numbers in half precision "
+        f"(beside the shortlist, {2 * info.hidden} bytes a tile). "
         f"{len(query.query_proj)} queries of modality G+A+S whose tiles are "
         f"among the real ones. All shortlists hold the same vectors "
-        f"({info['head']} head, {width} numbers), give {count} tiles, and have the same exact "
+        f"({info.head} head, {width} numbers), give {count} tiles, and have the same exact "
         "second stage, whose time is in the milliseconds. Recall is of the exact joint's answers.",
-        f"Ours: {info['ann']['key']}, packed; built in shards, with the making of the vectors from "
+        f"Ours: {info.ann.key}, packed; built in shards, with the making of the vectors from "
         "tile_proj, the training and the merge. The rivals are given the vectors in memory. HNSW32 "
         "is what autofaiss chooses at this size; "
         "efSearch is the number of tiles that it is asked for.",

@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs: its help needs its settings alone.
 """
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -154,50 +155,47 @@ def _synthesize(config: Any) -> Any:
 def _build_index(config: Any) -> Any:
     from cvmatch.index.build import build
 
-    info = build(config)
+    plain = build(config).plain()
     shown = ("version", "rows", "hidden", "ann", "shortlist", "recall", "rejected")
-    return {"index": config.output, **{name: info.get(name) for name in shown}}
+    return {"index": config.output, **{name: plain[name] for name in shown}}
 
 
 def _index_info(config: Any) -> Any:
-    from cvmatch.index.verify import about
+    from cvmatch.index.verify import read_info
 
-    return _without_files(about(config))
+    return read_info(config).summary()
 
 
 def _index_verify(config: Any) -> Any:
     from cvmatch.index.verify import verify
 
-    return _without_files(verify(config))
+    return dataclasses.asdict(verify(config))
 
 
 def _index_add(config: Any) -> Any:
     from cvmatch.index.update import add
 
-    return _without_files(add(config))
+    return add(config).summary()
 
 
 def _index_delete(config: Any) -> Any:
     from cvmatch.index.update import delete
 
-    return _without_files(delete(config))
+    result = delete(config)
+    return {**result.manifest.summary(), "missing": result.missing}
 
 
 def _index_compact(config: Any) -> Any:
-    from cvmatch.index.gallery import spread
+    from cvmatch.index.embedding import ray_map
     from cvmatch.index.update import compact
 
-    return _without_files(compact(config, spread(config.output)))
+    return compact(config, ray_map(config.output)).summary()
 
 
 def _index_vacuum(config: Any) -> Any:
     from cvmatch.index.update import vacuum
 
-    return _without_files(vacuum(config))
-
-
-def _without_files(info: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in info.items() if name != "files"}
+    return dataclasses.asdict(vacuum(config))
 
 
 def _evaluate(config: Any) -> Any:

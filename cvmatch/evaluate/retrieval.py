@@ -16,8 +16,7 @@ from torch import Tensor
 from cvmatch.data import schema
 from cvmatch.data.geography import haversine_distance
 from cvmatch.evaluate.results import NearResult, Recall, RetrievalResult, TwoStageResult
-from cvmatch.index.ranking import Ranked, rank
-from cvmatch.index.reader import Index
+from cvmatch.index.reader import Index, TopTiles, rank
 from cvmatch.match.fusion import Query
 from cvmatch.nn import metrics
 
@@ -64,14 +63,14 @@ def search_exactly(
         near_m: radius of the near gallery around the true tile, in metres.
         seed: of the random galleries of ten.
     """
-    rows = torch.from_numpy(index.living)
+    rows = torch.from_numpy(index.live_rows)
     assert torch.isin(truth, rows).all(), "truth holds rows that were deleted"
     positions, coordinates = torch.searchsorted(rows, truth), read_coordinates(index)[rows]
     step = max(1, _BLOCK // len(index))
     blocks = []
     for begin in range(0, len(truth), step):
         block = query.rows(slice(begin, begin + step))
-        score = torch.cat([part.float().cpu() for part in index.scores(block)], dim=1)[:, rows]
+        score = torch.cat([part.float().cpu() for part in index.iter_scores(block)], dim=1)[:, rows]
         true = positions[begin : begin + step]
         blocks.append(_rank_block(score, true, coordinates, near_m, seed + begin))
     names = [name for name in Ranking.__dataclass_fields__ if name != "one_of_ten"]
@@ -123,7 +122,7 @@ def compare_two_stage(
 ) -> TwoStageResult:
     """Measure the two-stage search, and how much of the `exact` answers it keeps."""
     # The whole shortlist: among its ten best alone, ties with the tenth would not be seen.
-    size = max(_BEST, index.manifest["shortlist"])
+    size = max(_BEST, index.manifest.shortlist)
     ranks, answers = [], []
     for number, row in enumerate(truth.tolist()):
         answer = rank(index, query.rows(slice(number, number + 1)), size, "two-stage")
@@ -135,7 +134,7 @@ def compare_two_stage(
         recalls=metrics.recall_at(KS, torch.tensor(ranks)),
         exact_top1_kept=float((best[:, 0] == rows[:, 0]).mean()),
         exact_top10_kept=float(np.mean(kept)),
-        shortlist=index.manifest["shortlist"],
+        shortlist=index.manifest.shortlist,
     )
 
 
@@ -155,7 +154,7 @@ def read_coordinates(index: Index) -> Float[Tensor, "tile 2"]:
     return torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
 
 
-def _rank_in_answer(answer: Ranked, row: int) -> int:
+def _rank_in_answer(answer: TopTiles, row: int) -> int:
     """Return the zero-based rank of a row in the answer to one query; absent: behind every k."""
     score = answer.scores[answer.rows == row]
     return int((~(answer.scores < score)).sum()) - 1 if len(score) else max(KS)

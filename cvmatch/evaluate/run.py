@@ -64,9 +64,9 @@ def evaluate(config: Evaluate) -> Results:
             f"evaluate: all {failed} rows of {config.queries} failed in synthesis, such as "
             f"{read_errors(config.queries)}. Mend what they name and run jobs/synthesize.py again."
         )
-    check_unseen(ids, index.heads)
+    check_unseen(ids, index.matcher_dir)
     truth = find_true_rows(ids, index)
-    model = Matcher.load(index.heads, index.device)
+    model = Matcher.load(index.matcher_dir, index.device)
     with tracking.start("evaluate", config) as run:
         queries = embed_queries(config, model)
         by_view: dict[str, dict[str, RetrievalResult]] = {}
@@ -123,7 +123,7 @@ def find_true_rows(ids: list[str], index: Index) -> Int64[Tensor, " query"]:
     Raises:
         ValueError: the index lacks some; names them.
     """
-    rows = dict(zip(index.living_ids.to_pylist(), index.living.tolist(), strict=True))
+    rows = dict(zip(index.live_ids.to_pylist(), index.live_rows.tolist(), strict=True))
     missing = [name for name in ids if name not in rows]
     if missing:
         raise ValueError(
@@ -149,7 +149,7 @@ def _measure_retrieval(
     config: Evaluate, index: Index, query: Query, truth: Int64[Tensor, " query"]
 ) -> tuple[RetrievalResult, retrieval.Ranking]:
     ranking = retrieval.search_exactly(index, query, truth, config.near_m, config.seed)
-    result = retrieval.summarize(ranking, len(index.living), config.bootstrap, config.seed)
+    result = retrieval.summarize(ranking, len(index.live_rows), config.bootstrap, config.seed)
     if "two-stage" in config.modes:
         two_stage = retrieval.compare_two_stage(index, query, truth, ranking)
         result = replace(result, two_stage=two_stage)
@@ -167,7 +167,7 @@ def _ranking_table(
     ids: list[str], index: Index, view: QueryView, modality: Modality, ranking: retrieval.Ranking
 ) -> pa.Table:
     best = [
-        [tile[schema.PAIR_ID] for tile in index.about(rows[:5])] for rows in ranking.best.numpy()
+        [tile[schema.PAIR_ID] for tile in index.describe(rows[:5])] for rows in ranking.best.numpy()
     ]
     lone = (ranking.near_count == 0).numpy()
     return pa.table(
@@ -187,7 +187,8 @@ def _ranking_table(
 
 def _summarize_index(index: Index) -> IndexSummary:
     names = ("version", "model", "rows", "recall", "created")
-    return IndexSummary(**{name: index.manifest[name] for name in names})
+    plain: Any = index.manifest.plain()
+    return IndexSummary(**{name: plain[name] for name in names})
 
 
 def _write_table(location: str, table: pa.Table) -> None:

@@ -1,9 +1,12 @@
-"""An index, opened for searching."""
+"""An index, opened for searching; the best tiles of queries by exact scores, of all or a shortlist.
+
+Exact search scores all tiles, two-stage search those that FAISS finds nearest to the query.
+"""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -12,49 +15,51 @@ import torch
 from jaxtyping import Bool, Float, Float16, Float32, Int64
 from torch import Tensor
 
-from cvmatch.data import geography, manifest, schema
+from cvmatch.data import geography, schema
 from cvmatch.data.images import PREPROCESS
-from cvmatch.index import ann, remote, shard, shortlist_head, versions
-from cvmatch.index.shortlist_head import Head
+from cvmatch.data.manifest import fingerprint
+from cvmatch.index import shard, versions
+from cvmatch.index.manifest import AnnPartInfo, IndexManifest
+from cvmatch.index.settings import Mode
+from cvmatch.index.shortlist import AnnPart, ShortlistHead, load_head, search_parts
 from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.model import fingerprint_parts, load_fusion
-from cvmatch.match.scoring import joint_scores
+from cvmatch.match.scoring import fastest_dtype, joint_scores
 from cvmatch.runtime import hardware
 
-EXHAUSTIVE = 100_000
-"""Tiles up to which a search scores them all: 0.12 s a query on two cores (index.md, section 2)."""
+MAX_EXACT_TILES = 100_000
+"""Tiles up to which `auto` scores all: docs/decisions.md#exact-search-up-to-100000-tiles"""
 
-TEMPLATE = "template.faiss"
-"""In the directory of the shortlist head: the trained, empty FAISS index."""
+_SPARE = 64  # tiles that are scored again in fp32, at least
 
 
 @dataclass(frozen=True)
 class Index:
     """A version of an index, opened for searching."""
 
-    tile_proj: shard.Store
+    tile_proj: shard.ShardedArray
     """What is stored of each tile, memory-mapped."""
     tiles: pa.Table
     """pair_id, latitude and longitude (degrees or null) of each row of tile_proj, memory-mapped."""
-    ann: list[ann.Part]
-    """Shortlist: scores are cosines of the head's vectors."""
-    head: Head
-    """What these vectors are."""
-    dead: Int64[np.ndarray, " row"]
+    ann: list[AnnPart]
+    """Codes of the shortlist: scores are cosines of the head's vectors."""
+    shortlist_head: ShortlistHead
+    """What makes these vectors."""
+    deleted: Int64[np.ndarray, " row"]
     """Rows that were deleted, sorted."""
     matcher: Fusion
     """What scores need of the model that made tile_proj, in evaluation mode."""
-    manifest: dict[str, Any]
+    manifest: IndexManifest
     """What the version consists of, and what was measured."""
-    heads: str
-    """Local directory of the model."""
+    matcher_dir: str
+    """Local directory of the whole model."""
 
     def __len__(self) -> int:
         return len(self.tile_proj)
 
     @classmethod
     def open(cls, uri: str, model: str = "", version: str = "", deep: bool = False) -> "Index":
-        """The current version of the index at `uri`, or the one named.
+        """Open the current version of the index at `uri`, or the one named.
 
         `model`: a matcher directory that has to be the one that built it. `deep` hashes large files
         too, where only their sizes are checked else. An index in an object store is copied to a
@@ -64,12 +69,12 @@ class Index:
             FileNotFoundError: no index there, or a file of it is missing.
             ValueError: of another format, model or preprocessing, truncated or changed.
         """
-        root = remote.fetched(uri, version)
-        info = versions.read(root, version)
-        _check_maker(uri, info, model)
-        versions.check(root, info["files"], deep)
-        _check_rows(uri, info)
-        return opened(root, info)
+        root = versions.fetch(uri, version)
+        manifest = versions.read_version(root, version)
+        _check_model(uri, manifest, model)
+        versions.check_files(root, manifest.files, deep)
+        manifest.check_rows(uri)
+        return open_version(root, manifest)
 
     @property
     def device(self) -> torch.device:
@@ -77,163 +82,259 @@ class Index:
         return self.matcher.device
 
     @property
-    def living(self) -> Int64[np.ndarray, " row"]:
+    def live_rows(self) -> Int64[np.ndarray, " row"]:
         """Rows that were not deleted."""
-        return np.setdiff1d(np.arange(len(self)), self.dead, assume_unique=True)
-
-    def about(self, rows: Int64[np.ndarray, " row"]) -> list[dict[str, Any]]:
-        """pair_id, latitude and longitude of some tiles.
-
-        Not by `take`, which joins all ids for each answer: at 10 million 125 MB and 4.5 ms.
-        """
-        return [self.tiles.slice(row, 1).to_pylist()[0] for row in rows.tolist()]
+        return np.setdiff1d(np.arange(len(self)), self.deleted, assume_unique=True)
 
     @property
-    def living_ids(self) -> pa.Array:
-        """pair_id of each of the `living`."""
-        return self.tiles[schema.PAIR_ID].take(pa.array(self.living)).combine_chunks()
+    def live_ids(self) -> pa.Array:
+        """pair_id of each of the `live_rows`."""
+        return self.tiles[schema.PAIR_ID].take(pa.array(self.live_rows)).combine_chunks()
 
-    def scores(
+    def describe(self, rows: Int64[np.ndarray, " row"]) -> list[dict[str, Any]]:
+        """Return pair_id, latitude and longitude of some tiles."""
+        # Not by `take`: docs/decisions.md#names-of-tiles-are-looked-up-one-by-one
+        return [self.tiles.slice(row, 1).to_pylist()[0] for row in rows.tolist()]
+
+    def rows_inside(self, area: geography.Area) -> Int64[np.ndarray, " row"]:
+        """Return the rows of tiles in an area; one without coordinates is in none."""
+        coordinates = (self.tiles[n].to_numpy() for n in (schema.LATITUDE, schema.LONGITUDE))
+        rows = np.flatnonzero(area.holds(*coordinates))
+        return rows[~self._is_deleted(rows)]
+
+    def iter_scores(
         self,
         query: Query,
         dtype: torch.dtype = torch.float32,
         rows: Int64[np.ndarray, " row"] | None = None,
-    ) -> Iterator[Float[Tensor, "query part"]]:
-        """Scores of all tiles (or of some) in the order of the rows, a part of them at a time.
+    ) -> Iterator[Float[Tensor, "query chunk"]]:
+        """Score all tiles (or some) in the order of the rows, a chunk of them at a time.
 
         Exact but for the rounding of tile_proj to half precision (3e-4), and of `dtype`; -inf of
         deleted tiles.
         """
         begin = 0
-        for part in self._parts(rows):
-            score = joint_scores(self.matcher, query, self._tensor(part), dtype)
-            own = np.arange(begin, begin + len(part)) if rows is None else rows[begin:][: len(part)]
-            if (dead := self._is_dead(own)).any():
-                score[:, torch.from_numpy(dead).to(score.device)] = -torch.inf
+        for chunk in self._chunks(rows):
+            score = joint_scores(self.matcher, query, self._tensor(chunk), dtype)
+            end = begin + len(chunk)
+            deleted = self._is_deleted(np.arange(begin, end) if rows is None else rows[begin:end])
+            if deleted.any():
+                score[:, torch.from_numpy(deleted).to(score.device)] = -torch.inf
             yield score
-            begin += len(part)
+            begin = end
 
-    def of_rows(self, query: Query, rows: Int64[np.ndarray, " row"]) -> Float[Tensor, "query row"]:
-        """Scores in fp32 of some tiles."""
+    def score_rows(
+        self, query: Query, rows: Int64[np.ndarray, " row"]
+    ) -> Float[Tensor, "query row"]:
+        """Score some tiles in fp32."""
         return joint_scores(self.matcher, query, self._tensor(self.tile_proj.take(rows)))
 
-    def nearest(self, query: Query, count: int = 0) -> Int64[np.ndarray, "query found"]:
-        """Rows of the shortlist, best first, -1 behind the end.
+    def find_nearest(self, query: Query, count: int = 0) -> Int64[np.ndarray, "query near"]:
+        """Return the rows of the shortlist, best first, -1 behind the end.
 
         `count`: 0 takes the number that the index was built for.
         """
-        count = min(count or self.manifest["shortlist"], len(self))
+        count = min(count or self.manifest.shortlist, len(self))
         with torch.inference_mode():
-            vectors = self.head.query(query).float().cpu().numpy()
-        if not len(self.dead):
-            return ann.search(self.ann, vectors, count)
-        rows = self._with_dead(vectors, count)
-        rows[self._is_dead(rows)] = -1
-        behind = np.argsort(rows < 0, axis=1, kind="stable")[:, :count]
-        return np.take_along_axis(rows, behind, axis=1)
+            vectors = self.shortlist_head.query(query).float().cpu().numpy()
+        if not len(self.deleted):
+            return search_parts(self.ann, vectors, count)
+        rows = self._search_past_deleted(vectors, count)
+        rows[self._is_deleted(rows)] = -1
+        order = np.argsort(rows < 0, axis=1, kind="stable")[:, :count]
+        return np.take_along_axis(rows, order, axis=1)
 
-    def inside(self, area: geography.Area) -> Int64[np.ndarray, " row"]:
-        """Rows of tiles in an area; one without coordinates is in none."""
-        places = (self.tiles[name].to_numpy() for name in (schema.LATITUDE, schema.LONGITUDE))
-        rows = np.flatnonzero(area.contains(*places))
-        return rows[~self._is_dead(rows)]
-
-    def _with_dead(
+    def _search_past_deleted(
         self, vectors: Float32[np.ndarray, "query width"], count: int
-    ) -> Int64[np.ndarray, "query found"]:
-        """Rows of the shortlist of which `count` are living, or all that FAISS finds."""
-        most, asked = min(len(self), count + len(self.dead)), count
+    ) -> Int64[np.ndarray, "query near"]:
+        """Return rows of which `count` are live, or all that FAISS finds."""
+        most, size = min(len(self), count + len(self.deleted)), count
         while True:
-            asked = min(2 * asked, most)
-            rows = ann.search(self.ann, vectors, asked)
-            living = (rows >= 0) & ~self._is_dead(rows)
-            more = (living.sum(axis=1) < count) & (rows >= 0).all(axis=1)  # -1: its lists are empty
-            if asked == most or not more.any():
+            size = min(2 * size, most)
+            rows = search_parts(self.ann, vectors, size)
+            live = (rows >= 0) & ~self._is_deleted(rows)
+            more = (live.sum(axis=1) < count) & (rows >= 0).all(axis=1)  # -1: its lists are empty
+            if size == most or not more.any():
                 return rows
 
-    def _parts(
+    def _chunks(
         self, rows: Int64[np.ndarray, " row"] | None
     ) -> Iterator[Float16[np.ndarray, "_ h"]]:
         if rows is None:
-            yield from self.tile_proj.parts()
+            yield from self.tile_proj.chunks()
             return
         for begin in range(0, len(rows), shard.CHUNK):
             yield self.tile_proj.take(rows[begin : begin + shard.CHUNK])
 
-    def _tensor(self, part: Float16[np.ndarray, "row hidden"]) -> Float16[Tensor, "row hidden"]:
-        if not part.flags.writeable:  # memory-mapped: torch wants to be told that it may not write
-            part = part.copy()
-        return torch.from_numpy(part).to(self.device)
+    def _tensor(self, chunk: Float16[np.ndarray, "row hidden"]) -> Float16[Tensor, "row hidden"]:
+        if not chunk.flags.writeable:  # memory-mapped: torch wants memory that it may write to
+            chunk = chunk.copy()
+        return torch.from_numpy(chunk).to(self.device)
 
-    def _is_dead(self, rows: Int64[np.ndarray, "*row"]) -> Bool[np.ndarray, "*row"]:
-        return np.isin(rows, self.dead) if len(self.dead) else np.zeros(rows.shape, bool)
+    def _is_deleted(self, rows: Int64[np.ndarray, "*row"]) -> Bool[np.ndarray, "*row"]:
+        return np.isin(rows, self.deleted) if len(self.deleted) else np.zeros(rows.shape, bool)
 
 
-def opened(root: str, info: dict[str, Any]) -> Index:
-    """The version that `info` describes, without any check."""
-    rereads = info["rows"] <= EXHAUSTIVE
-    folders = [os.path.join(root, "shards", one["sha"]) for one in info["shards"]]
-    arrays, tables = zip(*(shard.read(folder, rereads) for folder in folders), strict=True)
-    heads = os.path.join(root, "heads", info["model"])
-    matcher = load_fusion(heads, hardware.device())
+class TopTiles(NamedTuple):
+    """The best tiles of each query, best first."""
+
+    rows: Int64[np.ndarray, "query k"]
+    """Rows of the index; -1 behind the end, where a shortlist held fewer than k tiles."""
+    scores: Float[np.ndarray, "query k"]
+    """Exact joint scores, in [-1, 1]; -inf where there is no tile."""
+
+
+def rank(
+    index: Index,
+    query: Query,
+    top_k: int = 10,
+    mode: Mode = "auto",
+    shortlist: int = 0,
+    rows: Int64[np.ndarray, " row"] | None = None,
+) -> TopTiles:
+    """Find the best `top_k` tiles (or all, where there are fewer) by the exact joint score.
+
+    Equal scores are ordered by row.
+
+    Args:
+        index: the tiles.
+        query: embedded queries.
+        top_k: tiles to return for each query.
+        mode: exact ranks all tiles; two-stage those that the shortlist head finds nearest; auto is
+            exact up to MAX_EXACT_TILES.
+        shortlist: tiles that two-stage re-ranks; 0: the index's number.
+        rows: rank only these, and exactly.
+    """
+    if rows is not None or mode == "exact" or (mode == "auto" and len(index) <= MAX_EXACT_TILES):
+        return _rank_exact(index, query, top_k, rows)
+    return _rank_two_stage(index, query, top_k, shortlist)
+
+
+@torch.inference_mode()
+def _rank_exact(
+    index: Index, query: Query, top_k: int, among: Int64[np.ndarray, " row"] | None = None
+) -> TopTiles:
+    """Rank all tiles: in the type that is fastest, then in fp32 those that may be the best."""
+    dtype = fastest_dtype(query.query_proj.device)
+    if dtype == torch.float32:
+        return _sort(*_best(index, query, top_k, dtype, among), top_k)
+    rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype, among)
+    scores = _score_each(index, query, rows)
+    if rows.shape[1] < len(index if among is None else among):
+        # A tile that was left out has a rough score of at most the least kept one. Where that could
+        # hide one of the best, for all the error that was seen, fp32 decides alone.
+        error = np.abs(scores - rough, where=rows >= 0, out=np.zeros_like(scores)).max(axis=1)
+        unsure = np.sort(scores, axis=1)[:, -top_k] <= rough.min(axis=1) + 2 * error
+        if unsure.any():
+            again = query.rows(torch.from_numpy(unsure))
+            count = rows.shape[1]
+            rows[unsure], scores[unsure] = _best(index, again, count, torch.float32, among)
+    return _sort(rows, scores, top_k)
+
+
+def _best(
+    index: Index,
+    query: Query,
+    count: int,
+    dtype: torch.dtype,
+    among: Int64[np.ndarray, " row"] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows of the `count` best tiles (or all) by scores in `dtype`, and these; -1 and -inf
+    where only deleted tiles are left."""
+    best = torch.empty(len(query.query_proj), 0)
+    rows = torch.empty(len(query.query_proj), 0, dtype=torch.int64)
+    begin = 0
+    for chunk in index.iter_scores(query, dtype, among):
+        best = torch.cat([best, chunk.cpu()], dim=1)
+        chunk_rows = torch.arange(begin, begin + chunk.shape[1]).expand(len(best), -1)
+        rows = torch.cat([rows, chunk_rows], dim=1)
+        begin += chunk.shape[1]
+        # Scores of half precision have many ties; fp32 scores what they leave in doubt again.
+        best, rows = _top(best, rows, count, ties=dtype == torch.float32)
+    tile_rows = rows.numpy() if among is None else among[rows.numpy()]
+    return np.where(best.numpy() == -np.inf, -1, tile_rows), best.numpy()
+
+
+def _top(scores: Tensor, rows: Tensor, count: int, ties: bool) -> tuple[Tensor, Tensor]:
+    """Return each query's `count` best scores, and their rows; `ties`: of equal ones the first."""
+    best, order = scores.topk(min(count, scores.shape[1]))
+    best_rows = rows.gather(1, order)
+    if ties:
+        least = best[:, -1:]
+        cut = ((scores == least).sum(1) > (best == least).sum(1)).nonzero()[:, 0]
+        if len(cut):
+            first = _sort(rows[cut].numpy(), scores[cut].numpy(), best.shape[1])
+            best_rows[cut], best[cut] = torch.from_numpy(first.rows), torch.from_numpy(first.scores)
+    return best, best_rows
+
+
+@torch.inference_mode()
+def _rank_two_stage(index: Index, query: Query, top_k: int, shortlist: int) -> TopTiles:
+    near = index.find_nearest(query, max(shortlist or index.manifest.shortlist, top_k))
+    return _sort(near, _score_each(index, query, near), top_k)
+
+
+def _score_each(index: Index, query: Query, rows: np.ndarray) -> np.ndarray:
+    """Score each query's own rows in fp32; -inf where there is none."""
+    scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+    for number, query_rows in enumerate(rows):
+        known = query_rows >= 0
+        single = query.rows(slice(number, number + 1))
+        scores[number, known] = index.score_rows(single, query_rows[known])[0].cpu()
+    return scores
+
+
+def _sort(rows: np.ndarray, scores: np.ndarray, top_k: int) -> TopTiles:
+    order = np.lexsort((rows, -scores))[:, :top_k]
+    return TopTiles(np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1))
+
+
+def open_version(root: str, manifest: IndexManifest) -> Index:
+    """Open the version that a manifest describes, without any check."""
+    rereads = manifest.rows <= MAX_EXACT_TILES
+    folders = [os.path.join(root, "shards", info.sha) for info in manifest.shards]
+    arrays, tables = zip(*(shard.open_shard(folder, rereads) for folder in folders), strict=True)
+    matcher_dir = os.path.join(root, "matcher", manifest.model)
+    matcher = load_fusion(matcher_dir, hardware.device())
+    deleted = manifest.deleted and np.load(os.path.join(root, manifest.deleted))
     return Index(
-        tile_proj=shard.Store(arrays),
+        tile_proj=shard.ShardedArray(arrays),
         tiles=pa.concat_tables(tables),
-        ann=[_part(root, one, info["ann"]["probes"]) for one in info["ann"]["parts"]],
-        head=shortlist_head.load(os.path.join(root, "coarse", info["coarse"]), matcher),
-        dead=np.load(os.path.join(root, info["deleted"])) if info["deleted"] else _NONE,
+        ann=[_open_part(root, info, manifest.ann.nprobe) for info in manifest.ann.parts],
+        shortlist_head=load_head(os.path.join(root, "shortlist", manifest.shortlist_dir), matcher),
+        deleted=np.empty(0, np.int64) if deleted is None else deleted,
         matcher=matcher,
-        manifest=info,
-        heads=heads,
+        manifest=manifest,
+        matcher_dir=matcher_dir,
     )
 
 
-_NONE = np.empty(0, np.int64)
-
-
-def _part(root: str, entry: dict[str, Any], probes: int) -> ann.Part:
-    index = faiss.read_index(os.path.join(root, entry["file"]))
+def _open_part(root: str, info: AnnPartInfo, nprobe: int) -> AnnPart:
+    index = faiss.read_index(os.path.join(root, info.file))
     if isinstance(index, faiss.IndexIVF):
-        index.nprobe = probes
-    if index.ntotal != entry["rows"]:
+        index.nprobe = nprobe
+    if index.ntotal != info.rows:
         raise ValueError(
-            f"index {root}: {entry['file']} holds {index.ntotal} tiles, expected {entry['rows']}. "
-            f"Build the index again: jobs/build_index.py --output {root}"
+            f"index {root}: {info.file} holds {index.ntotal} tiles, expected {info.rows}. "
+            f"Build the index again: cvmatch build-index --output {root}"
         )
-    return ann.Part(index, entry["row_start"])
+    return AnnPart(index, info.row_start)
 
 
-def _check_rows(uri: str, info: dict[str, Any]) -> None:
-    """Shards, and parts of the shortlist, are there once each and cover the rows without a gap."""
-    names = [one["sha"] for one in info["shards"]]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    for what in (info["shards"], info["ann"]["parts"]):
-        starts = np.cumsum([0, *(one["rows"] for one in what)]).tolist()
-        given = [*(one["row_start"] for one in what), info["rows"]]
-        if twice or starts != given:
-            raise ValueError(
-                f"index {uri}: expected shards (or parts of the shortlist) that begin at rows "
-                f"{starts[:-1]} and end at {starts[-1]}, each once; got {given}"
-                f"{f', and {twice} twice' if twice else ''}. Build the index again: "
-                f"jobs/build_index.py --output {uri}"
-            )
-
-
-def _check_maker(uri: str, info: dict[str, Any], model: str) -> None:
-    if info["preprocess"] != PREPROCESS:
+def _check_model(uri: str, manifest: IndexManifest, model: str) -> None:
+    if manifest.preprocess != PREPROCESS:
         raise ValueError(
-            f"index {uri}: expected preprocessing {info['preprocess']}, but this version of "
-            f"cvmatch has {PREPROCESS}. Build it again: jobs/build_index.py --output {uri}"
+            f"index {uri}: expected preprocessing {manifest.preprocess}, but this version of "
+            f"cvmatch has {PREPROCESS}. Build it again: cvmatch build-index --output {uri}"
         )
-    if model and (got := manifest.fingerprint(model)) != info["model"]:
-        other = {
-            name: value
-            for name, value in fingerprint_parts(model).items()
-            if value != info["parts"][name]
-        }
-        kept = "" if "tile" in other else " (no tile is embedded again: that part is the same)"
+    if model and (got := fingerprint(model)) != manifest.model:
+        parts = fingerprint_parts(model)
+        changed = sorted(
+            name for name, value in parts.items() if value != manifest.model_parts[name]
+        )
+        note = "" if "tile" in changed else " (no tile is embedded again: that part is the same)"
         raise ValueError(
-            f"index {uri}: expected matcher {info['model']}, got {got} (of {model}); these parts "
-            f"differ: {sorted(other)}. Search with the model that built it (leave --model out), or "
-            f"build the index again{kept}: jobs/build_index.py --model {model} --output {uri}"
+            f"index {uri}: expected matcher {manifest.model}, got {got} (of {model}); these parts "
+            f"differ: {changed}. Search with the model that built it (leave --model out), or "
+            f"build the index again{note}: cvmatch build-index --model {model} --output {uri}"
         )

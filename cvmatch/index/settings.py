@@ -9,46 +9,31 @@ from cvmatch.runtime.settings import Pool
 Mode = Literal["auto", "exact", "two-stage"]
 """How tiles are ranked: exact scores all of them, two-stage those of a shortlist."""
 
-STEPS = 600
-"""Steps of the distillation, each of 64 queries and 1,024 tiles: a minute or two on two cores."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class GalleryConfig:
     """Tiles, and the actors that embed them."""
 
-    # A block costs Ray some 20 ms, whatever it holds: by 32 the toy tower makes 253 tiles/s, by 128
-    # 311, and 342 where an actor also decodes a batch while its network is busy.
+    # Large blocks and two calls at a time: docs/decisions.md#blocks-of-tiles
     tiles: Ingest = field(default_factory=lambda: Ingest(split="val", block=128))
     """Data set whose tiles are taken."""
     splits: tuple[Literal["train", "val"], ...] = ()
     """Splits of it that are taken; empty: only `tiles.split`."""
     rows: str = ""
-    """URI of a directory of rows (as jobs/synthesize.py writes) to take instead of `tiles`: any
+    """URI of a directory of rows (as `cvmatch synthesize` writes) to take instead of `tiles`: any
     Parquet files with pair_id and aerial, and where known latitude and longitude."""
     pool: Pool = field(default_factory=lambda: Pool(batch=32, calls=2))
     """Actors that embed tiles."""
     max_rejected: float = 0.05
     """Largest share of rows without an embedding, in [0, 1]."""
-    shard_rows: int = 100_000
-    """Tiles of a shard, the unit of parallel work."""
     output: str = "data/index"
     """Directory of the index, local or in an object store; a new version joins those there. On
     several nodes: a path that all of them mount."""
     queries: str = ""
-    """URI of synthesized rows for which the shortlist is measured (and, of other ones, from which a
-    distilled head learns); their tiles need not be known. Empty: not measured."""
-    sample: int = 200
-    """Queries that measure it."""
+    """URI of synthesized rows that measure the shortlist (others of them train its head, where that
+    is needed); their tiles need not be known. Empty: not measured."""
     seed: int = 0
-    """Of the draws of queries and of training vectors."""
-
-    def __post_init__(self) -> None:
-        if self.shard_rows < 1 or self.sample < 1:
-            raise ValueError(
-                f"build_index: expected shard_rows and sample >= 1, got {self.shard_rows} and "
-                f"{self.sample}."
-            )
+    """Seed of the choice of queries and of training vectors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +42,12 @@ class BuildIndex(GalleryConfig):
 
     model: str = "models/matcher"
     """Local directory of the matcher."""
-    key: str = "auto"
-    """FAISS factory key of the shortlist; "auto" chooses by the number of tiles."""
-    probes: int = 64
-    """Lists that a query visits, where the key has lists (IVF)."""
     shortlist: int = 0
     """Tiles that a two-stage search re-ranks exactly; 0 chooses by the number of tiles."""
-    head: Literal["auto", "own", "distilled"] = "auto"
-    """Whose vectors FAISS holds: the matcher's own, or a head's that is distilled from its scores
-    on some of `queries`. auto: the own ones, unless they hold too few of the exact answers
-    and distilled ones hold more (asked of more than 100,000 tiles, which need a shortlist)."""
-    steps: int = STEPS
-    """Steps of the distillation."""
+    key: str = "auto"
+    """FAISS factory key of the shortlist; "auto" chooses by the number of tiles."""
+    nprobe: int = 64
+    """Lists that a query visits, where the key has lists (IVF: beyond 10 million tiles)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +57,7 @@ class AddTiles(GalleryConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeleteTiles:
-    """Let no search give some tiles any more; their numbers stay until the index is compacted."""
+    """Hide tiles from every search; their numbers stay until the index is compacted."""
 
     output: str = "data/index"
     """Directory of the index."""
@@ -125,7 +104,7 @@ class Verify:
     version: str = ""
     """Version; empty: the current one."""
     deep: bool = False
-    """Also hash large files, make all codes again, and embed the probes again."""
+    """Also hash large files, make all codes again, and embed the check samples again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,20 +5,29 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Int64
 
 from cvmatch.data import schema, storage
-from cvmatch.index import ann, build, gallery, remote, shard, verify, versions
-from cvmatch.index.queries import split_queries
+from cvmatch.index import embedding, shard, verify, versions
+from cvmatch.index.build import SHARD_ROWS, measure_recall
+from cvmatch.index.manifest import AnnPartInfo, Files, IndexManifest, ShardInfo
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import AddTiles, Compact, DeleteTiles, GalleryConfig, Vacuum
-from cvmatch.index.shard import Store
-from cvmatch.index.writer import ASIDE, Draft, Entry, Run, draft, place_shard, serially
+from cvmatch.index.shard import ShardedArray
+from cvmatch.index.shortlist import default_shortlist_size
+from cvmatch.index.writer import (
+    STAGING,
+    IndexWriter,
+    TaskMapper,
+    open_writer,
+    serial_map,
+    store_shard,
+)
 from cvmatch.runtime import session
 
 _log = logging.getLogger(__name__)
@@ -26,262 +35,295 @@ _log = logging.getLogger(__name__)
 _ROW = "row"
 _DAY_S = 86_400.0
 
-PIECES = 16
+MAX_ANN_PARTS = 16
 """Parts of the shortlist at most: each is searched by itself."""
 
 
-def add(config: AddTiles) -> dict[str, Any]:
-    """Embed the tiles in a Ray pool and add them; gives the new manifest.
+@dataclass(frozen=True)
+class DeleteResult:
+    """A deletion."""
+
+    manifest: IndexManifest
+    missing: int
+    """Ids that were not there."""
+
+
+@dataclass(frozen=True)
+class VacuumResult:
+    """What was removed."""
+
+    versions: int
+    files: int
+    bytes: int
+
+
+def add(config: AddTiles) -> IndexManifest:
+    """Embed the tiles in a Ray pool and add them; return the new manifest.
 
     Raises:
         ValueError: see `join`.
     """
     session.start()
-    root = remote.fetched(config.output)
-    info = versions.read(root)
-    tile = info["parts"]["tile"]
+    root = versions.fetch(config.output)
+    info = versions.read_version(root)
     # Of no version: an addition that was refused goes on to another one with what it embedded.
-    made_from = {"job": "add", "tile": tile, "tiles": gallery.source(config)}
-    heads = os.path.join(root, "heads", info["model"])
-    parts, seconds = gallery.embed(config, heads, made_from)
-    new = join(parts, config, gallery.spread(config.output), seconds, tile)
-    remote.pushed(config.output, new["version"])
-    storage.remove(gallery.work_of(config.output, made_from))
+    tiles = embedding.fingerprint_gallery(config)
+    inputs: dict[str, object] = {"job": "add", "tower": info.tower, "tiles": tiles}
+    matcher_dir = os.path.join(root, "matcher", info.model)
+    parts, seconds = embedding.embed_gallery(config, matcher_dir, inputs)
+    tasks = embedding.ray_map(config.output)
+    new = join(parts, config, tasks, embed_seconds=seconds, tower=info.tower)
+    versions.push(config.output, new.version)
+    storage.remove(embedding.building_directory(config.output, inputs))
     return new
 
 
 def join(
     parts: str,
     config: GalleryConfig,
-    run: Run = serially,
-    seconds: float = 0.0,
-    tile: str = "",
-) -> dict[str, Any]:
-    """Add the rows of Parquet files (see `build.publish`) to the current version.
+    run: TaskMapper = serial_map,
+    *,
+    shard_rows: int = SHARD_ROWS,
+    embed_seconds: float = 0.0,
+    tower: str = "",
+) -> IndexManifest:
+    """Add embedded tiles (see `build.publish`) to the current version; return the new manifest.
 
-    A shard of just those tiles that were deleted is there still: its rows live again. `tile`: the
-    tower (`fingerprint_parts`) that embedded the rows, which has to be the version's.
+    A shard of just those tiles that were deleted is there still: its rows live again.
+
+    Args:
+        parts: directory of Parquet files.
+        config: the index and what measures it.
+        run: does the work on shards.
+        shard_rows: tiles of a shard.
+        embed_seconds: what embedding took.
+        tower: fingerprint of what embedded the rows, which has to be the version's; empty: it is.
 
     Raises:
         ValueError: an id is there already, or another tower; as `build.publish`; or see
             `versions.commit`.
     """
-    root = remote.root(config.output)
+    root = versions.local_root(config.output)
     index = Index.open(root)
     info = index.manifest
-    if tile and tile != info["parts"]["tile"]:
+    if tower and tower != info.tower:
         raise ValueError(
-            f"index {root}: the tiles were embedded by the tower {tile}, but {info['version']} was "
-            f"built meanwhile with {info['parts']['tile']}. Nothing was added. Run it again."
+            f"index {root}: the tiles were embedded by the tower {tower}, but {info.version} was "
+            f"built meanwhile with {info.tower}. Nothing was added. Run it again."
         )
-    tiles, rejected = shard.accepted(parts, config.max_rejected)
-    both = tiles.filter(pc.field(schema.PAIR_ID).isin(index.living_ids))[schema.PAIR_ID]
+    tiles, rejected = shard.select_good_rows(parts, config.max_rejected)
+    both = tiles.filter(pc.field(schema.PAIR_ID).isin(index.live_ids))[schema.PAIR_ID]
     if len(both):
         raise ValueError(
             f"index {root}: {len(both)} of {len(tiles)} tiles are there already, such as "
-            f"{both.slice(0, 3).to_pylist()}. Delete them first (jobs/index.py delete), or leave "
+            f"{both.slice(0, 3).to_pylist()}. Delete them first (cvmatch index delete), or leave "
             "them out."
         )
-    with draft(root, run) as work:
-        work.seconds["embed"] = seconds
-        work.files |= _lasting(info)
-        maker = {"tile": info["parts"]["tile"]}
-        given = work.shards(parts, tiles, info["hidden"], maker, config.shard_rows)
-        added, back = _sorted_out(work, given, info)
-        added = work.codes(added, info["coarse"], info["model"])
-        shards, pieces = [*info["shards"], *added], info["ann"]["parts"]
-        if added and len(pieces) < PIECES:
-            pieces = [*pieces, work.merged(added, info["coarse"])]
+    with open_writer(root, run) as writer:
+        writer.seconds["embed"] = embed_seconds
+        writer.files |= _shared_files(info)
+        written = writer.write_shards(parts, tiles, info.hidden, info.tower, shard_rows)
+        added, revived = _separate_revived(writer, written, info)
+        added = writer.encode_shards(added, info.shortlist_dir, info.model)
+        shards, ann_parts = (*info.shards, *added), info.ann.parts
+        if added and len(ann_parts) < MAX_ANN_PARTS:
+            ann_parts = (*ann_parts, writer.merge_shards(added, info.shortlist_dir))
         elif added:
-            work.files = {n: f for n, f in work.files.items() if not n.startswith("ann/")}
-            pieces = [work.merged(shards, info["coarse"])]
-        new = _changed(info, shards, pieces) | {"rejected": len(rejected)}
-        if len(back):
-            new["deleted"] = _store_dead(work, np.setdiff1d(index.dead, back))
-        queries = split_queries(config.queries, index.heads, config.sample, config.seed)
-        new["recall"] = build.recalled(work, new, queries)
-        return build.finished(work, new, queries, rejected)
+            writer.files = {n: f for n, f in writer.files.items() if not n.startswith("ann/")}
+            ann_parts = (writer.merge_shards(shards, info.shortlist_dir),)
+        new = _derive_manifest(info, shards, ann_parts)
+        if len(revived):
+            deleted = _store_deleted(writer, np.setdiff1d(index.deleted, revived))
+            new = replace(new, deleted=deleted)
+        queries = embedding.split_queries(config.queries, index.matcher_dir, config.seed)
+        new = replace(new, recall=measure_recall(writer, new, queries))
+        if queries:
+            new = replace(new, queries=queries.origin)
+        return writer.publish(new, rejected)
 
 
-def delete(config: DeleteTiles) -> dict[str, Any]:
-    """Delete tiles; returns the new manifest, and as `missing` how many of the ids were not there.
+def delete(config: DeleteTiles) -> DeleteResult:
+    """Delete tiles.
 
     Raises:
         ValueError: none of the ids is there; these are all tiles; or see `versions.commit`.
     """
-    root = remote.fetched(config.output)
+    root = versions.fetch(config.output)
     index = Index.open(root)
     lines = storage.read_text(config.file).splitlines() if config.file else ()
-    wanted = {*config.ids, *(line.strip() for line in lines if line.strip())}
-    numbered = _numbered(index)
-    there = numbered.filter(pc.field(schema.PAIR_ID).isin(pa.array(sorted(wanted), pa.string())))
-    missing = sorted(wanted - set(there[schema.PAIR_ID].to_pylist()))
-    if not len(there):
+    ids = {*config.ids, *(line.strip() for line in lines if line.strip())}
+    live = _live_table(index)
+    known = live.filter(pc.field(schema.PAIR_ID).isin(pa.array(sorted(ids), pa.string())))
+    missing = sorted(ids - set(known[schema.PAIR_ID].to_pylist()))
+    if not len(known):
         raise ValueError(
             f"index {root}: expected ids of tiles that are there (--ids or --file), got "
-            f"{len(wanted)}, of which none is, such as {missing[:3]}. Nothing was deleted."
+            f"{len(ids)}, of which none is, such as {missing[:3]}. Nothing was deleted."
         )
     if missing:
         _log.warning(
             "%d of %d ids are not in the index, such as %s: the other %d are deleted",
-            len(missing), len(wanted), missing[:3], len(there),
+            len(missing), len(ids), missing[:3], len(known),
         )  # fmt: skip
-    dead = np.union1d(index.dead, there[_ROW].to_numpy())
-    if len(dead) == len(index):
+    deleted = np.union1d(index.deleted, known[_ROW].to_numpy())
+    if len(deleted) == len(index):
         raise ValueError(f"index {root}: these are all its tiles. Remove the directory instead.")
-    with draft(root) as work:
-        work.files |= _lasting(index.manifest)
-        new = _changed(index.manifest, index.manifest["shards"], index.manifest["ann"]["parts"])
-        new["deleted"] = _store_dead(work, dead)
-        info = build.finished(work, new | {"rejected": 0}, None, [])
-    remote.pushed(config.output, info["version"])
-    return info | {"missing": len(missing)}
+    with open_writer(root) as writer:
+        info = index.manifest
+        writer.files |= _shared_files(info)
+        new = _derive_manifest(info, info.shards, info.ann.parts)
+        new = writer.publish(replace(new, deleted=_store_deleted(writer, deleted)), [])
+    versions.push(config.output, new.version)
+    return DeleteResult(new, len(missing))
 
 
-def compact(config: Compact, run: Run = serially) -> dict[str, Any]:
-    """Write the living tiles as new shards by pair_id, with the same head; returns the manifest.
+def compact(config: Compact, run: TaskMapper = serial_map) -> IndexManifest:
+    """Write the live tiles as new shards by pair_id, with the same head; return the manifest.
 
     Where they are so already, it is that of the current version, and none is published.
 
     Raises:
         ValueError: see `versions.commit`.
     """
-    root = remote.fetched(config.output)
+    root = versions.fetch(config.output)
     index = Index.open(root)
     info = index.manifest
-    rows = _numbered(index).sort_by(schema.PAIR_ID)[_ROW].to_numpy()
-    size = info["config"]["shard_rows"]
+    rows = _live_table(index).sort_by(schema.PAIR_ID)[_ROW].to_numpy()
+    size = info.shard_rows
     if _is_compact(index, rows, size):
-        _log.info("version %s is compact already: nothing to do", info["version"])
+        _log.info("version %s is compact already: nothing to do", info.version)
         return info
-    shas = tuple(one["sha"] for one in info["shards"])
-    maker = {"tile": info["parts"]["tile"]}
+    shas = tuple(part.sha for part in info.shards)
+    starts = range(0, len(rows), size)
     tasks = [
-        _Rewrite(root, shas, rows[at : at + size], index.tiles.take(rows[at : at + size]), maker)
-        for at in range(0, len(rows), size)
+        _RewriteTask(root, shas, chunk, index.tiles.take(chunk), info.tower)
+        for chunk in (rows[start : start + size] for start in starts)
     ]
-    with draft(root, run) as work:
-        kept = ("heads/", "coarse/")
-        work.files |= {n: f for n, f in info["files"].items() if n.startswith(kept)}
-        with work.timed("shards"):
-            shards = work.placed(run(_rewrite, tasks))
-        shards = work.codes(shards, info["coarse"], info["model"])
-        new = _changed(info, shards, [work.merged(shards, info["coarse"])])
-        new |= {"rejected": 0, "deleted": None}
-        new["probes"] = verify.store_probes(work, verify.living_probes(root, index))
-        done = build.finished(work, new, None, [])
-    remote.pushed(config.output, done["version"])
-    return done
+    with open_writer(root, run) as writer:
+        writer.files |= info.select_files("matcher", "shortlist")
+        with writer.time_stage("shards"):
+            shards = writer.number_shards(run(_rewrite, tasks))
+        shards = writer.encode_shards(shards, info.shortlist_dir, info.model)
+        part = writer.merge_shards(shards, info.shortlist_dir)
+        samples = verify.store_check_samples(writer, verify.live_check_samples(root, index))
+        new = _derive_manifest(info, shards, (part,))
+        new = writer.publish(replace(new, deleted=None, check_samples=samples), [])
+    versions.push(config.output, new.version)
+    return new
 
 
-def vacuum(config: Vacuum) -> dict[str, int]:
-    """Remove old versions of a local index; gives how many, and the files and bytes.
+def vacuum(config: Vacuum) -> VacuumResult:
+    """Remove old versions of a local index, and files that no other one needs.
 
     Raises:
         ValueError: an index in an object store.
     """
-    if remote.is_remote(config.output):
+    if versions.is_remote(config.output):
         raise ValueError(f"vacuum: expected a local index, got {config.output}.")
-    root = remote.root(config.output)
-    with versions.alone(root):
-        return _collected(root, config.keep)
+    root = versions.local_root(config.output)
+    with versions.publish_lock(root):
+        return _vacuum(root, config.keep)
 
 
-def _is_compact(index: Index, rows: np.ndarray, size: int) -> bool:
-    """Whether `rows`, the living ones by pair_id, are all, in full shards and one shortlist."""
-    cuts = [min(size, len(index) - at) for at in range(0, len(index), size)]
-    return (
-        np.array_equal(rows, np.arange(len(index)))
-        and [one["rows"] for one in index.manifest["shards"]] == cuts
-        and len(index.manifest["ann"]["parts"]) == 1
-    )
-
-
-def _collected(root: str, keep: int) -> dict[str, int]:
-    names = versions.names(root)
-    current = versions.read(root)["version"]
+def _vacuum(root: str, keep: int) -> VacuumResult:
+    names = versions.list_versions(root)
+    current = versions.read_version(root).version
     old = [name for name in names if name != current]
     old = old[: max(0, len(names) - keep)]
-    kept = {
-        file for name in names if name not in old for file in versions.read(root, name)["files"]
-    }
-    gone = {"versions": len(old), "files": 0, "bytes": 0}
+    stay = [versions.read_version(root, name) for name in names if name not in old]
+    needed = {file for info in stay for file in info.files}
     for name in old:
         shutil.rmtree(os.path.join(root, "versions", name))
     for name in os.listdir(root):  # of publications that were killed
         path = os.path.join(root, name)
-        if name.startswith(ASIDE) and _is_old(path):
+        if name.startswith(STAGING) and _is_old(path):
             shutil.rmtree(path)
-    for kind in ("shards", "codes", "coarse", "ann", "heads", "probes", "deleted"):
-        for file in versions.walk(os.path.join(root, kind)):
-            if os.path.relpath(file, root) not in kept and _is_old(file):
-                gone["files"] += 1
-                gone["bytes"] += os.path.getsize(file)
+    files = size = 0
+    for folder in ("shards", "codes", "shortlist", "ann", "matcher", "check_samples", "deleted"):
+        for file in versions.walk_files(os.path.join(root, folder)):
+            if os.path.relpath(file, root) not in needed and _is_old(file):
+                files += 1
+                size += os.path.getsize(file)
                 os.remove(file)
-    return gone
+    return VacuumResult(len(old), files, size)
 
 
 def _is_old(path: str) -> bool:
-    """Whether no publication that still runs put it there."""
+    """Return whether no publication that still runs put it there."""
     return time.time() - os.path.getmtime(path) > _DAY_S
 
 
+def _is_compact(index: Index, rows: np.ndarray, size: int) -> bool:
+    """Return whether `rows`, the live ones by pair_id, are all, in full shards, merged once."""
+    cuts = [min(size, len(index) - start) for start in range(0, len(index), size)]
+    return (
+        np.array_equal(rows, np.arange(len(index)))
+        and [part.rows for part in index.manifest.shards] == cuts
+        and len(index.manifest.ann.parts) == 1
+    )
+
+
 @dataclass(frozen=True)
-class _Rewrite:
+class _RewriteTask:
     root: str
     shas: Sequence[str]
     rows: np.ndarray = field(repr=False)
     tiles: pa.Table = field(repr=False)
-    maker: dict[str, str]
+    tower: str
 
 
-def _rewrite(task: _Rewrite) -> tuple[str, int, versions.Files]:
+def _rewrite(task: _RewriteTask) -> tuple[str, int, Files]:
     folders = [os.path.join(task.root, "shards", sha) for sha in task.shas]
-    store = Store([shard.read(folder, rereads=False)[0] for folder in folders])
-    return place_shard(task.root, store.take(task.rows), task.tiles, task.maker)
+    arrays = [shard.open_shard(folder, rereads=False)[0] for folder in folders]
+    tile_proj = ShardedArray(arrays).take(task.rows)
+    return store_shard(task.root, tile_proj, task.tiles, task.tower)
 
 
-def _numbered(index: Index) -> pa.Table:
-    """pair_id and row of the living tiles."""
-    return pa.table({schema.PAIR_ID: index.living_ids, _ROW: index.living})
+def _live_table(index: Index) -> pa.Table:
+    """Return pair_id and row of the live tiles."""
+    return pa.table({schema.PAIR_ID: index.live_ids, _ROW: index.live_rows})
 
 
-def _sorted_out(
-    work: Draft, given: Sequence[Entry], info: dict[str, Any]
-) -> tuple[list[Entry], np.ndarray]:
-    """Shards that are new, behind the others; and the rows of those that are there already."""
-    there = {one["sha"]: one["row_start"] for one in info["shards"]}
-    new = [(one["sha"], one["rows"], {}) for one in given if one["sha"] not in there]
-    rows = [there[one["sha"]] + np.arange(one["rows"]) for one in given if one["sha"] in there]
-    return work.placed(new, info["rows"]), np.concatenate([np.empty(0, np.int64), *rows])
+def _separate_revived(
+    writer: IndexWriter, written: Sequence[ShardInfo], info: IndexManifest
+) -> tuple[tuple[ShardInfo, ...], Int64[np.ndarray, " row"]]:
+    """Return the shards that are new, behind the others; and the rows of those that are there."""
+    starts = {part.sha: part.row_start for part in info.shards}
+    new = [(part.sha, part.rows, {}) for part in written if part.sha not in starts]
+    rows = [starts[part.sha] + np.arange(part.rows) for part in written if part.sha in starts]
+    return writer.number_shards(new, info.rows), np.concatenate([np.empty(0, np.int64), *rows])
 
 
-def _lasting(info: dict[str, Any]) -> versions.Files:
-    """Files that the next version shares."""
-    return {n: one for n, one in info["files"].items() if not n.startswith("versions/")}
+def _shared_files(info: IndexManifest) -> Files:
+    """Return the files that the next version shares."""
+    return {name: file for name, file in info.files.items() if not name.startswith("versions/")}
 
 
-def _changed(
-    info: dict[str, Any], shards: Sequence[Entry], pieces: Sequence[Entry]
-) -> dict[str, Any]:
-    """The manifest of a change; what `versions.commit` and `finished` add is left out."""
-    rows = sum(one["rows"] for one in shards)
-    asked = info["config"]["shortlist"]
-    return info | {
-        "parent": info["version"],
-        "rows": rows,
-        "shards": list(shards),
-        "ann": info["ann"] | {"parts": list(pieces)},
-        "shortlist": min(rows, asked or ann.default_shortlist_size(rows)),
-        "made_from": None,
-        "asked": None,
-        "recall": None,
-    }
+def _derive_manifest(
+    info: IndexManifest, shards: Sequence[ShardInfo], parts: Sequence[AnnPartInfo]
+) -> IndexManifest:
+    """Return the manifest of a change; what publishing adds is left out."""
+    rows = sum(part.rows for part in shards)
+    chosen = info.config["shortlist"]
+    size = chosen if isinstance(chosen, int) and chosen else default_shortlist_size(rows)
+    return replace(
+        info,
+        parent=info.version,
+        rows=rows,
+        shards=tuple(shards),
+        ann=replace(info.ann, parts=tuple(parts)),
+        shortlist=min(rows, size),
+        tile_origin=None,
+        request=None,
+        recall=None,
+        rejected=0,
+    )
 
 
-def _store_dead(work: Draft, dead: np.ndarray) -> str:
-    path = os.path.join(work.aside, "deleted.npy")
-    np.save(path, dead)
-    name, files = versions.place_file(work.root, path, "deleted")
-    work.files = {n: one for n, one in work.files.items() if not n.startswith("deleted/")} | files
+def _store_deleted(writer: IndexWriter, rows: Int64[np.ndarray, " row"]) -> str:
+    path = os.path.join(writer.staging, "deleted.npy")
+    np.save(path, rows)
+    name, files = versions.move_file_into_place(writer.root, path, "deleted")
+    others = {n: file for n, file in writer.files.items() if not n.startswith("deleted/")}
+    writer.files = others | files
     return name

@@ -6,7 +6,7 @@ stored pictures again, and makes all codes again.
 """
 
 import os
-from typing import Any
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -15,130 +15,157 @@ from jaxtyping import Int64
 from pyarrow import parquet
 
 from cvmatch.data import schema
-from cvmatch.index import remote, shard, versions
+from cvmatch.index import shard, versions
+from cvmatch.index.manifest import IndexManifest, ShardInfo
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import Info, Verify
-from cvmatch.index.writer import Draft, EncodeShard, shard_codes
+from cvmatch.index.writer import EncodeShardTask, IndexWriter, compute_codes
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import fingerprint_parts
 
-PROBES = 16
-"""Tiles whose pictures are kept."""
+CHECK_SAMPLES = 16
+"""Tiles whose pictures are stored."""
 
 TOLERANCE = 0.02
-"""Largest distance of a probe's tile_proj, of its norm: half precision and another processor stay
-below 0.002; another resampling filter is at 0.1 or more."""
+"""Largest distance of a check sample's projection, of its norm: docs/decisions.md#check-samples"""
 
 
-def verify(config: Verify) -> dict[str, Any]:
-    """What was checked, where everything is right.
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult:
+    """What was checked, where everything is right; what was not asked for is None."""
+
+    version: str
+    tiles: int
+    """Tiles that were not deleted."""
+    shards: int
+    files: int
+    """Files whose size, and of small ones whose hash, is right."""
+    codes: int | None = None
+    """Tiles whose codes were made again."""
+    check_samples: int | None = None
+    """Tiles that were embedded again."""
+    largest_distance: float | None = None
+    """Of their projections, of the norm."""
+
+
+def verify(config: Verify) -> VerifyResult:
+    """Check an index.
 
     Raises:
         FileNotFoundError: no index there, or a file is missing.
         ValueError: the first thing that is wrong, and what to do.
     """
     index = Index.open(config.index, version=config.version, deep=config.deep)
-    root, info = remote.root(config.index), index.manifest
+    root, info = versions.local_root(config.index), index.manifest
     _check_ids(index, config.index)
-    if (got := fingerprint_parts(index.heads)) != info["parts"]:
-        raise ValueError(f"index {root}: expected a model of the parts {info['parts']}, got {got}.")
-    for entry in info["shards"]:
-        maker = shard.about(os.path.join(root, "shards", entry["sha"]))["maker"]
-        if maker["tile"] != info["parts"]["tile"]:
+    if (got := fingerprint_parts(index.matcher_dir)) != info.model_parts:
+        raise ValueError(
+            f"index {root}: expected a model of the parts {info.model_parts}, got {got}."
+        )
+    for part in info.shards:
+        tower = shard.read_tower(os.path.join(root, "shards", part.sha))
+        if tower != info.tower:
             raise ValueError(
-                f"index {root}: shard {entry['sha']} was embedded by the tower {maker['tile']}, "
-                f"expected {info['parts']['tile']}. {_again(root)}"
+                f"index {root}: shard {part.sha} was embedded by the tower {tower}, expected "
+                f"{info.tower}. {_advise(root)}"
             )
-    found: dict[str, Any] = {"version": info["version"], "tiles": len(index) - len(index.dead)}
-    found |= {"shards": len(info["shards"]), "checked_files": len(info["files"])}
+    samples = distance = None
     if config.deep:
-        for entry in info["shards"]:
-            _check_codes(root, info, entry)
-        found["codes"] = len(index)
-        found |= _check_probes(root, index)
-    return found
+        for part in info.shards:
+            _check_codes(root, info, part)
+        samples, distance = _check_samples(root, index)
+    return VerifyResult(
+        version=info.version,
+        tiles=len(index) - len(index.deleted),
+        shards=len(info.shards),
+        files=len(info.files),
+        codes=len(index) if config.deep else None,
+        check_samples=samples,
+        largest_distance=distance,
+    )
 
 
-def about(config: Info) -> dict[str, Any]:
-    """The manifest. Raises as `versions.read`."""
-    return versions.read(remote.fetched(config.index, config.version), config.version)
+def read_info(config: Info) -> IndexManifest:
+    """Read the manifest of an index. Raises as `versions.read_version`."""
+    return versions.read_version(versions.fetch(config.index, config.version), config.version)
 
 
-def probes_of(rows: pa.Table) -> pa.Table:
-    """What is kept of some rows of tiles."""
+def select_check_samples(rows: pa.Table) -> pa.Table:
+    """Return what is stored of some rows of tiles."""
     good = schema.good_rows(rows) if schema.ERROR in rows.column_names else rows
-    return good.select([schema.PAIR_ID, schema.AERIAL]).slice(0, PROBES)
+    return good.select([schema.PAIR_ID, schema.AERIAL]).slice(0, CHECK_SAMPLES)
 
 
-def living_probes(root: str, index: Index) -> pa.Table | None:
-    """Probes of tiles that were not deleted; of one that came again, the picture may be another."""
-    if not index.manifest["probes"]:
+def live_check_samples(root: str, index: Index) -> pa.Table | None:
+    """Return the check samples of tiles that were not deleted: one that came again may differ."""
+    if not index.manifest.check_samples:
         return None
-    kept, rows = _probes(root, index)
-    return kept.filter(pa.array(~np.isin(rows, index.dead)))
+    samples, rows = _read_check_samples(root, index)
+    return samples.filter(pa.array(~np.isin(rows, index.deleted)))
 
 
-def store_probes(work: Draft, probes: pa.Table | None) -> str | None:
-    """Put them into place; gives the name of the file."""
-    if probes is None or not len(probes):
+def store_check_samples(writer: IndexWriter, samples: pa.Table | None) -> str | None:
+    """Move check samples into place; return the name of the file."""
+    if samples is None or not len(samples):
         return None
-    path = os.path.join(work.aside, "probes.parquet")
-    parquet.write_table(probes, path)
-    name, files = versions.place_file(work.root, path, "probes")
-    work.files |= files
+    path = os.path.join(writer.staging, "check_samples.parquet")
+    parquet.write_table(samples, path)
+    name, files = versions.move_file_into_place(writer.root, path, "check_samples")
+    writer.files |= files
     return name
 
 
 def _check_ids(index: Index, uri: str) -> None:
-    ids = index.living_ids
+    ids = index.live_ids
     unique = len(ids.unique())
     if unique != len(ids):
         raise ValueError(
             f"index {uri}: expected each pair_id once, got {unique} of {len(ids)} tiles. "
-            f"{_again(uri)}"
+            f"{_advise(uri)}"
         )
 
 
-def _check_codes(root: str, info: dict[str, Any], entry: dict[str, Any]) -> None:
-    codes = shard_codes(EncodeShard(root, entry["sha"], info["coarse"], info["model"]))
-    stored = faiss.read_index(os.path.join(root, entry["codes"]))
-    made, kept = (faiss.serialize_index(one) for one in (codes, stored))
-    if not np.array_equal(made, kept):
+def _check_codes(root: str, info: IndexManifest, part: ShardInfo) -> None:
+    codes = compute_codes(EncodeShardTask(root, part.sha, info.shortlist_dir, info.model))
+    stored = faiss.read_index(os.path.join(root, part.codes))
+    if not np.array_equal(faiss.serialize_index(codes), faiss.serialize_index(stored)):
         raise ValueError(
-            f"index {root}: the codes of shard {entry['sha']} are not what its tiles give with the "
-            f"head {info['coarse']}. {_again(root)}"
+            f"index {root}: the codes of shard {part.sha} are not what the shortlist head "
+            f"{info.shortlist_dir} makes of its tiles. {_advise(root)}"
         )
 
 
-def _check_probes(root: str, index: Index) -> dict[str, Any]:
-    if not index.manifest["probes"]:
-        return {"probes": 0}
-    kept, rows = _probes(root, index)
-    if not len(kept):
-        return {"probes": 0}
-    batch = {name: kept[name].to_numpy() for name in (schema.PAIR_ID, schema.AERIAL)}
-    batch[schema.ERROR] = np.full(len(kept), None)
-    size = (index.manifest["made_from"] or {}).get("batch", len(kept))
-    again = EmbedTile(index.heads, size)(batch)
-    wanted = index.tile_proj.take(rows).astype(np.float64)
-    apart = np.linalg.norm(again[shard.TILE_PROJ] - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
-    if not (apart <= TOLERANCE).all():
+def _check_samples(root: str, index: Index) -> tuple[int, float | None]:
+    """Embed the check samples again; return how many there are, and the largest distance."""
+    if not index.manifest.check_samples:
+        return 0, None
+    samples, rows = _read_check_samples(root, index)
+    if not len(samples):
+        return 0, None
+    batch = {name: samples[name].to_numpy() for name in (schema.PAIR_ID, schema.AERIAL)}
+    batch[schema.ERROR] = np.full(len(samples), None)
+    origin = index.manifest.tile_origin
+    again = EmbedTile(index.matcher_dir, origin.batch if origin else len(samples))(batch)
+    stored = index.tile_proj.take(rows).astype(np.float64)
+    distance = np.linalg.norm(again[shard.TILE_PROJ] - stored, axis=1)
+    distance /= np.linalg.norm(stored, axis=1)
+    if not (distance <= TOLERANCE).all():
         raise ValueError(
-            f"index {root}: of {len(kept)} stored pictures {(apart > TOLERANCE).sum()} give other "
-            f"numbers than when the index was built (apart by up to {apart.max():.3g} of their "
-            f"norm, at most {TOLERANCE} is rounding): this machine decodes, resizes or computes "
-            f"in another way. Install the versions of constraints.txt. {_again(root)}"
+            f"index {root}: of {len(samples)} stored pictures {(distance > TOLERANCE).sum()} have "
+            f"other numbers than when the index was built (apart by up to {distance.max():.3g} of "
+            f"their norm, at most {TOLERANCE} is rounding): this machine decodes, resizes or "
+            f"computes in another way. Install the versions of constraints.txt. {_advise(root)}"
         )
-    return {"probes": len(kept), "probes_apart": float(apart.max())}
+    return len(samples), float(distance.max())
 
 
-def _probes(root: str, index: Index) -> tuple[pa.Table, Int64[np.ndarray, " probe"]]:
-    """Probes whose row is there, and this row: the first of that id, since additions follow."""
-    kept = parquet.read_table(os.path.join(root, index.manifest["probes"]))
+def _read_check_samples(root: str, index: Index) -> tuple[pa.Table, Int64[np.ndarray, " sample"]]:
+    """Read those whose row is there, and this row: the first of that id, since additions follow."""
+    samples = parquet.read_table(os.path.join(root, index.manifest.check_samples or ""))
     ids = index.tiles[schema.PAIR_ID]
-    rows = np.array([ids.index(pair_id).as_py() for pair_id in kept[schema.PAIR_ID]], np.int64)
-    return kept.filter(pa.array(rows >= 0)), rows[rows >= 0]
+    rows = np.array([ids.index(pair_id).as_py() for pair_id in samples[schema.PAIR_ID]], np.int64)
+    return samples.filter(pa.array(rows >= 0)), rows[rows >= 0]
 
 
-def _again(root: str) -> str:
-    return f"Build the index again: jobs/build_index.py --output {root}"
+def _advise(root: str) -> str:
+    return f"Build the index again: cvmatch build-index --output {root}"

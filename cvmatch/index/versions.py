@@ -2,132 +2,107 @@
 
 Everything is written aside, hashed, made durable and renamed into place; a version's manifest lists
 each of its files with size and hash, and CURRENT is replaced last. So an interrupted publication
-leaves the old version readable, and a reader keeps the one that it opened. Readers memory-map the
-files, so that an index in an object store is worked on in a local copy (`remote`).
+leaves the old version readable, and a reader keeps the one that it opened.
+
+Readers memory-map the files. So an index in an object store is worked on in a local copy, of which
+only what is missing travels: names are of content, and a copy never grows stale. CURRENT travels
+last. Object stores of pyarrow have no conditional writes: publish from one process at a time.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
-FORMAT = 2
-"""Version of the layout; a directory of another one is refused."""
+from pyarrow import fs
+
+from cvmatch.data import storage
+from cvmatch.data.manifest import digest
+from cvmatch.index import manifest as manifests
+from cvmatch.index.manifest import FileInfo, Files, IndexManifest
 
 SMALL = 16 * 2**20
 """Bytes up to which a file is hashed at each opening; of a larger one only the size is checked."""
 
-MANIFEST = "manifest.json"
-
 CURRENT = "CURRENT"
+
+CACHE = "CVMATCH_CACHE"
+"""Environment variable: directory of local copies; else ~/.cache/cvmatch."""
 
 _LOCK = "LOCK"
 
-Files = dict[str, dict[str, Any]]
-"""Path below the root -> {"bytes": size, "sha256": hex}."""
 
+def move_into_place(root: str, staged: str, name: str) -> Files:
+    """Move a finished file or directory to `root/name`, a name of its content; return its files.
 
-def place(root: str, aside: str, name: str) -> Files:
-    """Move a finished file or directory to `root/name`, a name of its content; gives its files.
-
-    What stands there under that name already is kept if these files are whole, else put right.
-    Either way they are of this moment, by which `update.vacuum` spares what a manifest will list.
+    What has that name already is kept if these files are whole, else replaced. Either way they are
+    of this moment, by which `vacuum` spares what a manifest will list.
     """
     target = os.path.join(root, name)
-    files = files_of(aside, name)
+    files = hash_files(staged, name)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     if os.path.exists(target):
-        for path in walk(target):
+        for path in walk_files(target):
             os.utime(path)
-        if files.items() <= files_of(target, name).items():
+        if files.items() <= hash_files(target, name).items():
             return files
-        os.replace(target, f"{aside}.damaged")
-    for path in walk(aside):
+        os.replace(target, f"{staged}.damaged")
+    for path in walk_files(staged):
         os.utime(path)
         _sync(path)
-    os.replace(aside, target)
+    os.replace(staged, target)
     _sync(os.path.dirname(target))
     return files
 
 
-def place_file(root: str, aside: str, kind: str) -> tuple[str, Files]:
-    """Move a finished file below `root/kind`, under a name of its content; gives name and files."""
-    (entry,) = files_of(aside, kind).values()
-    name = f"{kind}/{entry['sha256'][:16]}{os.path.splitext(aside)[1]}"
-    return name, place(root, aside, name)
+def move_file_into_place(root: str, staged: str, folder: str) -> tuple[str, Files]:
+    """Move a finished file below `root/folder`, named by its content; return name and files."""
+    (info,) = hash_files(staged, folder).values()
+    name = f"{folder}/{info.sha256[:16]}{os.path.splitext(staged)[1]}"
+    return name, move_into_place(root, staged, name)
 
 
-def commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> dict[str, Any]:
-    """Make a version of `info` (which holds "files") the current one; gives its manifest.
+def commit(root: str, manifest: IndexManifest, beside: Mapping[str, bytes]) -> IndexManifest:
+    """Make a version the current one; return its manifest.
 
-    `info` of a change names the version that it changes as its "parent"; that of a build, which
-    follows whatever is current, names none. `beside`: small files that are kept with the manifest.
+    A change names the version that it changes as its `parent`; a build, which follows whatever is
+    current, names none. `beside`: small files that are kept with the manifest.
 
     Raises:
         ValueError: the parent is not the current version any more. Nothing was published.
         FileNotFoundError: a file was removed meanwhile (of an older version, whose shards a build
             takes again). Nothing was published.
     """
-    with alone(root):
-        now = current(root)
-        if info.get("parent", now) != now:
+    with publish_lock(root):
+        current = current_version(root)
+        if manifest.parent not in (None, current):
             raise ValueError(
-                f"index {root}: this is a change of version {info['parent']}, but {now} is the "
-                "current one: something else changed the index meanwhile, and would be undone. "
+                f"index {root}: this is a change of version {manifest.parent}, but {current} is "
+                "the current one: something else changed the index meanwhile, and would be undone. "
                 "Nothing was published. Run it again."
             )
-        for name in info["files"]:
+        for name in manifest.files:
             if not os.path.exists(os.path.join(root, name)):
                 raise FileNotFoundError(
                     f"index {root}: {name} was removed while this version was made, by vacuum "
                     "perhaps. Nothing was published. Run it again."
                 )
-        return _commit(root, {**info, "parent": now}, beside)
+        return _write_version(root, dataclasses.replace(manifest, parent=current), beside)
 
 
-def _commit(root: str, info: Mapping[str, Any], beside: Mapping[str, bytes]) -> dict[str, Any]:
+def list_versions(root: str) -> list[str]:
+    """Return the names of the published versions, oldest first."""
     folder = os.path.join(root, "versions")
-    os.makedirs(folder, exist_ok=True)
-    number = 1 + max((int(name[1:]) for name in os.listdir(folder)), default=0)
-    version = f"v{number:06d}"
-    os.mkdir(os.path.join(folder, version))
-    for name, data in beside.items():
-        write(os.path.join(folder, version, name), data)
-    full = {
-        **info,
-        "format": FORMAT,
-        "version": version,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": info["files"]
-        | {
-            path: entry
-            for name in beside
-            for path, entry in files_of(
-                os.path.join(folder, version, name), f"versions/{version}/{name}"
-            ).items()
-        },
-    }
-    full["sha256"] = _digest(full)
-    text = json.dumps(full, indent=2, sort_keys=True) + "\n"
-    write(os.path.join(folder, version, MANIFEST), text.encode())
-    write(os.path.join(root, CURRENT), f"{version}\n".encode())
-    return full
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if os.path.exists(_manifest_path(root, name)))
 
 
-def names(root: str) -> list[str]:
-    """Names of the published versions, oldest first."""
-    folder = os.path.join(root, "versions")
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(n for n in there if os.path.exists(os.path.join(folder, n, MANIFEST)))
-
-
-def current(root: str) -> str | None:
-    """Name of the current version; None where nothing was published yet."""
+def current_version(root: str) -> str | None:
+    """Return the name of the current version; None where nothing was published yet."""
     path = os.path.join(root, CURRENT)
     if not os.path.exists(path):
         return None
@@ -135,89 +110,168 @@ def current(root: str) -> str | None:
         return file.read().strip()
 
 
-def read(root: str, version: str = "") -> dict[str, Any]:
-    """The manifest of `version`, by default of the current one.
+def read_version(root: str, version: str = "") -> IndexManifest:
+    """Read the manifest of `version`, by default of the current one.
 
     Raises:
         FileNotFoundError: nothing published there, or no such version.
-        ValueError: another format, or a manifest that was changed.
+        ValueError: see `read_manifest`.
     """
-    name = version or current(root)
-    path = os.path.join(root, "versions", name or "", MANIFEST)
-    if name is None or not os.path.exists(path):
+    name = version or current_version(root)
+    if name is None or not os.path.exists(_manifest_path(root, name)):
         raise FileNotFoundError(
             f"index {root}: expected version {name or 'named in CURRENT'}, found "
-            f"{names(root) or 'no index'}. Build it: jobs/build_index.py --output {root}"
+            f"{list_versions(root) or 'no index'}. Build it: cvmatch build-index --output {root}"
         )
-    with open(path, encoding="utf-8") as file:
-        info = json.load(file)
-    if info.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: expected format {FORMAT}, got {info.get('format')}. Build the index again "
-            "with this version of cvmatch, or read it with the one that wrote it."
-        )
-    if info["sha256"] != (digest := _digest(info)):
-        raise ValueError(
-            f"{path}: expected sha256 {info['sha256']}, got {digest}: the manifest was changed. "
-            f"Build the index again: jobs/build_index.py --output {root}"
-        )
-    return info
+    return manifests.read_manifest(_manifest_path(root, name))
 
 
-def check(root: str, files: Files, deep: bool = False) -> None:
+def check_files(root: str, files: Files, deep: bool = False) -> None:
     """Check the size of each file, and the hash of each small one; `deep`: of all.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is truncated or changed; says what was expected.
     """
-    for name, wanted in files.items():
+    for name, info in files.items():
         path = os.path.join(root, name)
         if not os.path.exists(path):
             raise FileNotFoundError(f"index {root}: {name} is missing. Copy or build it again.")
-        got: dict[str, Any] = {"bytes": os.path.getsize(path)}
-        if got["bytes"] == wanted["bytes"] and (deep or wanted["bytes"] <= SMALL):
-            got["sha256"] = _hash(path)
-        if any(got[field] != wanted[field] for field in got):
+        size = os.path.getsize(path)
+        hashed = size == info.bytes and (deep or size <= SMALL)
+        got = FileInfo(size, _hash(path) if hashed else info.sha256)
+        if got != info:
             raise ValueError(
-                f"index {root}: {name} is damaged: expected {wanted}, got {got}. Copy it again, or "
-                f"build the index again: jobs/build_index.py --output {root}"
+                f"index {root}: {name} is damaged: expected {info}, got {got}. Copy it again, or "
+                f"build the index again: cvmatch build-index --output {root}"
             )
 
 
-def files_of(path: str, name: str) -> Files:
-    """Size and hash of a file, or of each file below a directory, by `name` and path below it."""
-    found = {}
-    for file in walk(path):
+def hash_files(path: str, name: str) -> Files:
+    """Return size and hash of a file, or of each file below a directory, by `name` and path."""
+    files = {}
+    for file in walk_files(path):
         below = os.path.relpath(file, path)
         key = name if below == "." else f"{name}/{below}"
-        found[key] = {"bytes": os.path.getsize(file), "sha256": _hash(file)}
-    return found
+        files[key] = FileInfo(os.path.getsize(file), _hash(file))
+    return files
 
 
-def write(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes) -> None:
     """Write a file so that it is there whole, after a power cut too, or not at all."""
-    aside = f"{path}.{uuid.uuid4().hex}.tmp"
-    with open(aside, "wb") as file:
+    staged = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(staged, "wb") as file:
         file.write(data)
-    _sync(aside)
-    os.replace(aside, path)
+    _sync(staged)
+    os.replace(staged, path)
     _sync(os.path.dirname(path))
 
 
-def walk(path: str) -> list[str]:
-    """The file at a path, or all below it, sorted."""
+def walk_files(path: str) -> list[str]:
+    """Return the file at a path, or all below it, sorted."""
     if os.path.isfile(path):
         return [path]
     return sorted(os.path.join(d, name) for d, _, names in os.walk(path) for name in names)
 
 
 @contextlib.contextmanager
-def alone(root: str) -> Iterator[None]:
-    """While no other process publishes there. The lock of one that is killed is gone with it."""
+def publish_lock(root: str) -> Iterator[None]:
+    """Let no other process publish there. The lock of one that is killed is gone with it."""
     with open(os.path.join(root, _LOCK), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def is_remote(uri: str) -> bool:
+    """Return whether files at `uri` cannot be memory-mapped."""
+    return "://" in uri.removeprefix("file://")
+
+
+def local_root(uri: str) -> str:
+    """Return the local directory of an index: itself, or its copy."""
+    if not is_remote(uri):
+        return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    cache = os.environ.get(CACHE) or os.path.expanduser("~/.cache/cvmatch")
+    return os.path.join(os.path.abspath(cache), digest(uri.rstrip("/"))[:16])
+
+
+def fetch(uri: str, version: str = "") -> str:
+    """Copy what is missing of the current version, or the one named; return `local_root(uri)`.
+
+    Where nothing was published yet it is an empty directory.
+    """
+    root = local_root(uri)
+    current = storage.join(uri, CURRENT)
+    if not is_remote(uri) or not (version or storage.exists(current)):
+        return root
+    name = version or storage.read_text(current).strip()
+    if storage.exists(_manifest_path(uri, name)):
+        _copy(_manifest_path(uri, name), _manifest_path(root, name))
+        for file, info in read_version(root, name).files.items():
+            path = os.path.join(root, file)
+            if not os.path.exists(path) or os.path.getsize(path) != info.bytes:
+                _copy(storage.join(uri, file), path)
+    if not version:
+        write_file(os.path.join(root, CURRENT), f"{name}\n".encode())
+    return root
+
+
+def push(uri: str, version: str) -> None:
+    """Make a version of the local copy the current one at `uri`; nothing where that is the copy."""
+    if not is_remote(uri):
+        return
+    root = local_root(uri)
+    for file in [*read_version(root, version).files, f"versions/{version}/{manifests.NAME}"]:
+        _push(os.path.join(root, file), storage.join(uri, file))
+    storage.write_text(storage.join(uri, CURRENT), f"{version}\n")
+
+
+def _write_version(
+    root: str, manifest: IndexManifest, beside: Mapping[str, bytes]
+) -> IndexManifest:
+    folder = os.path.join(root, "versions")
+    os.makedirs(folder, exist_ok=True)
+    number = 1 + max((int(name[1:]) for name in os.listdir(folder)), default=0)
+    version = f"v{number:06d}"
+    os.mkdir(os.path.join(folder, version))
+    files = dict(manifest.files)
+    for name, data in beside.items():
+        path = os.path.join(folder, version, name)
+        write_file(path, data)
+        files |= hash_files(path, f"versions/{version}/{name}")
+    signed = dataclasses.replace(
+        manifest,
+        version=version,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=files,
+    ).sign()
+    write_file(_manifest_path(root, version), signed.to_json().encode())
+    write_file(os.path.join(root, CURRENT), f"{version}\n".encode())
+    return signed
+
+
+def _manifest_path(root: str, version: str) -> str:
+    return storage.join(root, "versions", version, manifests.NAME)
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy a file here, whole or not at all."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    filesystem, path = storage.resolve(source)
+    staged = f"{target}.{uuid.uuid4().hex}.part"  # a name that no other process copies to
+    try:
+        fs.copy_files(path, staged, filesystem, fs.LocalFileSystem())
+        os.replace(staged, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it is in place, or no copy was begun
+            os.remove(staged)
+
+
+def _push(source: str, target: str) -> None:
+    filesystem, path = storage.resolve(target)
+    if filesystem.get_file_info(path).size != os.path.getsize(source):
+        filesystem.create_dir(os.path.dirname(path), recursive=True)
+        fs.copy_files(source, path, fs.LocalFileSystem(), filesystem)
 
 
 def _sync(path: str) -> None:
@@ -231,8 +285,3 @@ def _sync(path: str) -> None:
 def _hash(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(info: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in info.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

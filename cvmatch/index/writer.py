@@ -1,26 +1,36 @@
 """What a version will consist of, while it is made: files are put into place, none is published."""
 
 import contextlib
+import dataclasses
 import functools
+import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float16, Float32
+from jaxtyping import Float16, Float32, Int64
 
 from cvmatch.data import manifest
-from cvmatch.index import ann, shard, shortlist_head, versions
-from cvmatch.index.reader import TEMPLATE
-from cvmatch.index.shard import Maker, Store
-from cvmatch.index.shortlist_head import Head
+from cvmatch.index import shard, versions
+from cvmatch.index.manifest import AnnPartInfo, BytesPerTile, Files, IndexManifest, ShardInfo
+from cvmatch.index.shard import ShardedArray
+from cvmatch.index.shortlist import (
+    EMPTY_INDEX,
+    ShortlistHead,
+    encode,
+    load_head,
+    merge_codes,
+    train_empty_index,
+    training_size,
+)
 from cvmatch.match.fusion import Fusion
 from cvmatch.match.model import load_fusion
 from cvmatch.runtime import hardware
@@ -28,113 +38,154 @@ from cvmatch.runtime import hardware
 T = TypeVar("T")
 R = TypeVar("R")
 
-Entry = dict[str, Any]
-"""A shard in the manifest: its sha, its rows, the row at which it begins, and its codes."""
-
-Run = Callable[[Callable[[T], R], Sequence[T]], list[R]]
+TaskMapper = Callable[[Callable[[T], R], Sequence[T]], list[R]]
 """Calls a function for each task, here or elsewhere; results in their order."""
 
+STAGING = ".staging-"
+"""Begins the names of directories in which files are written before they are put into place."""
 
-def serially(function: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
-    """The `Run` of this process."""
+_STEP = 4096  # tiles whose vectors are computed at a time
+
+
+def serial_map(function: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
+    """Call a function for each task in this process."""
     return [function(task) for task in tasks]
 
 
 @contextlib.contextmanager
-def draft(root: str, run: Run = serially) -> Iterator["Draft"]:
-    """A draft of the index at `root`; what was not put into place is gone at the end."""
+def open_writer(root: str, run: TaskMapper = serial_map) -> Iterator["IndexWriter"]:
+    """Open a writer of the index at `root`; what was not put into place is gone at the end."""
     os.makedirs(root, exist_ok=True)
-    with _aside(root) as aside:
-        yield Draft(root, aside, run)
+    with _staging_directory(root) as staging:
+        yield IndexWriter(root, staging, run)
 
 
-class Draft:
+class IndexWriter:
     """Makes the parts of a version, and keeps the list of their files and their times."""
 
-    def __init__(self, root: str, aside: str, run: Run) -> None:
-        self.root, self.aside, self.run = root, aside, run
-        self.files: versions.Files = {}
+    def __init__(self, root: str, staging: str, run: TaskMapper) -> None:
+        self.root, self.staging, self.run = root, staging, run
+        self.files: Files = {}
         self.seconds: dict[str, float] = {}
 
-    def heads(self, model: str) -> str:
-        """Copy the matcher; gives its fingerprint."""
-        copy = shutil.copytree(os.path.expanduser(model), os.path.join(self.aside, "heads"))
-        maker = manifest.fingerprint(copy)
-        self.files |= versions.place(self.root, copy, f"heads/{maker}")
-        return maker
+    def copy_matcher(self, model: str) -> str:
+        """Copy the matcher; return its fingerprint."""
+        copy = shutil.copytree(os.path.expanduser(model), os.path.join(self.staging, "matcher"))
+        fingerprint = manifest.fingerprint(copy)
+        self.files |= versions.move_into_place(self.root, copy, f"matcher/{fingerprint}")
+        return fingerprint
 
-    def shards(
-        self, parts: str, tiles: pa.Table, width: int, maker: Maker, size: int
-    ) -> list[Entry]:
-        """Write the accepted `tiles` of embedded `parts` as shards of `size` rows.
+    def write_shards(
+        self, parts: str, tiles: pa.Table, width: int, tower: str, size: int
+    ) -> tuple[ShardInfo, ...]:
+        """Write the good `tiles` of embedded `parts` as shards of `size` rows.
+
+        Args:
+            parts: directory of Parquet files.
+            tiles: as `shard.select_good_rows` returns them.
+            width: numbers of a tile projection.
+            tower: fingerprint of what embedded the tiles.
+            size: tiles of a shard.
 
         Raises:
-            ValueError: see `shard.gather`.
+            ValueError: see `shard.gather_projections`.
         """
-        cuts = range(0, len(tiles), size)
         tasks = [
-            WriteShard(self.root, parts, tiles.slice(at, size).combine_chunks(), width, maker)
-            for at in cuts
+            WriteShardTask(self.root, parts, tiles.slice(row, size).combine_chunks(), width, tower)
+            for row in range(0, len(tiles), size)
         ]
-        with self.timed("shards"):
-            return self.placed(self.run(write_shard, tasks))
+        with self.time_stage("shards"):
+            return self.number_shards(self.run(write_shard, tasks))
 
-    def placed(
-        self, found: Sequence[tuple[str, int, versions.Files]], begin: int = 0
-    ) -> list[Entry]:
-        """Entries of shards (sha, rows, files), one behind the other from the row `begin` on."""
-        entries = []
-        for sha, rows, files in found:
+    def number_shards(
+        self, shards: Sequence[tuple[str, int, Files]], begin: int = 0
+    ) -> tuple[ShardInfo, ...]:
+        """Give shards (sha, rows, files) their rows, one behind the other from `begin` on."""
+        numbered = []
+        for sha, rows, files in shards:
             self.files |= files
-            entries.append({"sha": sha, "rows": rows, "row_start": begin})
+            numbered.append(ShardInfo(sha, rows, begin))
             begin += rows
-        return entries
+        return tuple(numbered)
 
-    def store(self, entries: Sequence[Entry]) -> Store:
-        """tile_proj of shards."""
-        folders = [os.path.join(self.root, "shards", entry["sha"]) for entry in entries]
-        return Store([shard.read(folder, rereads=True)[0] for folder in folders])
+    def open_projections(self, shards: Sequence[ShardInfo]) -> ShardedArray:
+        """Memory-map the tile projections of shards."""
+        folders = [os.path.join(self.root, "shards", info.sha) for info in shards]
+        return ShardedArray([shard.open_shard(folder, rereads=True)[0] for folder in folders])
 
-    def template(self, head: Head, key: str, store: Store, seed: int) -> str:
-        """Train the FAISS index of the head's vectors; gives the name of both in `coarse/`."""
-        with self.timed("template"):
-            width = vectors(head, store.take(np.arange(1))).shape[1]
-            rows = drawn(len(store), ann.training(key, width), seed)
-            index = ann.template(key, vectors(head, store.take(rows)))
-            folder = os.path.join(self.aside, "coarse")
+    def train_shortlist(
+        self, head: ShortlistHead, key: str, tile_proj: ShardedArray, seed: int
+    ) -> str:
+        """Train the FAISS index of the head's vectors; return the name of both in `shortlist/`."""
+        with self.time_stage("train"):
+            width = compute_vectors(head, tile_proj.take(np.arange(1))).shape[1]
+            rows = sample_rows(len(tile_proj), training_size(key, width), seed)
+            index = train_empty_index(key, compute_vectors(head, tile_proj.take(rows)))
+            folder = os.path.join(self.staging, "shortlist")
             head.save(folder)
-            faiss.write_index(index, os.path.join(folder, TEMPLATE))
-            name = manifest.digest(versions.files_of(folder, ""))[:16]
-            self.files |= versions.place(self.root, folder, f"coarse/{name}")
+            faiss.write_index(index, os.path.join(folder, EMPTY_INDEX))
+            files = versions.hash_files(folder, "")
+            plain = {file: dataclasses.asdict(info) for file, info in files.items()}
+            name = manifest.digest(plain)[:16]
+            self.files |= versions.move_into_place(self.root, folder, f"shortlist/{name}")
         return name
 
-    def codes(self, entries: Sequence[Entry], coarse_name: str, maker: str) -> list[Entry]:
-        """Entries with the FAISS codes of each shard, which are made where they are missing."""
-        missing = [entry for entry in entries if "codes" not in entry]
-        tasks = [EncodeShard(self.root, entry["sha"], coarse_name, maker) for entry in missing]
-        with self.timed("codes"):
-            made = self.run(encode_shard, tasks)
-        by_shard = {}
-        for entry, (name, files) in zip(missing, made, strict=True):
+    def encode_shards(
+        self, shards: Sequence[ShardInfo], shortlist_dir: str, model: str
+    ) -> tuple[ShardInfo, ...]:
+        """Make the FAISS codes of shards that have none."""
+        missing = [info for info in shards if not info.codes]
+        tasks = [EncodeShardTask(self.root, info.sha, shortlist_dir, model) for info in missing]
+        with self.time_stage("codes"):
+            encoded = self.run(encode_shard, tasks)
+        codes = {info.sha: info.codes for info in shards}
+        for info, (name, files) in zip(missing, encoded, strict=True):
             self.files |= files
-            by_shard[entry["sha"]] = name
-        return [{"codes": by_shard.get(entry["sha"]), **entry} for entry in entries]
+            codes[info.sha] = name
+        return tuple(dataclasses.replace(info, codes=codes[info.sha]) for info in shards)
 
-    def merged(self, entries: Sequence[Entry], coarse_name: str) -> Entry:
-        """Merge the codes of consecutive shards for searching; gives an entry of "ann"."""
-        with self.timed("merge"):
-            template = faiss.read_index(os.path.join(self.root, "coarse", coarse_name, TEMPLATE))
-            paths = (os.path.join(self.root, one["codes"]) for one in entries)
-            index = ann.merged(template, map(faiss.read_index, paths))
-            name, files = _place_index(self.root, self.aside, index, "ann")
-        rows = sum(entry["rows"] for entry in entries)
+    def merge_shards(self, shards: Sequence[ShardInfo], shortlist_dir: str) -> AnnPartInfo:
+        """Merge the codes of consecutive shards for searching.
+
+        Raises:
+            ValueError: codes of another number of tiles, or see `merge_codes`.
+        """
+        with self.time_stage("merge"):
+            folder = os.path.join(self.root, "shortlist", shortlist_dir)
+            empty_index = faiss.read_index(os.path.join(folder, EMPTY_INDEX))
+            paths = (os.path.join(self.root, info.codes) for info in shards)
+            index = merge_codes(empty_index, map(faiss.read_index, paths))
+            name, files = _store_faiss(self.root, self.staging, index, "ann")
+        rows = sum(info.rows for info in shards)
         if index.ntotal != rows:
             raise ValueError(f"index {self.root}: {index.ntotal} codes of {rows} tiles: corrupt.")
         self.files |= files
-        return {"file": name, "rows": rows, "row_start": entries[0]["row_start"]}
+        return AnnPartInfo(name, rows, shards[0].row_start)
+
+    def publish(self, info: IndexManifest, rejected: Sequence[Mapping[str, str]]) -> IndexManifest:
+        """Publish a version with its files, times and sizes; return its manifest.
+
+        Raises:
+            ValueError, FileNotFoundError: see `versions.commit`.
+        """
+        served = [n for n in self.files if n.startswith(("shards/", "ann/"))]
+        total = sum(self.files[name].bytes for name in served)
+        codes = sum(self.files[part.file].bytes for part in info.ann.parts)
+        info = dataclasses.replace(
+            info,
+            rejected=info.rejected or len(rejected),
+            seconds={stage: round(value, 3) for stage, value in self.seconds.items()},
+            tiles_per_s={
+                s: round(info.rows / value, 1) for s, value in self.seconds.items() if value
+            },
+            bytes_per_tile=BytesPerTile(round(total / info.rows, 2), round(codes / info.rows, 2)),
+            files=self.files,
+        )
+        lines = "".join(json.dumps(row) + "\n" for row in rejected)
+        return versions.commit(self.root, info, {"rejected.jsonl": lines.encode()})
 
     @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def time_stage(self, stage: str) -> Iterator[None]:
         """Add the time of the block to that of a stage."""
         begin = time.monotonic()
         yield
@@ -142,97 +193,93 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class WriteShard:
-    """The task of writing one shard."""
+class WriteShardTask:
+    """What it takes to write one shard."""
 
     root: str
     parts: str
     tiles: pa.Table
     width: int
-    maker: Maker
+    tower: str
 
 
-def write_shard(task: WriteShard) -> tuple[str, int, versions.Files]:
-    """Do it; gives name, rows and files. Doing it again ends in the same files."""
-    tile_proj = shard.gather(task.parts, task.tiles[shard.AT].to_numpy(), task.width)
-    return place_shard(task.root, tile_proj, task.tiles, task.maker)
+def write_shard(task: WriteShardTask) -> tuple[str, int, Files]:
+    """Write a shard; return name, rows and files. Doing it again ends in the same files."""
+    rows = task.tiles[shard.PART_ROW].to_numpy()
+    tile_proj = shard.gather_projections(task.parts, rows, task.width)
+    return store_shard(task.root, tile_proj, task.tiles, task.tower)
 
 
-def place_shard(
-    root: str, tile_proj: Float16[np.ndarray, "tile width"], tiles: pa.Table, maker: Maker
-) -> tuple[str, int, versions.Files]:
-    """Write a shard and put it into place."""
-    with _aside(root) as aside:
-        folder = os.path.join(aside, "shard")
-        sha = shard.write(folder, tile_proj, tiles, maker)
-        return sha, len(tiles), versions.place(root, folder, f"shards/{sha}")
+def store_shard(
+    root: str, tile_proj: Float16[np.ndarray, "tile width"], tiles: pa.Table, tower: str
+) -> tuple[str, int, Files]:
+    """Write a shard and move it into place; return name, rows and files."""
+    with _staging_directory(root) as staging:
+        folder = os.path.join(staging, "shard")
+        sha = shard.write_shard_files(folder, tile_proj, tiles, tower)
+        return sha, len(tiles), versions.move_into_place(root, folder, f"shards/{sha}")
 
 
 @dataclass(frozen=True)
-class EncodeShard:
-    """The task of making the FAISS codes of one shard."""
+class EncodeShardTask:
+    """What it takes to make the FAISS codes of one shard."""
 
     root: str
     sha: str
-    coarse: str
-    maker: str
+    shortlist_dir: str
+    model: str
 
 
-def encode_shard(task: EncodeShard) -> tuple[str, versions.Files]:
-    """Do it; gives name and files. Their bytes do not depend on who does it."""
-    index = shard_codes(task)
-    with _aside(task.root) as aside:
-        return _place_index(task.root, aside, index, "codes")
+def encode_shard(task: EncodeShardTask) -> tuple[str, Files]:
+    """Store the codes of a shard; return name and files. Their bytes do not depend on who does."""
+    index = compute_codes(task)
+    with _staging_directory(task.root) as staging:
+        return _store_faiss(task.root, staging, index, "codes")
 
 
-def shard_codes(task: EncodeShard) -> faiss.Index:
-    """The codes."""
-    tile_proj, _ = shard.read(os.path.join(task.root, "shards", task.sha), rereads=True)
-    folder = os.path.join(task.root, "coarse", task.coarse)
-    head = shortlist_head.load(folder, matcher(task.root, task.maker))
-    template = faiss.read_index(os.path.join(folder, TEMPLATE))
-    return ann.encoded(template, (vectors(head, part) for part in Store([tile_proj]).parts()))
+def compute_codes(task: EncodeShardTask) -> faiss.Index:
+    """Make the codes of a shard."""
+    tile_proj, _ = shard.open_shard(os.path.join(task.root, "shards", task.sha), rereads=True)
+    folder = os.path.join(task.root, "shortlist", task.shortlist_dir)
+    head = load_head(folder, load_matcher(task.root, task.model))
+    empty_index = faiss.read_index(os.path.join(folder, EMPTY_INDEX))
+    chunks = ShardedArray([tile_proj]).chunks()
+    return encode(empty_index, (compute_vectors(head, chunk) for chunk in chunks))
 
 
 @functools.lru_cache(maxsize=1)
-def matcher(root: str, maker: str) -> Fusion:
-    """The matcher in an index; a process that encodes many shards loads it once."""
-    return load_fusion(os.path.join(root, "heads", maker), hardware.device())
+def load_matcher(root: str, model: str) -> Fusion:
+    """Load the matcher in an index; a process that encodes many shards loads it once."""
+    return load_fusion(os.path.join(root, "matcher", model), hardware.device())
 
 
 @torch.inference_mode()
-def vectors(head: Head, tile_proj: Float16[np.ndarray, "tile _"]) -> Float32[np.ndarray, "tile _"]:
-    """The head's vectors of tiles, always computed in the same steps, on one thread: the last bits
-    of a matrix product depend on both, and so would codes at the edge of a cell."""
+def compute_vectors(
+    head: ShortlistHead, tile_proj: Float16[np.ndarray, "tile _"]
+) -> Float32[np.ndarray, "tile _"]:
+    """Compute the head's vectors of tiles, always in the same steps and on one thread: the last
+    bits of a matrix product depend on both, and so would codes at the edge of a cell."""
     with hardware.one_thread():
-        found = [
-            head.tile(torch.from_numpy(part.astype(np.float32)).to(head.device)).cpu()
-            for part in Store([tile_proj]).parts(_STEP)
+        vectors = [
+            head.tile(torch.from_numpy(chunk.astype(np.float32)).to(head.device)).cpu()
+            for chunk in ShardedArray([tile_proj]).chunks(_STEP)
         ]
-    return torch.cat(found).float().numpy()
+    return torch.cat(vectors).float().numpy()
 
 
-def drawn(rows: int, count: int, seed: int) -> np.ndarray:
-    """At most `count` of `rows` rows, sorted."""
+def sample_rows(rows: int, count: int, seed: int) -> Int64[np.ndarray, " row"]:
+    """Choose at most `count` of `rows` rows, sorted."""
     chosen = np.random.default_rng(seed).choice(rows, min(count, rows), replace=False)
     return np.sort(chosen)
 
 
-_STEP = 4096
-
-ASIDE = ".aside-"
-"""Begins the names of directories in which files are written before they are put into place."""
-
-
 @contextlib.contextmanager
-def _aside(root: str) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix=ASIDE, dir=root) as folder:
+def _staging_directory(root: str) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=root) as folder:
         yield folder
 
 
-def _place_index(
-    root: str, aside: str, index: faiss.Index, kind: str
-) -> tuple[str, versions.Files]:
-    path = os.path.join(aside, f"{kind}.faiss")
+def _store_faiss(root: str, staging: str, index: faiss.Index, folder: str) -> tuple[str, Files]:
+    path = os.path.join(staging, f"{folder}.faiss")
     faiss.write_index(index, path)
-    return versions.place_file(root, path, kind)
+    return versions.move_file_into_place(root, path, folder)

@@ -87,17 +87,44 @@ class EmbedQuery:
         good, errors, pictures = _decode(batch, decoders, "embed query")
         embedding = np.zeros((len(errors), config.hidden), dtype=np.float32)
         query_proj = np.zeros((len(errors), config.hidden), dtype=np.float32)
-        if good:
-            query = self._query(dict(zip(letters, pictures, strict=True)))
-            embedding[good], query_proj[good] = (
-                query.embedding.cpu().numpy(),
-                query.query_proj.cpu().numpy(),
-            )
+        for rows, query in self._embed(good, dict(zip(letters, pictures, strict=True)), errors):
+            embedding[rows] = query.embedding.cpu().numpy()
+            query_proj[rows] = query.query_proj.cpu().numpy()
         return _drop_pictures(batch) | {
             EMBEDDING: embedding,
             QUERY_PROJ: query_proj,
             schema.ERROR: errors,
         }
+
+    def _embed(
+        self, good: list[int], pictures: dict[str, list[np.ndarray]], errors: np.ndarray
+    ) -> list[tuple[list[int], Query]]:
+        """Embed all rows at once; where that fails each alone, and put in `errors` why one fails.
+
+        Raises:
+            Exception: the network's, if memory ran out, or if it fails on each of several rows:
+                then the fault is not in the rows.
+        """
+        if not good:
+            return []
+        try:
+            return [(good, self._query(pictures))]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if len(good) == 1:
+                errors[good[0]] = f"embed query: {error_line(error)}"
+                return []
+            parts = [
+                part
+                for number, row in enumerate(good)
+                for part in self._embed(
+                    [row], {name: [own[number]] for name, own in pictures.items()}, errors
+                )
+            ]
+            if not parts:
+                raise
+            return parts
 
     def _query(self, pictures: dict[str, list[np.ndarray]]) -> Query:
         ground, synthetic = (

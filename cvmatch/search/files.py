@@ -6,9 +6,9 @@ noise are the same; but one query must not wait for Ray to start.
 
 import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -18,51 +18,81 @@ from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.geography import Area, Box, Circle
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.settings import Sampling
-from cvmatch.index.queries import SAMPLING
-from cvmatch.index.ranking import rank
-from cvmatch.index.reader import Index
+from cvmatch.index.embedding import SAMPLING
+from cvmatch.index.reader import Index, rank
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EMBEDDING, QUERY_PROJ, EmbedQuery
-from cvmatch.match.settings import Modality
+from cvmatch.runtime.batch_invariant import error_line
 from cvmatch.search.settings import SearchFiles
 from cvmatch.segment.infer import SegmentAerial
 
 _log = logging.getLogger(__name__)
 
+Batch = dict[str, np.ndarray]
+
 _BATCH = 16  # panoramas a step
 _PICTURES = (".jpg", ".jpeg", ".png")
 
 
+class RankedTile(TypedDict):
+    """A tile of a search, as a line of JSON."""
+
+    query: str
+    """Location of the panorama."""
+    rank: int
+    """1 is the best."""
+    tile: str
+    """pair_id."""
+    score: float
+    latitude: float | None
+    """Degrees, like the longitude; None: not known."""
+    longitude: float | None
+    modality: str
+    """What the query consisted of."""
+
+
 @dataclass(frozen=True)
-class Answer:
-    """What was found for one panorama."""
+class SearchResult:
+    """What a search found for one panorama."""
 
     query: str
     """Its location."""
-    pictures: dict[str, bytes | None]
+    pictures: dict[str, bytes | None] = field(default_factory=dict)
     """`ground`, and where they were made `synthetic` and `synthetic_classes`; encoded."""
-    tiles: list[dict[str, Any]]
-    """Best first: query, rank, tile, score, latitude, longitude, modality. JSON-able."""
+    tiles: list[RankedTile] = field(default_factory=list)
+    """Best first; none where there is an `error`."""
+    error: str | None = None
+    """Why the panorama could not be searched."""
 
 
-def search_files(config: SearchFiles) -> Iterator[Answer]:
-    """An answer for each panorama.
+@dataclass(frozen=True)
+class _Panorama:
+    """A file that may hold a panorama."""
+
+    location: str
+    data: bytes = b""
+    error: str | None = None
+
+
+def search_files(config: SearchFiles) -> Iterator[SearchResult]:
+    """Return a result for each panorama; a warning names those that cannot be searched.
 
     Raises:
-        ValueError: no panorama can be searched (a warning names some that cannot); a generator or
-            segmenter that did not make the queries of the index; no tile in the area; or see
-            `Index.open`.
+        ValueError: no panorama can be searched; a generator or segmenter that did not make the
+            queries of the index; no tile in the area; or see `Index.open`.
     """
-    places, pictures = _pictures(_places(config.panorama))
+    panoramas = [_read_panorama(location) for location in _list_locations(config.panorama)]
+    _warn_failed({one.location: one.error for one in panoramas if one.error}, len(panoramas))
     index = Index.open(config.index)
     _check_models(config, index)
-    inside = _inside(config, index)
-    actors = _actors(config, index, len(pictures))
-    return _search(config, places, pictures, index, inside, actors)
+    rows = _select_rows(config, index)
+    readable = sum(one.error is None for one in panoramas)
+    actors = _load_actors(config, index, min(readable, _BATCH))  # a network pads to its batch
+    return _search(config, panoramas, index, rows, actors)
 
 
-def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
-    """What `EmbedQuery` gave for a batch, on the device of the index's model."""
+def as_query(batch: Batch, index: Index) -> Query:
+    """Return what `EmbedQuery` made of a batch, on the device of the index's model."""
     return Query(
         *(torch.from_numpy(batch[name]).to(index.device) for name in (EMBEDDING, QUERY_PROJ))
     )
@@ -70,65 +100,122 @@ def query_of(batch: dict[str, np.ndarray], index: Index) -> Query:
 
 def _search(
     config: SearchFiles,
-    every: list[str],
-    pictures: list[bytes],
+    panoramas: Sequence[_Panorama],
     index: Index,
-    inside: Int64[np.ndarray, " row"] | None,
-    actors: list[Any],
-) -> Iterator[Answer]:
-    for begin in range(0, len(pictures), _BATCH):
-        places = every[begin : begin + _BATCH]
-        batch = _rows(places, pictures[begin : begin + _BATCH])
-        for actor in actors[:-1]:
-            batch = actor(batch)
-        made = [_made(batch, row) for row in range(len(places))]
-        batch = actors[-1](batch)  # drops the pictures
-        failed = [error for error in schema.read_errors(batch[schema.ERROR]) if error is not None]
-        if failed:
-            raise ValueError(f"search: {len(failed)} panoramas failed: {'; '.join(failed)}")
-        query = query_of(batch, index)
-        ranked = rank(index, query, config.top_k, config.mode, config.shortlist, inside)
-        for row, place in enumerate(places):
-            found = _tiles(index, place, config.modality, ranked.rows[row], ranked.scores[row])
-            yield Answer(place, made[row], list(found))
+    rows: Int64[np.ndarray, " row"] | None,
+    actors: Sequence[Any],
+) -> Iterator[SearchResult]:
+    known = {one.location: one.error for one in panoramas if one.error}
+    failed: dict[str, str] = {}
+    for begin in range(0, len(panoramas), _BATCH):
+        step = panoramas[begin : begin + _BATCH]
+        for result in _search_batch(config, step, index, rows, actors):
+            if result.error and result.query not in known:
+                failed[result.query] = result.error
+            yield result
+    _warn_failed(failed, len(panoramas) - len(known))
 
 
-def _actors(config: SearchFiles, index: Index, rows: int) -> list[Any]:
+def _search_batch(
+    config: SearchFiles,
+    panoramas: Sequence[_Panorama],
+    index: Index,
+    rows: Int64[np.ndarray, " row"] | None,
+    actors: Sequence[Any],
+) -> Iterator[SearchResult]:
+    pictures, embedded = _embed(_make_batch(panoramas), actors)
+    errors = schema.read_errors(embedded[schema.ERROR])
+    good = [number for number, error in enumerate(errors) if error is None]
+    ranking = None
+    if good:
+        query = as_query(embedded, index).rows(torch.tensor(good))
+        ranking = rank(index, query, config.top_k, config.mode, config.shortlist, rows)
+    for number, panorama in enumerate(panoramas):
+        if ranking is None or errors[number] is not None:
+            yield SearchResult(panorama.location, error=errors[number])
+            continue
+        row = good.index(number)
+        tiles = _describe_tiles(
+            index, panorama.location, config.modality, ranking.rows[row], ranking.scores[row]
+        )
+        yield SearchResult(panorama.location, pictures[number], tiles)
+
+
+def _embed(batch: Batch, actors: Sequence[Any]) -> tuple[list[dict[str, bytes | None]], Batch]:
+    """Run the actors; return each row's pictures, and the embedded rows.
+
+    Where a model fails on the whole batch, each row goes through by itself, so that those on which
+    it does not fail are searched.
+    """
+    count = len(batch[schema.PAIR_ID])
+    try:
+        return _run_actors(batch, actors)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (kernels raise what they like; each row tells its own)
+        if count == 1:
+            failed = {**batch, schema.ERROR: _object_array([error_line(error)])}
+            empty = np.zeros((1, actors[-1].model.config.hidden), np.float32)
+            return [{}], {**failed, EMBEDDING: empty, QUERY_PROJ: empty}
+    alone = [
+        _embed({name: values[row : row + 1] for name, values in batch.items()}, actors)
+        for row in range(count)
+    ]
+    names = (schema.ERROR, EMBEDDING, QUERY_PROJ)
+    joined = {name: np.concatenate([rows[name] for _, rows in alone]) for name in names}
+    return [one for pictures, _ in alone for one in pictures], joined
+
+
+def _run_actors(batch: Batch, actors: Sequence[Any]) -> tuple[list[dict[str, bytes | None]], Batch]:
+    *makers, embed = actors
+    for actor in makers:
+        batch = actor(batch)
+    names = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
+    columns = [name for name in names if name in batch]
+    pictures = [
+        {name: batch[name][row] for name in columns} for row in range(len(batch[columns[0]]))
+    ]
+    return pictures, embed(batch)  # which drops the pictures
+
+
+def _load_actors(config: SearchFiles, index: Index, batch: int) -> list[Any]:
     actors: list[Any] = []
-    batch = min(rows, _BATCH)  # a network pads what it is given to its batch
     if config.generator:
         model = os.path.abspath(os.path.expanduser(config.generator))
-        actors.append(GenerateAerial(model, _sampling(config, index), batch))
+        actors.append(GenerateAerial(model, _choose_sampling(config, index), batch))
     if config.segmenter:
         actors.append(SegmentAerial(config.segmenter, batch=batch))
-    return [*actors, EmbedQuery(index.heads, config.modality)]
+    return [*actors, EmbedQuery(index.matcher_dir, config.modality)]
 
 
-def _sampling(config: SearchFiles, index: Index) -> Sampling:
-    """As for the queries of the index, but for what is asked."""
-    known, asked = index.manifest["queries"], vars(config)
-    chosen = {name: known[name] for name in SAMPLING if name in known}
-    chosen |= {name: asked[name] for name in SAMPLING if asked[name] is not None}
+def _choose_sampling(config: SearchFiles, index: Index) -> Sampling:
+    """Sample as for the queries of the index, but for what is set."""
+    known, settings = index.manifest.queries.sampling, vars(config)
+    chosen: dict[str, Any] = {name: known[name] for name in SAMPLING if name in known}
+    chosen |= {name: settings[name] for name in SAMPLING if settings[name] is not None}
     return Sampling(**chosen, seed=config.seed)
 
 
 def _check_models(config: SearchFiles, index: Index) -> None:
-    """The matcher knows the aerials of one generator; those of another one are no A to it."""
-    for name in ("generator", "segmenter"):
-        wanted, given = index.manifest["queries"].get(name), getattr(config, name)
-        if given and wanted and not config.any_models and manifest.fingerprint(given) != wanted:
+    """Check that A and S are of the models whose A and S the matcher knows."""
+    origin = index.manifest.queries
+    expected = {"generator": origin.generator, "segmenter": origin.segmenter}
+    for name, fingerprint in expected.items():
+        directory = getattr(config, name)
+        if not directory or not fingerprint or config.any_models:
+            continue
+        if (got := manifest.fingerprint(directory)) != fingerprint:
             raise ValueError(
-                f"search: expected the {name} that made this index's queries ({wanted}), got "
-                f"{manifest.fingerprint(given)} (of {given}). Pass the other one, or "
-                "--any-models True."
+                f"search: expected the {name} that made this index's queries ({fingerprint}), got "
+                f"{got} (of {directory}). Pass the other one, or --any-models."
             )
 
 
-def _inside(config: SearchFiles, index: Index) -> Int64[np.ndarray, " row"] | None:
-    """Rows of the tiles that are searched; None: all."""
+def _select_rows(config: SearchFiles, index: Index) -> Int64[np.ndarray, " row"] | None:
+    """Return the rows of the tiles that are searched; None: all."""
     if (area := _area(config)) is None:
         return None
-    rows = index.inside(area)
+    rows = index.rows_inside(area)
     if not len(rows):
         known = len(index) - index.tiles[schema.LATITUDE].null_count
         raise ValueError(
@@ -139,76 +226,73 @@ def _inside(config: SearchFiles, index: Index) -> Int64[np.ndarray, " row"] | No
 
 
 def _area(config: SearchFiles) -> Area | None:
-    """Where the tile is looked for; None: everywhere."""
     if config.near:
         return Circle(*config.near)
     return Box(*config.box) if config.box else None
 
 
-def _places(given: tuple[str, ...]) -> list[str]:
-    """Locations of files; a directory stands for the pictures in it."""
-    found = []
-    for place in given:
-        names = storage.names(place) if storage.is_directory(place) else []
+def _list_locations(panoramas: Sequence[str]) -> list[str]:
+    """Return locations of files; a directory stands for the pictures in it."""
+    locations = []
+    for location in panoramas:
+        names = storage.names(location) if storage.is_directory(location) else []
         pictures = [name for name in names if name.lower().endswith(_PICTURES)]
-        found += [storage.join(place, name) for name in pictures] or [place]
-    return found
+        locations += [storage.join(location, name) for name in pictures] or [location]
+    return locations
 
 
-def _pictures(places: list[str]) -> tuple[list[str], list[bytes]]:
-    """The files that hold a panorama, and their content; names the others in a warning."""
-    found, good, bad = [], [], []
-    for place in places:
-        try:
-            data = storage.read_bytes(place)
-            images.open_panorama(data)
-            found.append(data)
-            good.append(place)
-        except (OSError, images.BadImage) as error:
-            bad.append(f"{place}: {error}")
-    if not bad:
-        return good, found
-    text = f"search: {len(bad)} of {len(places)} panoramas cannot be searched.\n  "
-    text += "\n  ".join(bad) + "\nMend these files, or leave them out."
-    if not good:
+def _read_panorama(location: str) -> _Panorama:
+    try:
+        data = storage.read_bytes(location)
+        images.open_panorama(data)
+    except (OSError, images.BadImage) as error:
+        return _Panorama(location, error=str(error))
+    return _Panorama(location, data)
+
+
+def _warn_failed(errors: Mapping[str, str], total: int) -> None:
+    """Name panoramas that cannot be searched in a warning; in an error where they are all."""
+    if not errors:
+        return
+    lines = "\n  ".join(f"{location}: {error}" for location, error in errors.items())
+    text = f"search: {len(errors)} of {total} panoramas cannot be searched.\n  {lines}"
+    text += "\nMend these files, or leave them out."
+    if len(errors) == total:
         raise ValueError(text)
     _log.warning("%s The others are searched.", text)
-    return good, found
 
 
-def _rows(places: list[str], pictures: list[bytes]) -> dict[str, np.ndarray]:
-    """A batch as `ingest` gives it. The file's stem is the id, which the generator's noise follows:
-    a panorama of a data set gets the same synthetic aerial here as there."""
-    batch = {
-        schema.PAIR_ID: [os.path.splitext(os.path.basename(place))[0] for place in places],
-        schema.GROUND: pictures,
-        schema.ERROR: [None] * len(places),
+def _make_batch(panoramas: Sequence[_Panorama]) -> Batch:
+    """Make a batch as `ingest` does. The file's stem is the id, which the generator's noise
+    follows: a panorama of a data set gets the same synthetic aerial here as there."""
+    stems = [os.path.splitext(os.path.basename(one.location))[0] for one in panoramas]
+    columns = {
+        schema.PAIR_ID: stems,
+        schema.GROUND: [one.data or None for one in panoramas],
+        schema.ERROR: [one.error for one in panoramas],
     }
-    return {name: _objects(values) for name, values in batch.items()}
+    return {name: _object_array(values) for name, values in columns.items()}
 
 
-def _objects(values: list[Any]) -> np.ndarray:
+def _object_array(values: Sequence[Any]) -> np.ndarray:
     array = np.empty(len(values), dtype=object)  # numpy would strip zero bytes at the end of bytes
     array[:] = values
     return array
 
 
-def _made(batch: dict[str, np.ndarray], row: int) -> dict[str, bytes | None]:
-    names = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
-    return {name: batch[name][row] for name in names if name in batch}
-
-
-def _tiles(
-    index: Index, place: str, modality: Modality, rows: np.ndarray, scores: np.ndarray
-) -> Iterator[dict[str, Any]]:
-    tiles = index.about(rows[rows >= 0])
-    for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1):
-        yield {
-            "query": place,
-            "rank": number,
-            "tile": tile[schema.PAIR_ID],
-            "score": float(score),
-            "latitude": tile[schema.LATITUDE],
-            "longitude": tile[schema.LONGITUDE],
-            "modality": modality,
-        }
+def _describe_tiles(
+    index: Index, location: str, modality: str, rows: np.ndarray, scores: np.ndarray
+) -> list[RankedTile]:
+    tiles = index.describe(rows[rows >= 0])
+    return [
+        RankedTile(
+            query=location,
+            rank=number,
+            tile=tile[schema.PAIR_ID],
+            score=float(score),
+            latitude=tile[schema.LATITUDE],
+            longitude=tile[schema.LONGITUDE],
+            modality=modality,
+        )
+        for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1)
+    ]

@@ -10,20 +10,19 @@ import ray.data
 
 from cvmatch import config as configs
 from cvmatch.data import manifest, schema, storage
-from cvmatch.index.ranking import rank
-from cvmatch.index.reader import Index
+from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import Mode
 from cvmatch.match.infer import EmbedQuery, embed_queries
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import pools
 from cvmatch.runtime.stream import Stream, write_stream
-from cvmatch.search.files import query_of
+from cvmatch.search.files import as_query
 from cvmatch.search.settings import SearchRows
 
 TILES, SCORES = "tiles", "scores"
 """Columns of the output: pair_ids of the best tiles, best first, and their exact scores."""
 
-ANSWERS = pa.schema(
+RESULTS = pa.schema(
     [
         schema.SYNTHESIZED.field(schema.PAIR_ID),
         pa.field(TILES, pa.list_(pa.string())),
@@ -33,8 +32,8 @@ ANSWERS = pa.schema(
 )
 """Columns on disk; a row with an `error` has empty lists."""
 
-VERSION = 2  # 1 had no answer in blocks of rows none of which had failed
-"""Version of the answers: those of another one are not gone on with."""
+VERSION = 2  # 1 had no tiles in blocks of rows none of which had failed
+"""Version of the results: those of another one are not gone on with."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,16 +46,16 @@ class RankTiles:
         self.mode: Mode = mode
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One batch."""
-        query = query_of(batch, self.index)
-        ranked = rank(self.index, query, self.top_k, self.mode)
-        tiles, scores = (np.empty(len(query.query_proj), dtype=object) for _ in range(2))
+        """Rank one batch."""
+        query = as_query(batch, self.index)
+        ranking = rank(self.index, query, self.top_k, self.mode)
         errors = schema.read_errors(batch[schema.ERROR])
+        tiles, scores = (np.empty(len(errors), dtype=object) for _ in range(2))
         for row, error in enumerate(errors):
-            kept = int((ranked.rows[row] >= 0).sum()) if error is None else 0
-            found = self.index.about(ranked.rows[row][:kept])
-            tiles[row] = [tile[schema.PAIR_ID] for tile in found]
-            scores[row] = ranked.scores[row][:kept].tolist()
+            count = int((ranking.rows[row] >= 0).sum()) if error is None else 0
+            best = self.index.describe(ranking.rows[row][:count])
+            tiles[row] = [tile[schema.PAIR_ID] for tile in best]
+            scores[row] = ranking.scores[row][:count].tolist()
         ids = {
             schema.PAIR_ID: batch[schema.PAIR_ID],
             schema.ERROR: np.array(errors, dtype=object),
@@ -65,9 +64,9 @@ class RankTiles:
 
 
 def search_rows(config: SearchRows) -> dict[str, Any]:
-    """Write the answers and a manifest; returns the manifest. A whole output is left as it is.
+    """Write the results and a manifest; return the manifest. A whole output is left as it is.
 
-    Rows that had failed before pass through, without an answer; but not if all have.
+    Rows that had failed before pass through, without tiles; but not if all have.
 
     Raises:
         ValueError: no row could be searched, or see `write_stream`.
@@ -75,21 +74,21 @@ def search_rows(config: SearchRows) -> dict[str, Any]:
     stream = _stream(config, Index.open(config.index), manifest.read(config.rows))
     done = write_stream(stream)
     if done and done.failed:
-        _log.warning("%d of %d rows have no answer; see %s", done.failed, done.rows, done.rejected)
+        _log.warning("%d of %d rows have no result; see %s", done.failed, done.rows, done.rejected)
     return manifest.read(stream.output)
 
 
 def _stream(config: SearchRows, index: Index, source: dict[str, Any]) -> Stream:
-    asked = {name: configs.plain(config)[name] for name in ("modality", "top_k", "mode")}
-    version = index.manifest["sha256"]
-    models = {"matcher": index.manifest["model"], "index": version}
+    settings = {name: configs.plain(config)[name] for name in ("modality", "top_k", "mode")}
+    version = index.manifest.sha256
+    models = {"matcher": index.manifest.model, "index": version}
     return Stream(
         label="search",
         output=storage.absolute(config.output).rstrip("/"),
-        provenance={"answers": VERSION, "index": version, "rows": source, **asked},
+        provenance={"answers": VERSION, "index": version, "rows": source, **settings},
         rows=partial(_rows, config, index),
         total=lambda: source["rows"],
-        columns=ANSWERS,
+        columns=RESULTS,
         pools={"embed": config.embed, "rank": config.rank},
         operators={"embed": EmbedQuery.__name__, "rank": RankTiles.__name__},
         max_rejected=1.0,
@@ -104,11 +103,11 @@ def _rows(config: SearchRows, index: Index) -> ray.data.Dataset:
     rows: Any = ray.data.read_parquet(
         path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]
     )
-    seen = embed_queries(
-        rows, Embed(model=index.heads, modality=config.modality, pool=config.embed)
+    embedded = embed_queries(
+        rows, Embed(model=index.matcher_dir, modality=config.modality, pool=config.embed)
     )
-    place = config.index if "://" in config.index else storage.absolute(config.index)
+    location = storage.absolute(config.index)
     # The version that embeds: another may become the current one while this runs.
-    version = index.manifest["version"]
+    version = index.manifest.version
     arguments = {"version": version, "top_k": config.top_k, "mode": config.mode}
-    return pools.map_actors(seen, RankTiles, config.rank, index=place, **arguments)
+    return pools.map_actors(embedded, RankTiles, config.rank, index=location, **arguments)

@@ -20,7 +20,7 @@ class SearchFiles:
     index: str = "data/index"
     """Directory of the index, local or in an object store (then copied here first)."""
     top_k: int = 10
-    """Tiles to give for each panorama."""
+    """Tiles to return for each panorama."""
     generator: str = ""
     """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
     segmenter: str = ""
@@ -36,7 +36,7 @@ class SearchFiles:
     shortlist: int = 0
     """Tiles that a two-stage search re-ranks; 0 takes the index's own number."""
     seed: int = 0
-    """Of the generator's noise."""
+    """Seed of the generator's noise."""
     near: tuple[float, float, float] | None = None
     """Only tiles within a circle: latitude, longitude (degrees), metres."""
     box: tuple[float, float, float, float] | None = None
@@ -44,7 +44,7 @@ class SearchFiles:
     any_models: bool = False
     """Search with another generator or segmenter than the one that made the index's queries."""
     page: str = ""
-    """Also write an HTML page of what was found there."""
+    """Also write an HTML page of the results there."""
     tiles: str = ""
     """URI of rows (`pair_id`, `aerial`) with pictures of the tiles, for the page; empty: none."""
     open: bool = False
@@ -58,7 +58,7 @@ class SearchFiles:
             )
         if self.segmenter and not self.generator:
             raise ValueError(
-                "search: --segmenter segments the synthetic aerial: give --generator too."
+                "search: --segmenter segments the synthetic aerial: pass --generator too."
             )
         if self.near and self.box:
             raise ValueError("search: expected --near or --box, got both.")
@@ -76,15 +76,15 @@ class SearchRows:
     """Find the tiles of many panoramas."""
 
     rows: str = "data/synthesized/val"
-    """URI of the rows (as jobs/synthesize.py writes)."""
+    """URI of the rows (as `cvmatch synthesize` writes)."""
     index: str = "data/index"
     """Directory of the index; a path that all nodes mount, or an object store."""
     output: str = "data/found"
-    """URI of the directory of answers; the same command goes on where a killed one stopped."""
+    """URI of the directory of results; the same command goes on where a killed one stopped."""
     modality: Modality = "G+A+S"
     """What a query consists of."""
     top_k: int = 10
-    """Tiles to give for each row."""
+    """Tiles to return for each row."""
     mode: Mode = "auto"
     """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
     embed: Pool = field(default_factory=lambda: Pool(batch=32))

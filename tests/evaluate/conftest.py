@@ -24,4 +24,4 @@ def index(folder):
 
 @pytest.fixture(scope="module")
 def model(index):
-    return Matcher.load(index.heads)
+    return Matcher.load(index.matcher_dir)

@@ -19,7 +19,7 @@ def test_embed_queries_modalities_equal_the_actors(index, model, folder):
     config = Evaluate(queries=os.path.join(folder, "queries"))
     queries = embed_queries(config, model)
     for modality in MODALITIES:
-        batch = EmbedQuery(index.heads, modality)(tiny.columns(tiny.rows(10)))
+        batch = EmbedQuery(index.matcher_dir, modality)(tiny.columns(tiny.rows(10)))
         query = queries[QueryView(360.0, False), modality]
         np.testing.assert_allclose(query.embedding.numpy(), batch["embedding"], atol=1e-4)
         np.testing.assert_allclose(query.query_proj.numpy(), batch["query_proj"], atol=1e-3)

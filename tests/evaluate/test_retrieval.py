@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -11,8 +12,8 @@ from cvmatch.evaluate.queries import QueryView, embed_queries
 from cvmatch.evaluate.retrieval import KS, Ranking, compare_two_stage, search_exactly, summarize
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.reader import Index
-from cvmatch.index.shard import Store
-from cvmatch.index.shortlist_head import MatcherHead
+from cvmatch.index.shard import ShardedArray
+from cvmatch.index.shortlist import MatcherHead
 from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import Matcher
@@ -24,7 +25,7 @@ COUNT = 24  # tiles of the index of conftest.py
 
 def of_equal_tiles(index, model):
     """The index with zeros for all tiles, and another model."""
-    tile_proj = Store([np.zeros_like(array) for array in index.tile_proj.arrays])
+    tile_proj = ShardedArray([np.zeros_like(array) for array in index.tile_proj.arrays])
     return Index(**{**vars(index), "matcher": model, "tile_proj": tile_proj})
 
 
@@ -44,7 +45,7 @@ def plane(angles, places=None, dead=()):
     tile_proj = directions(angles).numpy().astype(np.float16)
     about = {"shortlist": len(tile_proj)}
     return Index(
-        Store([tile_proj]),
+        ShardedArray([tile_proj]),
         tiles,
         [],
         MatcherHead(model),
@@ -151,14 +152,15 @@ def test_summarize_guess_among_the_tiles_nearby_is_that_of_each_query():
 
 
 def test_compare_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
-    batch = EmbedQuery(index.heads, "G+A+S")(tiny.columns(tiny.rows(10)))
+    batch = EmbedQuery(index.matcher_dir, "G+A+S")(tiny.columns(tiny.rows(10)))
     query = Query(torch.from_numpy(batch["embedding"]), torch.from_numpy(batch["query_proj"]))
     truth = torch.arange(10)
     ranking = search_exactly(index, query, truth, 1000.0)
     result = compare_two_stage(index, query, truth, ranking)
     assert (result.exact_top1_kept, result.exact_top10_kept) == (1.0, 1.0)
     assert result.recalls["recall@10"] == (ranking.rank < 10).double().mean().item()
-    few = Index(**{**vars(index), "manifest": {"shortlist": 10}})
+    manifest = dataclasses.replace(index.manifest, shortlist=10)
+    few = dataclasses.replace(index, manifest=manifest)
     result = compare_two_stage(few, query, truth, ranking)
     assert result.exact_top10_kept < 1
     held = (few.nearest(query, 10) == truth.numpy()[:, None]).any(axis=1)
@@ -179,7 +181,7 @@ def test_compare_two_stage_equal_scores_count_against_the_query(index, model):
 
 def test_constant_embeddings_are_never_above_chance(tmp_path):
     opened = tiny.index(str(tmp_path), COUNT)
-    model = Matcher.load(opened.heads)
+    model = Matcher.load(opened.matcher_dir)
     opened = of_equal_tiles(opened, model)
     for weight in (model.query_linear.weight, model.query_aerial_linear.weight):
         torch.nn.init.zeros_(weight)
@@ -201,7 +203,7 @@ def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
     # A query and a tile's embedding with that query's A are equal: in a loss or a protocol that
     # embedded each tile with the A of its own pair, it would find every tile.
     opened = tiny.index(str(tmp_path), COUNT)
-    model = Matcher.load(opened.heads)
+    model = Matcher.load(opened.matcher_dir)
     g, a = model.null_ground.numel(), model.null_synthetic.numel()
     with torch.no_grad():
         for layer in (model.query_linear, model.query_aerial_linear, model.tile_linear):

@@ -1,5 +1,6 @@
 """A matcher of a few thousand random weights, rows of small pictures, and their parts and index."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -8,9 +9,12 @@ import torch
 from pyarrow import parquet
 
 from cvmatch.data import images, manifest, schema
+from cvmatch.index import versions
 from cvmatch.index.build import publish
-from cvmatch.index.reader import Index
-from cvmatch.index.settings import BuildIndex
+from cvmatch.index.manifest import AnnInfo, IndexManifest
+from cvmatch.index.reader import Index, rank
+from cvmatch.index.settings import BuildIndex, Mode
+from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.nn.backbones import TowerSpec
@@ -122,3 +126,32 @@ def index(folder: str, count: int = 24, **config: object) -> Index:
     output = os.path.join(folder, "index")
     publish(found, BuildIndex(model=model, output=output, **config))  # pyright: ignore
     return Index.open(output)
+
+
+def queries(count: int = 3, seed: int = 0) -> Query:
+    """Random queries of the width of `matcher`."""
+    random = torch.Generator().manual_seed(seed)
+    embedding = torch.nn.functional.normalize(torch.randn(count, 16, generator=random), dim=1)
+    return Query(embedding, torch.randn(count, 16, generator=random))
+
+
+def find_ids(index: Index, mode: Mode, top_k: int = 24) -> list[list[str]]:
+    """The ids of the best tiles of some queries."""
+    rows = rank(index, queries(), top_k, mode).rows
+    names = index.tiles[schema.PAIR_ID].to_pylist()
+    return [[names[row] for row in best if row >= 0] for best in rows]
+
+
+def manifest_of(**fields: object) -> IndexManifest:
+    """A manifest of no tiles."""
+    empty = IndexManifest(
+        rows=0, hidden=16, preprocess="", model="", model_parts={}, config={}, shard_rows=1,
+        shards=(), ann=AnnInfo("Flat", 1), shortlist=0,
+    )  # fmt: skip
+    return dataclasses.replace(empty, **fields)  # pyright: ignore
+
+
+def change_manifest(output: str, manifest: IndexManifest, **fields: object) -> None:
+    """Make a manifest with other fields the current one."""
+    fields["parent"] = versions.current_version(output)
+    versions.commit(output, dataclasses.replace(manifest, **fields), {})  # pyright: ignore

@@ -6,6 +6,7 @@ import torch
 
 from cvmatch.data import schema
 from cvmatch.match.infer import EmbedQuery, EmbedTile
+from cvmatch.match.model import Matcher
 from cvmatch.match.settings import MODALITIES
 from tests.helpers.matcher import (
     HIGH,
@@ -57,3 +58,27 @@ def test_embed_query_without_a_column_it_reads_says_so(tmp_path):
     del given[schema.SYNTHETIC]
     with pytest.raises(ValueError, match=r"embed query: expected columns \['synthetic'\]"):
         EmbedQuery(str(tmp_path), "G+A")(given)
+
+
+def test_embed_query_embeds_the_rows_on_which_the_network_does_not_fail(tmp_path, monkeypatch):
+    network().save(str(tmp_path))
+    batch = columns(row("a", shade=9), row("b", shade=99), row("c", shade=9))
+    actor = EmbedQuery(str(tmp_path), "G")
+    whole = actor(batch)
+    embed = Matcher.embed_queries
+
+    def failing(self, ground, *others):
+        if ground.max() > 0.3:
+            raise RuntimeError("no kernel\nfor this picture")
+        return embed(self, ground, *others)
+
+    monkeypatch.setattr(Matcher, "embed_queries", failing)
+    result = actor(batch)
+    assert result["error"].tolist() == [
+        None, "embed query: RuntimeError: no kernel for this picture", None,
+    ]  # fmt: skip
+    for name in ("embedding", "query_proj"):
+        np.testing.assert_allclose(result[name][[0, 2]], whole[name][[0, 2]], atol=1e-6)
+        assert not result[name][1].any()
+    with pytest.raises(RuntimeError, match="no kernel"):
+        actor({name: values[[1, 1]] for name, values in batch.items()})

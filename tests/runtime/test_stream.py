@@ -25,13 +25,12 @@ from cvmatch.generate.latent_cache import EncodePairs, encode
 from cvmatch.generate.model import Generator
 from cvmatch.generate.pretrained import sizes
 from cvmatch.generate.settings import Conditioning, Encode, Generate
-from cvmatch.index import gallery
-from cvmatch.index.ranking import rank
-from cvmatch.index.reader import Index
+from cvmatch.index import embedding
+from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from cvmatch.runtime.settings import Pool
-from cvmatch.search.files import query_of
+from cvmatch.search.files import as_query
 from cvmatch.search.rows import search_rows
 from cvmatch.search.settings import SearchRows
 from cvmatch.segment.batches import Preprocess
@@ -196,14 +195,16 @@ def _embed(models: Path, pairs: Pairs, output: str) -> Job:
         return {name: values[0] for name, values in actor(batch_of(row)).items()}
 
     def run() -> str:
-        return gallery.embed(config, f"{models}/model", {"tiles": "some", "of": (1, 2)})[0]
+        return embedding.embed_gallery(config, f"{models}/model", {"tiles": "some", "of": (1, 2)})[
+            0
+        ]
 
     return Job(schema.AERIAL, run, state, (schema.LATITUDE, schema.LONGITUDE, "tile_proj"))
 
 
 def _search(models: Path, made: Synthesized, output: str) -> Job:
     index = Index.open(f"{models}/index")
-    embed = EmbedQuery(index.heads, "G+A+S")
+    embed = EmbedQuery(index.matcher_dir, "G+A+S")
     config = SearchRows(
         rows=made.location,
         index=f"{models}/index",
@@ -216,7 +217,7 @@ def _search(models: Path, made: Synthesized, output: str) -> Job:
     def state(row: Row) -> Row:
         batch = embed(batch_of(row))
         error = batch[schema.ERROR][0]
-        ranked = rank(index, query_of(batch, index), top_k=4)
+        ranked = rank(index, as_query(batch, index), top_k=4)
         tiles = [] if error else [f"{number:07d}" for number in ranked.rows[0]]
         scores = [] if error else ranked.scores[0].tolist()
         return {

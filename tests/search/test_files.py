@@ -2,167 +2,28 @@ import dataclasses
 import json
 from pathlib import Path
 
-import faiss
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from torch.nn import functional as F
 
 from cvmatch import config as configs
-from cvmatch.data import images, schema, tables
+from cvmatch.data import images, schema
 from cvmatch.demo import models as base_models
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import Conditioning, Sampling
-from cvmatch.index import ranking, shard
-from cvmatch.index.build import publish
-from cvmatch.index.ranking import rank
-from cvmatch.index.reader import Index
-from cvmatch.index.settings import BuildIndex
-from cvmatch.index.shard import Store
-from cvmatch.match.fusion import Query
+from cvmatch.index.manifest import QueryOrigin
+from cvmatch.index.reader import Index, rank
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.match.model import Matcher
 from cvmatch.report.search_page import write_search_page
 from cvmatch.search import files
-from cvmatch.search.files import query_of
-from cvmatch.search.rows import search_rows
-from cvmatch.search.settings import SearchFiles, SearchRows
+from cvmatch.search.files import as_query
+from cvmatch.search.settings import SearchFiles
 from tests.helpers import index as tiny
 
-COUNT = 24
 
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    return tiny.index(str(tmp_path_factory.mktemp("search")), COUNT)
-
-
-@pytest.fixture(scope="module")
-def query(index):
-    batch = EmbedQuery(index.heads, "G+A+S")(tiny.columns(tiny.rows(6)))
-    return query_of(batch, index)
-
-
-@torch.inference_mode()
-def unsplit(index, query):
-    """Scores by FFN_C([a; c]) as one network, each tile from its picture."""
-    model, rows = Matcher.load(index.heads), tiny.rows(COUNT)
-
-    def features(column):
-        pixels = np.stack([images.decode(data) for data in rows[column].to_pylist()])
-        return model.aerial_features(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
-
-    c, a = features(schema.AERIAL), features(schema.SYNTHETIC)[: len(query.query_proj)]
-    first = torch.cat([model.query_aerial_linear.weight, model.tile_linear.weight], dim=1)
-    both = torch.cat([a[:, None].expand(-1, COUNT, -1), c.expand(len(a), -1, -1)], dim=2)
-    hidden = F.linear(both, first, model.query_aerial_linear.bias)
-    rest = model.candidate_mlp
-    last = hidden + rest.last(rest.middle(hidden.relu()).relu())
-    return (F.normalize(last, dim=2) * query.embedding[:, None]).sum(2)
-
-
-def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
-    brute = unsplit(index, query)
-    ranked = rank(index, query, top_k=COUNT, mode="exact")
-    assert sorted(ranked.rows[0]) == list(range(COUNT))
-    own = np.take_along_axis(brute.numpy(), ranked.rows, 1)
-    np.testing.assert_allclose(
-        ranked.scores, own, atol=2e-3
-    )  # tile_proj is stored in half precision
-    assert (np.diff(ranked.scores) <= 0).all()
-    assert np.ptp(brute.numpy(), axis=1).min() > 0.02  # the scores do tell tiles apart
-
-
-@pytest.mark.parametrize("spread", [1.0, 1e-3])
-def test_rank_exact_in_bf16_gives_the_best_of_fp32(index, query, monkeypatch, spread):
-    monkeypatch.setattr(ranking, "fastest_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(ranking, "_SPARE", 8)
-    centre = index.tile_proj.take(np.arange(COUNT)).astype(np.float32).mean(axis=0)
-    noise = np.random.default_rng(0).normal(size=(400, len(centre)))
-    # With the small spread, bf16 cannot tell the tiles apart.
-    tile_proj = (centre + spread * noise).astype(np.float16)
-    many = Index(**{**vars(index), "tile_proj": Store([tile_proj])})
-    expected = torch.cat(list(many.scores(query)), dim=1).topk(2)
-    ranked = rank(many, query, top_k=2, mode="exact")
-    np.testing.assert_allclose(ranked.scores, expected.values, atol=1e-6)
-
-
-def test_rank_two_stage_over_all_tiles_equals_exact(index, query):
-    exact = rank(index, query, top_k=10, mode="exact")
-    staged = rank(index, query, top_k=10, mode="two-stage", shortlist=COUNT)
-    np.testing.assert_allclose(staged.scores, exact.scores, atol=1e-5)
-    assert (staged.rows == exact.rows).mean() > 0.95  # but for ties within rounding
-
-
-def test_rank_two_stage_gives_exact_scores_of_the_shortlist_alone(index, query):
-    ranked = rank(index, query, top_k=3, mode="two-stage", shortlist=5)
-    near = index.nearest(query, 5)
-    scores = torch.cat(list(index.scores(query)), dim=1).numpy()
-    for row in range(len(query.query_proj)):
-        expected = near[row][np.argsort(-scores[row, near[row]])][:3]
-        np.testing.assert_array_equal(ranked.rows[row], expected)
-    np.testing.assert_allclose(ranked.scores, np.take_along_axis(scores, ranked.rows, 1), atol=1e-5)
-
-
-def test_rank_of_a_gallery_in_pieces_equals_the_whole(index, query, monkeypatch):
-    whole = rank(index, query, top_k=10, mode="exact")
-    monkeypatch.setattr(shard, "CHUNK", 7)
-    pieces = rank(index, query, top_k=10, mode="exact")
-    np.testing.assert_allclose(pieces.scores, whole.scores, atol=1e-5)
-    assert (pieces.rows == whole.rows).mean() > 0.95
-
-
-def test_rank_auto_of_a_large_gallery_is_two_stage(index, query, monkeypatch):
-    exact = rank(index, query, 5, shortlist=5)
-    monkeypatch.setattr(ranking, "EXHAUSTIVE", COUNT - 1)
-    staged = rank(index, query, 5, shortlist=5)
-    np.testing.assert_array_equal(np.sort(staged.rows), np.sort(index.nearest(query, 5)))
-    assert (np.sort(staged.rows) != np.sort(exact.rows)).any()
-
-
-def test_rank_more_than_there_are_gives_all(index, query):
-    for mode in ("exact", "two-stage"):
-        assert rank(index, query, top_k=100, mode=mode).rows.shape == (len(query.query_proj), COUNT)
-
-
-def test_rank_of_lists_with_too_few_tiles_marks_the_end(tmp_path):
-    model = tiny.matcher(str(tmp_path / "model"))
-    parts = tiny.parts(tiny.rows(COUNT), model, str(tmp_path / "parts"))
-    config = BuildIndex(model=model, output=str(tmp_path / "index"), key="IVF8,Flat", probes=1)
-    publish(parts, config)
-    index = Index.open(config.output)
-    (part,) = index.ann
-    assert isinstance(part.index, faiss.IndexIVF)
-    assert part.index.nprobe == 1
-    ranked = rank(index, Query(torch.eye(16)[:2], torch.zeros(2, 16)), COUNT, "two-stage")
-    ends = (ranked.rows == -1).sum(1)
-    assert (ends > 0).all()
-    for rows, scores, end in zip(ranked.rows, ranked.scores, ends, strict=True):
-        assert (rows[: COUNT - end] >= 0).all()
-        assert np.isinf(scores[COUNT - end :]).all()
-
-
-@pytest.mark.parametrize("mode", ["exact", "two-stage"])
-def test_rank_equal_tiles_are_ordered_by_row(index, query, mode):
-    same = Index(
-        **{**vars(index), "tile_proj": Store([index.tile_proj.take(np.zeros(COUNT, int))])}
-    )
-    ranked = rank(same, query, top_k=COUNT, mode=mode)
-    assert np.ptp(ranked.scores, axis=1).max() < 1e-6
-    order = np.lexsort((ranked.rows, -ranked.scores))
-    assert (order == np.arange(COUNT)).all()
-
-
-def test_rank_cut_between_equal_tiles_takes_the_first_rows(index, query):
-    many = 1000
-    same = Index(**{**vars(index), "tile_proj": Store([index.tile_proj.take(np.arange(many) % 2)])})
-    whole = rank(same, query, top_k=many, mode="exact")
-    for few in (1, 3, COUNT):
-        part = rank(same, query, top_k=few, mode="exact")
-        assert (part.rows == whole.rows[:, :few]).all()
-        assert (part.scores == whole.scores[:, :few]).all()
+def index_folder(index):
+    return index.matcher_dir.split("/matcher/")[0]
 
 
 def test_search_names_the_panoramas_that_it_cannot_search_and_searches_the_others(
@@ -171,14 +32,51 @@ def test_search_names_the_panoramas_that_it_cannot_search_and_searches_the_other
     good = images.encode(tiny.picture(np.random.default_rng(0), 16, 64))
     (tmp_path / "good.png").write_bytes(good)
     (tmp_path / "cut.png").write_bytes(good[:50])
-    places = tuple(str(tmp_path / name) for name in ("cut.png", "good.png", "absent.png"))
-    folder = index.heads.split("/heads/")[0]
-    found = list(files.search_files(SearchFiles(panorama=places, index=folder)))
-    assert [answer.query for answer in found] == [places[1]]
+    locations = tuple(str(tmp_path / name) for name in ("cut.png", "good.png", "absent.png"))
+    folder = index_folder(index)
+    config = SearchFiles(panorama=locations, index=folder)
+    cut, searched, absent = files.search_files(config)
+    assert (cut.query, searched.query, absent.query) == locations
+    assert "cannot be decoded" in cut.error
+    assert "absent.png" in absent.error
+    assert searched.error is None
+    assert cut.tiles == absent.tiles == []
+    (alone,) = files.search_files(SearchFiles(panorama=locations[1:2], index=folder))
+    assert searched == alone
     for text in ("2 of 3", "cut.png: cannot be decoded", "absent.png"):
         assert text in caplog.text
     with pytest.raises(ValueError, match=r"(?s)2 of 2.*cut\.png: cannot be decoded.*absent\.png"):
-        files.search_files(SearchFiles(panorama=(places[0], places[2]), index=folder))
+        files.search_files(SearchFiles(panorama=(locations[0], locations[2]), index=folder))
+
+
+def test_search_goes_on_where_a_model_fails_on_some_panoramas(index, tmp_path, monkeypatch, caplog):
+    rows = tiny.rows(4)
+    locations = []
+    for number in range(4):
+        locations.append(str(tmp_path / f"{number}.png"))
+        (tmp_path / f"{number}.png").write_bytes(rows[schema.GROUND][number].as_py())
+    config = SearchFiles(panorama=tuple(locations), index=index_folder(index))
+    whole = list(files.search_files(config))
+    embed = EmbedQuery.__call__
+
+    def failing(self, batch):
+        if {"1", "2"} & set(batch[schema.PAIR_ID]):
+            raise RuntimeError("no kernel for this picture")
+        return embed(self, batch)
+
+    monkeypatch.setattr(EmbedQuery, "__call__", failing)
+    results = list(files.search_files(config))
+    assert [result.error is None for result in results] == [True, False, False, True]
+    for number in (0, 3):
+        names = [tile["tile"] for tile in results[number].tiles]
+        assert names == [tile["tile"] for tile in whole[number].tiles]
+    assert "2 of 4 panoramas cannot be searched" in caplog.text
+    assert "1.png: RuntimeError: no kernel for this picture" in caplog.text
+    monkeypatch.setattr(files, "_BATCH", 2)
+    assert [len(one.tiles) > 0 for one in files.search_files(config)] == [True, False, False, True]
+    two = SearchFiles(panorama=tuple(locations[1:3]), index=index_folder(index))
+    with pytest.raises(ValueError, match=r"(?s)2 of 2 panoramas cannot be searched.*no kernel"):
+        list(files.search_files(two))
 
 
 @pytest.mark.parametrize("width", [16, 32])
@@ -196,15 +94,15 @@ def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):
     for number in (3, 1):
         places.append(str(tmp_path / f"{number}.png"))
         (tmp_path / f"{number}.png").write_bytes(rows[schema.GROUND][number].as_py())
-    folder = index.heads.split("/heads/")[0]
+    folder = index_folder(index)
     config = SearchFiles(panorama=tuple(places), index=folder, top_k=4)
     found = list(files.search_files(config))
     assert [one.pictures for one in found] == [
         {schema.GROUND: rows[schema.GROUND][number].as_py()} for number in (3, 1)
     ]
     answers = [json.loads(json.dumps(tile)) for one in found for tile in one.tiles]
-    batch = EmbedQuery(index.heads, "G")(tiny.columns(rows))
-    ranked = rank(index, query_of(batch, index), top_k=4)
+    batch = EmbedQuery(index.matcher_dir, "G")(tiny.columns(rows))
+    ranked = rank(index, as_query(batch, index), top_k=4)
     assert [answer["query"] for answer in answers] == [places[0]] * 4 + [places[1]] * 4
     assert [answer["rank"] for answer in answers] == [1, 2, 3, 4] * 2
     for answer, row, score in zip(
@@ -233,8 +131,8 @@ def test_search_in_an_area_gives_the_best_of_the_tiles_there(index, tmp_path):
         path = tmp_path / "panoramas" / f"{number}.png"
         path.write_bytes(rows[schema.GROUND][number].as_py())
     (tmp_path / "panoramas" / "notes.txt").write_text("not a picture")
-    folder = index.heads.split("/heads/")[0]
-    asked = {"panorama": (str(tmp_path / "panoramas"),), "index": folder, "top_k": COUNT}
+    folder = index_folder(index)
+    asked = {"panorama": (str(tmp_path / "panoramas"),), "index": folder, "top_k": 24}
     everywhere = list(files.search_files(SearchFiles(**asked)))
     assert len(everywhere) == 3
     # Tiles lie 0.01 degrees (1,112 m) apart, going north from the equator.
@@ -255,8 +153,10 @@ def test_search_in_an_area_gives_the_best_of_the_tiles_there(index, tmp_path):
 def test_search_with_another_generator_than_the_queries_of_the_index_is_refused(
     index, tmp_path, monkeypatch
 ):
-    known = {**index.manifest, "queries": {"generator": "abc"}}
-    monkeypatch.setattr(Index, "open", lambda uri: Index(**{**vars(index), "manifest": known}))
+    origin = QueryOrigin(generator="abc")
+    known = dataclasses.replace(index.manifest, queries=origin)
+    opened = dataclasses.replace(index, manifest=known)
+    monkeypatch.setattr(Index, "open", lambda uri: opened)
     (tmp_path / "g.png").write_bytes(tiny.rows(1)[schema.GROUND][0].as_py())
     config = SearchFiles(
         panorama=(str(tmp_path / "g.png"),), generator=tiny.matcher(str(tmp_path / "m"))
@@ -275,8 +175,10 @@ def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
     ).save(model)
     (tmp_path / "0000002.png").write_bytes(tiny.rows(3)[schema.GROUND][2].as_py())
     own = {"steps": 4, "guidance": 3.0, "guided": 0.7}
-    known = {**index.manifest, "queries": own}
-    monkeypatch.setattr(Index, "open", lambda uri: Index(**{**vars(index), "manifest": known}))
+    origin = QueryOrigin(sampling=own)
+    known = dataclasses.replace(index.manifest, queries=origin)
+    opened = dataclasses.replace(index, manifest=known)
+    monkeypatch.setattr(Index, "open", lambda uri: opened)
     rows = tiny.columns(tiny.rows(3).slice(2))
 
     def drawn(**flags):
@@ -291,11 +193,13 @@ def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
 
 
 def test_page_of_a_search_shows_each_panorama_its_tiles_and_where_they_are(index, tmp_path):
-    rows = tiny.rows(COUNT)
+    rows = tiny.rows(24)
     location = tiny.write(rows, str(tmp_path / "rows"))
     (tmp_path / "street <1>.png").write_bytes(rows[schema.GROUND][2].as_py())
-    folder = index.heads.split("/heads/")[0]
-    config = SearchFiles(panorama=(str(tmp_path / "street <1>.png"),), index=folder, top_k=3)
+    folder = index_folder(index)
+    (tmp_path / "cut.png").write_bytes(b"no picture")
+    panoramas = (str(tmp_path / "street <1>.png"), str(tmp_path / "cut.png"))
+    config = SearchFiles(panorama=panoramas, index=folder, top_k=3)
     place = write_search_page(
         list(files.search_files(config)), str(tmp_path / "page.html"), location
     )
@@ -304,35 +208,4 @@ def test_page_of_a_search_shows_each_panorama_its_tiles_and_where_they_are(index
     assert "street &lt;1&gt;.png" in page
     assert "metres north" in page
     assert "not known" in page
-
-
-@pytest.mark.ray
-def test_search_rows_on_ray_gives_what_a_search_here_gives(ray_session, index, tmp_path):
-    rows = tiny.rows(7)
-    broken = rows[schema.GROUND].to_pylist()
-    broken[3] = b"no picture"
-    column = rows.column_names.index(schema.GROUND)
-    location = tiny.write(
-        rows.set_column(column, schema.GROUND, pa.array(broken)), f"{tmp_path}/rows"
-    )
-    folder = index.heads.split("/heads/")[0]
-    config = SearchRows(
-        rows=location, index=folder, output=str(tmp_path / "found"), modality="G", top_k=4
-    )
-    assert search_rows(config)["rows"] == 7
-    written = pa.concat_tables(
-        tables.batches(config.output, ["pair_id", "tiles", "scores", "error"])
-    )
-    written = written.sort_by("pair_id").to_pylist()
-    batch = EmbedQuery(index.heads, "G")(tiny.columns(rows))
-    ranked = rank(index, query_of(batch, index), top_k=4)
-    for number, row in enumerate(written):
-        if number == 3:
-            assert "not a PNG or JPEG" in row["error"]
-            assert row["tiles"] == []
-        else:
-            assert row["tiles"] == [f"{tile:07d}" for tile in ranked.rows[number]]
-            np.testing.assert_allclose(row["scores"], ranked.scores[number], atol=1e-4)
-    assert search_rows(config)["rows"] == 7  # whole already
-    with pytest.raises(ValueError, match="expected rows made from"):
-        search_rows(dataclasses.replace(config, top_k=5))
+    assert "cut.png could not be searched" in page

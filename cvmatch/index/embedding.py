@@ -1,0 +1,216 @@
+"""Pictures -> embedded tiles, by a pool of actors, and embedded queries, in this process."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import torch
+
+from cvmatch.data import manifest, schema, storage, tables
+from cvmatch.data.pairs import PairDataset, read_pictures
+from cvmatch.generate.settings import Sampling
+from cvmatch.index import versions
+from cvmatch.index.manifest import QueryOrigin
+from cvmatch.index.settings import GalleryConfig
+from cvmatch.index.shard import CHUNK
+from cvmatch.index.writer import TaskMapper
+from cvmatch.match.fusion import Query
+from cvmatch.match.infer import (
+    EMBEDDING,
+    QUERY_PROJ,
+    TILE_PROJ,
+    EmbedQuery,
+    EmbedTile,
+    embed_tiles,
+)
+from cvmatch.match.model import read_config
+from cvmatch.match.settings import Embed, Modality
+from cvmatch.runtime import hardware, pools, session
+from cvmatch.runtime.stream import Stream, write_stream
+
+RECALL_QUERIES = 200
+"""Queries at most that measure a shortlist."""
+
+DISTIL_QUERIES = 1_000
+"""Other queries at most from which a head is distilled."""
+
+SAMPLING = tuple(field.name for field in fields(Sampling) if field.name != "seed")
+"""Settings of the generator that queries of one index should share."""
+
+_MODALITIES = ("G", "G+A", "G+A+S")
+
+_COLUMNS = pa.schema(
+    schema.SYNTHESIZED.field(name)
+    for name in (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
+)
+
+_PARTS = _COLUMNS.remove(1).append(pa.field(TILE_PROJ, pa.large_list(pa.float16())))
+
+
+def read_gallery(gallery: GalleryConfig) -> ray.data.Dataset:
+    """Read the rows of the tiles, with their pictures.
+
+    Raises:
+        ValueError: there are none, or they lack a column; or see `PairDataset.open`.
+    """
+    if not gallery.rows:
+        first, *rest = [split.rows([schema.AERIAL]) for split in _open_pairs(gallery)]
+        return first.union(*rest) if rest else first
+    filesystem, path = storage.resolve(gallery.rows)
+    columns = tables.columns(gallery.rows)
+    schema.require(columns, (schema.PAIR_ID, schema.AERIAL), gallery.rows)
+    if not sum(tables.rows(gallery.rows)):
+        raise ValueError(f"{gallery.rows}: expected rows of tiles, got none. Nothing was done.")
+    rows: Any = ray.data.read_parquet(
+        path,
+        filesystem=filesystem,
+        columns=[name for name in _COLUMNS.names if name in columns],
+        file_extensions=["parquet"],
+    )
+    return rows.map_batches(
+        schema.conform, fn_kwargs={"wanted": _COLUMNS}, batch_format="pyarrow", batch_size=None
+    )
+
+
+def embed_gallery(
+    gallery: GalleryConfig, model: str, inputs: dict[str, object]
+) -> tuple[str, float]:
+    """Embed all tiles by a pool of actors; return the directory of Parquet files, and seconds.
+
+    `inputs`: all that the rows depend on; an unfinished directory of the same is gone on with.
+
+    Raises:
+        ValueError: see `read_gallery` and `write_stream`.
+    """
+    begin = time.monotonic()
+    stream = Stream(
+        label="embed tiles",
+        output=storage.join(building_directory(gallery.output, inputs), "parts"),
+        provenance=inputs,
+        rows=lambda: embed_tiles(read_gallery(gallery), Embed(model=model, pool=gallery.pool)),
+        total=lambda: _count(gallery),
+        columns=_PARTS,
+        pools={"pool": gallery.pool},
+        operators={"read": read_pictures.__name__, "embed": EmbedTile.__name__},
+        max_rejected=gallery.max_rejected,
+    )
+    write_stream(stream)
+    return stream.output, time.monotonic() - begin
+
+
+def fingerprint_gallery(gallery: GalleryConfig) -> str:
+    """Hash names and sizes of the tiles' files."""
+    if gallery.rows:
+        return manifest.digest(tables.sizes(gallery.rows))
+    return manifest.digest([split.fingerprint for split in _open_pairs(gallery)])
+
+
+def building_directory(output: str, inputs: dict[str, object]) -> str:
+    """Return the directory of an unfinished build, named by what makes its rows."""
+    location = storage.absolute(output.removeprefix("file://"))
+    return storage.join(location, "building", manifest.digest(inputs)[:16])
+
+
+def ray_map(uri: str) -> TaskMapper:
+    """Map by Ray's tasks; for an index in an object store on this node, which has its copy."""
+
+    def run(function: Any, items: Sequence[Any]) -> list[Any]:
+        session.start()
+        return pools.map_tasks(function, items, on_this_node=versions.is_remote(uri))
+
+    return run
+
+
+@dataclass(frozen=True)
+class QuerySplit:
+    """Embedded queries."""
+
+    measure: Query
+    """Of the fullest modality that the model knows."""
+    distil: Query
+    """Others, of all modalities in turns; where there are no others, the same."""
+    origin: QueryOrigin
+    """What made the rows."""
+
+
+def split_queries(
+    location: str, model: str, seed: int, sample: int | None = None
+) -> QuerySplit | None:
+    """Embed some rows, half to measure and half to distil from; None where `location` is empty.
+
+    `sample`: rows that measure; None: RECALL_QUERIES.
+
+    Raises:
+        ValueError: no row has the pictures that the model's queries consist of.
+    """
+    if not location:
+        return None
+    sample = RECALL_QUERIES if sample is None else sample
+    modalities: tuple[Modality, ...] = ("G",) if read_config(model).ground_only else _MODALITIES
+    columns = [schema.PAIR_ID, schema.ERROR]
+    ids = [
+        pair_id
+        for table in tables.batches(location, columns, CHUNK)
+        for pair_id in schema.good_rows(table)[schema.PAIR_ID].to_pylist()
+    ]
+    shuffled = np.random.default_rng(seed).permutation(ids).tolist()
+    others = shuffled[sample : sample + DISTIL_QUERIES]
+    measure = _embed(location, model, modalities[-1], shuffled[:sample])
+    parts = [
+        _embed(location, model, modality, others[start :: len(modalities)])
+        for start, modality in enumerate(modalities)
+        if len(others) >= len(modalities)
+    ]
+    distil = Query(*map(torch.cat, zip(*parts, strict=True))) if parts else measure
+    return QuerySplit(measure, distil, _read_origin(location))
+
+
+def _count(gallery: GalleryConfig) -> int:
+    """Count the tiles; call it after `read_gallery`."""
+    if gallery.rows:
+        return sum(tables.rows(gallery.rows))
+    return sum(split.count for split in _open_pairs(gallery, rechecked=True))
+
+
+def _open_pairs(gallery: GalleryConfig, rechecked: bool = False) -> list[PairDataset]:
+    splits = gallery.splits or (gallery.tiles.split,)
+    tiles = replace(gallery.tiles, recheck=gallery.tiles.recheck and not rechecked)
+    return [PairDataset.open(replace(tiles, split=split)) for split in splits]
+
+
+def _read_origin(location: str) -> QueryOrigin:
+    if not storage.exists(storage.join(location, manifest.NAME)):
+        return QueryOrigin()
+    rows = manifest.read(location)
+    known = rows["config"].get("generate", {})
+    return QueryOrigin(
+        generator=rows["models"].get("generator", ""),
+        segmenter=rows["models"].get("segmenter", ""),
+        sampling={name: known[name] for name in SAMPLING if name in known},
+    )
+
+
+def _embed(location: str, model: str, modality: Modality, ids: list[str]) -> Query:
+    names = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
+    pictures = [names[letter] for letter in modality.split("+")]
+    columns = [schema.PAIR_ID, *pictures, schema.ERROR]
+    embed, parts = EmbedQuery(model, modality), []
+    for table in tables.batches(location, columns):
+        rows = table.filter(pc.field(schema.PAIR_ID).isin(ids))
+        parts.append(embed({name: rows[name].to_numpy() for name in columns}))
+    errors = [error for part in parts for error in schema.read_errors(part[schema.ERROR])]
+    good = np.array([error is None for error in errors], dtype=bool)
+    if not good.any():
+        raise ValueError(
+            f"build-index: expected {pictures} in some rows of {location}, got none. "
+            "Run cvmatch synthesize on them, or leave --queries out."
+        )
+    arrays = (
+        np.concatenate([part[name] for part in parts])[good] for name in (EMBEDDING, QUERY_PROJ)
+    )
+    return Query(*(torch.from_numpy(values).to(hardware.device()) for values in arrays))

@@ -1,0 +1,262 @@
+import contextlib
+import dataclasses
+import glob
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+
+from cvmatch import config as configs
+from cvmatch.data import schema
+from cvmatch.index import build as building
+from cvmatch.index import embedding
+from cvmatch.index.build import build, compute_recall, publish
+from cvmatch.index.reader import Index
+from cvmatch.index.settings import BuildIndex
+from cvmatch.index.shortlist import HEAD_WIDTH, DistilledHead, distil
+from cvmatch.match.fusion import Query
+from cvmatch.match.infer import EmbedQuery, EmbedTile
+from tests.helpers import index as tiny
+
+
+def table(ids, tile_proj, errors=None):
+    return pa.table(
+        {
+            schema.PAIR_ID: ids,
+            "tile_proj": pa.FixedSizeListArray.from_arrays(
+                pa.array(np.ravel(tile_proj).astype(np.float32)), 16
+            ),
+            schema.ERROR: pa.array(errors or [None] * len(ids), pa.string()),
+        }
+    )
+
+
+def test_publish_rows_in_any_order_stores_each_projection_under_its_own_id(model, parts, output):
+    publish(parts["twelve"], BuildIndex(model=model, output=output))
+    opened = Index.open(output, model=model, deep=True)
+    embedded = EmbedTile(model, 8)(tiny.columns(tiny.rows(12)))
+    assert opened.tiles[schema.PAIR_ID].to_pylist() == list(embedded[schema.PAIR_ID])
+    (tile_proj,) = opened.tile_proj.arrays
+    np.testing.assert_array_equal(tile_proj, embedded["tile_proj"])
+    assert tile_proj.dtype == np.float16
+    assert not tile_proj.flags.writeable
+    assert opened.tiles[schema.LATITUDE].to_pylist() == [0.01 * number for number in range(12)]
+
+
+def test_publish_failed_rows_are_listed_and_left_out(model, output, tmp_path):
+    done = table(["c", "a", "b"], np.ones((3, 16)), [None, "cannot be decoded", None])
+    found = tiny.write_parts(done, str(tmp_path / "parts"))
+    config = BuildIndex(model=model, output=output, max_rejected=0.4)
+    info = publish(found, config)
+    assert (info.rows, info.rejected) == (2, 1)
+    with open(os.path.join(output, "versions", "v000001", "rejected.jsonl")) as file:
+        assert [json.loads(line) for line in file] == [
+            {"pair_id": "a", "error": "cannot be decoded"}
+        ]
+    with pytest.raises(ValueError, match=r"of 3 rows at most 30\.0% may fail, but 1 did.*'a'"):
+        publish(found, BuildIndex(model=model, output=output, max_rejected=0.3))
+    assert Index.open(output).tiles[schema.PAIR_ID].to_pylist() == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("done", "message"),
+    [
+        (
+            table(["a", "b", "a"], np.ones((3, 16))),
+            r"got 1 again, such as \['a'",
+        ),
+        (table(["a", "b"], np.full((2, 16), 1e5)), "not finite in half precision"),
+        (table(["a"], np.ones((1, 16)), ["broken"]), "of 1 rows at most 5.0% may fail"),
+    ],
+)
+def test_publish_unusable_rows_are_refused(model, output, tmp_path, done, message):
+    found = tiny.write_parts(done, str(tmp_path / "parts"))
+    with pytest.raises(ValueError, match=message):
+        publish(found, BuildIndex(model=model, output=output))
+    assert not os.path.exists(os.path.join(output, "CURRENT"))
+
+
+def test_publish_projections_of_another_width_is_refused(parts, output, tmp_path):
+    wide = tiny.matcher(str(tmp_path / "wide"), hidden=20)
+    with pytest.raises(ValueError, match="expected tile_proj of 20 numbers a row"):
+        publish(parts["twelve"], BuildIndex(model=wide, output=output))
+
+
+def test_publish_without_rows_names_the_directory(model, output, tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected Parquet files"):
+        publish(str(tmp_path), BuildIndex(model=model, output=output))
+
+
+def test_recall_measured_at_build_equals_brute_force(model, parts, output, tmp_path):
+    queries = tiny.rows(12)
+    location = tiny.write(queries, str(tmp_path / "queries"))
+    config = BuildIndex(model=model, output=output, queries=location, shortlist=3)
+    info = publish(parts["twelve"], config)
+    opened = Index.open(output)
+    embedded = EmbedQuery(model, "G+A+S")(tiny.columns(queries))
+    query = Query(*(torch.from_numpy(embedded[name]) for name in ("embedding", "query_proj")))
+    tile_proj = torch.from_numpy(opened.tile_proj.take(np.arange(12))).float()
+    with torch.inference_mode():
+        exact = opened.matcher.pair_scores(query, tile_proj).topk(10).indices
+        near = (query.embedding @ opened.matcher.shortlist_embedding(tile_proj).T).topk(3).indices
+    held = (exact[:, :, None] == near[:, None]).any(2).double()
+    assert info.recall.top1 == pytest.approx(held[:, 0].mean().item())
+    assert info.recall.top10 == pytest.approx(held.mean().item())
+    assert 0 < info.recall.top10 <= 0.3  # three of ten at most
+    assert (info.recall.shortlist, info.recall.queries) == (3, 12)
+    whole = compute_recall(
+        Index(**{**vars(opened), "manifest": dataclasses.replace(info, shortlist=12)}), query
+    )
+    assert (whole.top1, whole.top10) == (1.0, 1.0)
+
+
+def test_recall_of_a_matcher_of_g_alone_needs_no_synthetic_pictures(output, tmp_path):
+    model = tiny.matcher(str(tmp_path / "alone"), ground_only=True)
+    rows = tiny.rows(12)
+    for name in (schema.SYNTHETIC, schema.SYNTHETIC_CLASSES):
+        column = rows.column_names.index(name)
+        rows = rows.set_column(column, name, pa.nulls(12, pa.binary()))
+    config = BuildIndex(
+        model=model, output=output, queries=tiny.write(rows, str(tmp_path / "q")), shortlist=12
+    )
+    info = publish(tiny.parts(rows, model, str(tmp_path / "parts")), config)
+    assert (info.recall.top1, info.recall.queries) == (1.0, 12)
+
+
+def test_recall_of_queries_without_pictures_is_refused(model, parts, output, tmp_path):
+    rows = tiny.rows(12)
+    column = rows.column_names.index(schema.SYNTHETIC)
+    rows = rows.set_column(column, schema.SYNTHETIC, pa.nulls(12, pa.binary()))
+    queries = tiny.write(rows, str(tmp_path / "queries"))
+    with pytest.raises(ValueError, match=r"'synthetic'.*got none. Run cvmatch synthesize"):
+        publish(parts["twelve"], BuildIndex(model=model, output=output, queries=queries))
+
+
+@pytest.mark.ray
+def test_build_through_the_actor_pool_equals_the_model_run_here(
+    ray_session, model, output, tmp_path
+):
+    rows = tiny.rows(30)
+    broken = rows[schema.AERIAL].to_pylist()
+    broken[4] = broken[4][:40]
+    rows = rows.set_column(rows.column_names.index(schema.AERIAL), schema.AERIAL, pa.array(broken))
+    location = tiny.write(rows, str(tmp_path / "rows"))
+    info = build(BuildIndex(rows=location, model=model, output=output))
+    opened = Index.open(output, model=model, deep=True)
+    assert (info.rows, info.rejected) == (29, 1)
+    expected = EmbedTile(model, 8)(tiny.columns(rows))
+    kept = [number for number in range(30) if number != 4]
+    assert opened.tiles[schema.PAIR_ID].to_pylist() == list(expected[schema.PAIR_ID][kept])
+    np.testing.assert_allclose(
+        opened.tile_proj.take(np.arange(29)), expected["tile_proj"][kept], atol=1e-2
+    )
+    rejected = os.path.join(output, "versions", "v000001", "rejected.jsonl")
+    with open(rejected) as file:
+        assert json.loads(file.read())["pair_id"] == "0000004"
+    assert os.listdir(os.path.join(output, "building")) == []
+
+
+@pytest.mark.ray
+def test_build_needs_no_more_of_its_rows_than_ids_and_pictures(
+    ray_session, model, output, tmp_path
+):
+    rows = tiny.rows(8)
+    location = tiny.write(rows.select([schema.PAIR_ID, schema.AERIAL]), str(tmp_path / "rows"))
+    assert build(BuildIndex(rows=location, model=model, output=output)).rows == 8
+    tiles = Index.open(output).tiles
+    assert tiles[schema.PAIR_ID].to_pylist() == rows[schema.PAIR_ID].to_pylist()
+    assert tiles[schema.LATITUDE].null_count == 8
+    ids = tiny.write(rows.select([schema.PAIR_ID]), str(tmp_path / "ids"))
+    with pytest.raises(ValueError, match=r"expected columns \['aerial'\], got only \['pair_id'\]"):
+        build(BuildIndex(rows=ids, model=model, output=f"{output}-none"))
+
+
+KILLED = """
+import sys, time
+from cvmatch import config
+from cvmatch.index import build as building, settings
+building.publish = lambda *_, **__: time.sleep(600)  # it is killed before anything is published
+building.build(config.parse(settings.BuildIndex, sys.argv[1:]), shard_rows=150)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_build_that_was_killed_goes_on_and_ends_in_the_same_files(ray_session, model, tmp_path):
+    location = tiny.write(tiny.rows(400), str(tmp_path / "rows"))
+    flags = f"--rows {location} --model {model} --pool.batch 8 --key PQ8x4".split()
+    killed = str(tmp_path / "killed")
+    command = [sys.executable, "-c", KILLED, *flags, "--output", killed]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as job:
+        while not glob.glob(f"{killed}/building/*/parts/*.parquet"):
+            assert job.poll() is None, "the build ended before it wrote anything"
+            time.sleep(0.01)
+        # Its workers too: one that lives on would write rows beside the next build.
+        workers = psutil.Process(job.pid).children(recursive=True)
+        for process in (job, *workers):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(workers, timeout=60)
+    assert not os.path.exists(f"{killed}/CURRENT")
+    config = configs.parse(BuildIndex, flags)
+    infos = [
+        build(dataclasses.replace(config, output=output), shard_rows=150)
+        for output in (killed, f"{killed}-never")
+    ]
+    files = [
+        {name: one for name, one in info.files.items() if not name.startswith("versions/")}
+        for info in infos
+    ]
+    assert files[0] == files[1]
+    assert [info.rows for info in infos] == [400, 400]
+
+
+def test_build_with_a_distilled_head_measures_other_queries_than_it_learns_from(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(building, "MAX_EXACT_TILES", 10)
+    monkeypatch.setattr(building, "RECALL_TARGET", {"top1": 2.0})  # none is good enough
+    monkeypatch.setattr(building, "_sum_recall", lambda recall: recall.shortlist + count())
+    monkeypatch.setattr(building, "distil", partial(distil, steps=20))
+    monkeypatch.setattr(embedding, "RECALL_QUERIES", 6)
+    count = iter(range(9)).__next__  # the later of the two wins
+    rows = tiny.rows(24)
+    config = BuildIndex(
+        model=model, output=str(tmp_path / "index"), queries=tiny.write(rows, str(tmp_path / "q")),
+        shortlist=24,
+    )  # fmt: skip
+    parts = tiny.parts(rows, model, str(tmp_path / "parts"))
+    info = publish(parts, config, shard_rows=10)
+    assert (info.head, info.recall.queries, info.recall.top10) == ("distilled", 6, 1.0)
+    index = Index.open(config.output, deep=True)
+    assert isinstance(index.shortlist_head, DistilledHead)
+    assert index.ann[0].index.d == HEAD_WIDTH
+    assert sorted(index.find_nearest(tiny.queries(1))[0]) == list(range(24))
+
+
+def test_build_takes_a_distilled_head_only_where_the_matchers_holds_too_little(
+    model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(building, "MAX_EXACT_TILES", 10)
+    monkeypatch.setattr(building, "distil", partial(distil, steps=2))
+    monkeypatch.setattr(embedding, "RECALL_QUERIES", 8)
+    rows = tiny.rows(24)
+    config = BuildIndex(
+        model=model, output=str(tmp_path / "index"), queries=tiny.write(rows, str(tmp_path / "q")),
+        shortlist=24,
+    )  # fmt: skip
+    parts = tiny.parts(rows, model, str(tmp_path / "parts"))
+    enough = publish(parts, config)  # all tiles are in the shortlist
+    assert (enough.head, "discarded" in enough.seconds) == ("matcher", False)
+    few = publish(parts, dataclasses.replace(config, shortlist=1))
+    assert few.recall.top10 <= 0.1  # one of ten at most, with either head
+    assert few.seconds["discarded"] > 0
+    assert len(Index.open(config.output, deep=True).find_nearest(tiny.queries(1))[0]) == 1

@@ -1,0 +1,45 @@
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cvmatch.data import schema, tables
+from cvmatch.index.reader import rank
+from cvmatch.match.infer import EmbedQuery
+from cvmatch.search.files import as_query
+from cvmatch.search.rows import search_rows
+from cvmatch.search.settings import SearchRows
+from tests.helpers import index as tiny
+
+
+@pytest.mark.ray
+def test_search_rows_on_ray_gives_what_a_search_here_gives(ray_session, index, tmp_path):
+    rows = tiny.rows(7)
+    broken = rows[schema.GROUND].to_pylist()
+    broken[3] = b"no picture"
+    column = rows.column_names.index(schema.GROUND)
+    location = tiny.write(
+        rows.set_column(column, schema.GROUND, pa.array(broken)), f"{tmp_path}/rows"
+    )
+    folder = index.matcher_dir.split("/matcher/")[0]
+    config = SearchRows(
+        rows=location, index=folder, output=str(tmp_path / "found"), modality="G", top_k=4
+    )
+    assert search_rows(config)["rows"] == 7
+    written = pa.concat_tables(
+        tables.batches(config.output, ["pair_id", "tiles", "scores", "error"])
+    )
+    written = written.sort_by("pair_id").to_pylist()
+    batch = EmbedQuery(index.matcher_dir, "G")(tiny.columns(rows))
+    ranked = rank(index, as_query(batch, index), top_k=4)
+    for number, row in enumerate(written):
+        if number == 3:
+            assert "not a PNG or JPEG" in row["error"]
+            assert row["tiles"] == []
+        else:
+            assert row["tiles"] == [f"{tile:07d}" for tile in ranked.rows[number]]
+            np.testing.assert_allclose(row["scores"], ranked.scores[number], atol=1e-4)
+    assert search_rows(config)["rows"] == 7  # whole already
+    with pytest.raises(ValueError, match="expected rows made from"):
+        search_rows(dataclasses.replace(config, top_k=5))
