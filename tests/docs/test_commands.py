@@ -84,7 +84,7 @@ def test_jobs_that_are_submitted_to_a_cluster_have_flags_that_the_jobs_take():
 def test_commands_of_make_and_ray_that_are_not_typed_are_known_to_them():
     every = [command for one in DOCUMENTS for text in scripts(one) for command in commands(text)]
     assert set(UNTYPED) == {start for command in every for start in untyped(command)}
-    assert set(SHORTER) <= set(every)
+    assert all(any(command.startswith(start) for command in every) for start in SHORTER)
     for command in every:
         words = shlex.split(command, comments=True)
         if words[0] == "make":

@@ -104,10 +104,12 @@ def test_training_rows_come_once_and_synthetic_ones_between_the_true(tmp_path: o
     assert sum(drawn[:24]) == pytest.approx(12, abs=4)  # blocks of 8 take turns
 
 
-def test_training_rows_of_another_split_are_refused(tmp_path: os.PathLike):
-    output = os.path.join(tmp_path, "synthesized")
+@pytest.mark.ray
+def test_training_rows_of_another_split_are_refused(ray_session, tmp_path: os.PathLike):
+    output, root = (os.path.join(tmp_path, name) for name in ("synthesized", "pairs"))
     write_synthesized(output, 2, "val")
-    config = TrainSegmenter(synthesized=output)
+    make_pairs(root, maps=True, count=4)
+    config = TrainSegmenter(data=Ingest(root=root), synthesized=output)
     with pytest.raises(ValueError, match=r"expected rows of the split 'train'.*got 'val'"):
         read_training_rows(config, PairDataset.open(config.data), Preprocess(size=SIZE))
 
