@@ -30,7 +30,7 @@ MISSING = "no such file"
 
 _TILES_ALONE = (
     " Pictures of tiles alone come into an index as Parquet rows of pair_id and aerial (the bytes "
-    "of a PNG or JPEG): jobs/build_index.py --rows DIRECTORY."
+    "of a PNG or JPEG): cvmatch build-index --rows DIRECTORY."
 )
 
 Reject = dict[str, str | None]

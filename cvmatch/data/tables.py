@@ -18,7 +18,7 @@ def files(location: str) -> list[str]:
     if not names:
         raise FileNotFoundError(
             f"{location}: expected Parquet files of rows, found none. Run the job that writes them "
-            "(jobs/synthesize.py) to the end, or pass another location."
+            "(cvmatch synthesize) to the end, or pass another location."
         )
     return names
 

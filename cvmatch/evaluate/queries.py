@@ -114,7 +114,7 @@ def _require_pictures(rows: dict[str, list], letters: set[str]) -> None:
     if lacking:
         raise ValueError(
             f"evaluate: expected {lacking} in every row, got none in some rows of "
-            f"{rows[schema.PAIR_ID]}. Run jobs/synthesize.py on them, or pass --modalities G."
+            f"{rows[schema.PAIR_ID]}. Run cvmatch synthesize on them, or pass --modalities G."
         )
 
 

@@ -62,7 +62,7 @@ def evaluate(config: Evaluate) -> Results:
     if not ids:
         raise ValueError(
             f"evaluate: all {failed} rows of {config.queries} failed in synthesis, such as "
-            f"{read_errors(config.queries)}. Mend what they name and run jobs/synthesize.py again."
+            f"{read_errors(config.queries)}. Mend what they name and run cvmatch synthesize again."
         )
     check_unseen(ids, index.matcher_dir)
     truth = find_true_rows(ids, index)

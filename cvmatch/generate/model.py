@@ -205,7 +205,7 @@ def require(directory: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise ValueError(
             f"generator {directory!r}: has no {_CONFIG}. Expected a local directory that "
-            "jobs/train_generator.py published; base models go to its --diffusion and --clip."
+            "cvmatch train-generator published; base models go to its --diffusion and --clip."
         )
     with open(path) as file:
         record = json.load(file)

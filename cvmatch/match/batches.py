@@ -1,4 +1,4 @@
-"""The rows that the matcher trains on: what jobs/synthesize.py wrote -> tensors."""
+"""The rows that the matcher trains on: what cvmatch synthesize wrote -> tensors."""
 
 import functools
 from typing import Any
@@ -23,7 +23,7 @@ _JOINT = (*_DIRECT, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
 
 
 def read_pairs(location: str, joint: bool = True) -> Dataset:
-    """Read the rows that jobs/synthesize.py wrote; without A and S where not `joint`.
+    """Read the rows that cvmatch synthesize wrote; without A and S where not `joint`.
 
     Raises:
         FileNotFoundError: no finished output there.
@@ -49,7 +49,7 @@ def read_pair_ids(location: str) -> tuple[str, ...]:
             ids += schema.good_rows(rows)[schema.PAIR_ID].to_pylist()
     if not ids:
         raise ValueError(
-            f"{location}: expected Parquet rows without error, found none. Run jobs/synthesize.py, "
+            f"{location}: expected Parquet rows without error, found none. Run cvmatch synthesize, "
             "or read the reasons in the column `error`."
         )
     return tuple(sorted(ids))

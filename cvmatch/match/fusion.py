@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 GROUND_ONLY = (
     "matcher: trained on G alone (joint_weight 0), expected queries of modality G, got A or S. "
-    "Pass --modalities G (jobs/evaluate.py), leave the generator out, or train it with "
+    "Pass --modalities G (cvmatch evaluate), leave the generator out, or train it with "
     "joint_weight."
 )
 """Why a model without a tower of S refuses a query."""

@@ -181,7 +181,7 @@ def read_config(directory: str) -> MatcherConfig:
     if not os.path.isfile(path):
         raise ValueError(
             f"matcher {directory!r}: expected {_CONFIG} and {_WEIGHTS} (a local directory that "
-            "jobs/train_matcher.py published), found none."
+            "cvmatch train-matcher published), found none."
         )
     with open(path) as file:
         return MatcherConfig.from_json(json.load(file))

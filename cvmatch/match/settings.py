@@ -115,7 +115,7 @@ class TrainMatcher(MatcherShape, MatcherLossConfig):
     """Train the joint embedding on synthesized pairs."""
 
     pairs: str = "data/synthesized/train"
-    """URI of the rows that jobs/synthesize.py wrote."""
+    """URI of the rows that cvmatch synthesize wrote."""
     val: str = ""
     """URI of such rows for validation; empty: none."""
     tower: str = "vgg16"

@@ -17,7 +17,7 @@ class TrainSegmenter:
     val: Ingest | None = None
     """Rows to validate on; None: with the schedule plateau the split `val` of `data`, else none."""
     synthesized: str = ""
-    """URI of rows that jobs/synthesize.py wrote for this split: their synthetic aerials, with the
+    """URI of rows that cvmatch synthesize wrote for this split: their synthetic aerials, with the
     true tiles' maps, are trained on too; empty: none."""
     synthesized_share: float = 1.0
     """Share of those rows that is added, in (0, 1]."""

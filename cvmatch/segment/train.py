@@ -34,7 +34,7 @@ def train(config: TrainSegmenter) -> Result:
     """Train on the rows of `config.data` and publish the model at `config.output`.
 
     Raises:
-        FileNotFoundError: no finished output of jobs/synthesize.py at `config.synthesized`.
+        FileNotFoundError: no finished output of cvmatch synthesize at `config.synthesized`.
         ValueError: no row has a class map, the synthesized rows are of another split, or the base
             model cannot be had.
     """
@@ -83,7 +83,7 @@ def read_training_rows(
     """Read labelled rows of `config.data`, and between them those of `config.synthesized`.
 
     Raises:
-        FileNotFoundError: no finished output of jobs/synthesize.py at `config.synthesized`.
+        FileNotFoundError: no finished output of cvmatch synthesize at `config.synthesized`.
         ValueError: it is of another split, or no row of `config.data` has a class map.
     """
     if not config.synthesized:
@@ -93,7 +93,7 @@ def read_training_rows(
     if split != config.data.split:
         raise ValueError(
             f"{config.synthesized}: expected rows of the split {config.data.split!r} that is "
-            f"trained on, got {split!r}. Pass the output of jobs/synthesize.py for that split."
+            f"trained on, got {split!r}. Pass the output of cvmatch synthesize for that split."
         )
     filesystem, path = storage.resolve(config.synthesized)
     columns = [schema.PAIR_ID, schema.SYNTHETIC, schema.CLASSES, schema.ERROR]

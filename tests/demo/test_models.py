@@ -218,7 +218,7 @@ def test_tiles_with_buildings_are_decoded_often():
 
 
 def test_decoder_without_a_generator_says_which_flag():
-    with pytest.raises(ValueError, match=r"--generator.*jobs/train_generator\.py"):
+    with pytest.raises(ValueError, match=r"--generator.*cvmatch train-generator"):
         Pretrain(models=("decoder",))
 
 

@@ -83,7 +83,7 @@ def test_heads_loaded_without_towers_score_as_the_whole_model(tmp_path, ground_o
 
 @pytest.mark.parametrize("load", [Matcher.load, load_fusion])
 def test_model_directory_absent_is_refused_with_advice(tmp_path, load):
-    with pytest.raises(ValueError, match=r"jobs/train_matcher.py published\), found none"):
+    with pytest.raises(ValueError, match=r"cvmatch train-matcher published\), found none"):
         load(str(tmp_path))
 
 

@@ -75,7 +75,7 @@ def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
 
 
 def write_synthesized(output: str, count: int, split: str) -> None:
-    """Grey synthetic aerials with maps of class 4, in the form that jobs/synthesize.py writes."""
+    """Grey synthetic aerials with maps of class 4, in the form that cvmatch synthesize writes."""
     colours = images.colours_of(np.full((SIZE, SIZE), 4, dtype=np.uint8))
     grey = images.encode(np.full((SIZE, SIZE, 3), 128, dtype=np.uint8))
     names = [f"{number:07d}" for number in range(1, count + 1)]

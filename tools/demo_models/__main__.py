@@ -62,7 +62,7 @@ class Pretrain:
     """Which; in this order: the VAE needs the tower, and the UNet the VAE. `decoder` trains that of
     the VAE on, with a generator that was trained from these models."""
     generator: str = ""
-    """Local directory of that generator (jobs/train_generator.py)."""
+    """Local directory of that generator (cvmatch train-generator)."""
     worlds: int = 160
     """Worlds whose pairs the tower, CLIP and the SegFormer see, of 24 pairs each."""
     tile_worlds: int = 1600
@@ -80,7 +80,7 @@ class Pretrain:
         if "decoder" in self.models and not self.generator:
             raise ValueError(
                 "toy: --models decoder needs --generator, a local directory that "
-                "jobs/train_generator.py published."
+                "cvmatch train-generator published."
             )
 
 
