@@ -26,7 +26,7 @@ from cvmatch.runtime.settings import Pool
 from cvmatch.segment.infer import segment
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.segment.settings import Segment
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 BUDGET = 15.0
 """CPU minutes that each fine-tuning may take."""
@@ -89,7 +89,7 @@ def settings(asked: ConditioningBench, mode: Mode, root: str, at: str) -> TrainG
         encoded=f"{at}/encoded",
         encode_pool=Pool(size=2, batch=32),
         output=f"{at}/{mode}",
-        fit=Fit(
+        fit=TrainConfig(
             epochs=epochs,
             batch=32,
             seed=asked.seed,

@@ -26,7 +26,7 @@ from cvmatch.generate.task import GeneratorTask
 from cvmatch.generate.train import build_task, training_rows
 from cvmatch.runtime import hardware, progress, session
 from cvmatch.runtime.settings import Pool
-from cvmatch.training.metrics import tensors
+from cvmatch.training.metrics import to_tensors
 
 DRAWN = 128
 """Pairs that are drawn for the full size; more are these over and over."""
@@ -69,7 +69,7 @@ def stream(config: TrainGenerator) -> Any:
 
 def batches(rows: Any, batch: int) -> Iterator[dict[str, Tensor]]:
     """An epoch."""
-    for found in rows.iter_torch_batches(batch_size=batch, collate_fn=tensors, drop_last=True):
+    for found in rows.iter_torch_batches(batch_size=batch, collate_fn=to_tensors, drop_last=True):
         yield {**found, "epoch": torch.tensor(0)}
 
 

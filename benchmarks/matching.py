@@ -35,7 +35,7 @@ from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.segment.settings import Segment
 from cvmatch.synthesize.run import synthesize
 from cvmatch.synthesize.settings import Synthesize
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 BUDGET = 15.0
 """CPU minutes that each training may take."""
@@ -216,7 +216,9 @@ def settings(asked: MatchingBench, rows: str, changes: dict[str, Any], at: str) 
         lr_towers=1e-3,
         lr_heads=1e-3,
         output=f"{at}/matcher",
-        fit=Fit(epochs=asked.epochs, batch=32, seed=asked.seed, storage=f"{at}/runs", cache=True),
+        fit=TrainConfig(
+            epochs=asked.epochs, batch=32, seed=asked.seed, storage=f"{at}/runs", cache=True
+        ),
     )
     return replace(config, **changes)
 

@@ -26,7 +26,7 @@ from cvmatch.runtime.settings import Pool
 from cvmatch.segment.infer import segment
 from cvmatch.segment.settings import Segment, TrainSegmenter
 from cvmatch.segment.train import train
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 BUDGET = 10.0
 """CPU minutes that the training may take."""
@@ -63,7 +63,7 @@ def settings(root: str, pairs: int, epochs: int, seed: int, at: str) -> TrainSeg
         lr_head=3e-3,
         dice_weight=0.5,
         output=f"{at}/segmenter",
-        fit=Fit(epochs=epochs, batch=6, seed=seed, storage=f"{at}/runs", cache=True),
+        fit=TrainConfig(epochs=epochs, batch=6, seed=seed, storage=f"{at}/runs", cache=True),
     )
 
 

@@ -21,7 +21,7 @@ from cvmatch.match.task import MatcherTask
 from cvmatch.match.train import build_task
 from cvmatch.runtime import hardware, progress, session
 from cvmatch.training import launch
-from cvmatch.training.metrics import tensors
+from cvmatch.training.metrics import to_tensors
 
 WARM = 3
 """Steps that are not counted: memory is taken, and the first batches wait for the stream."""
@@ -76,7 +76,7 @@ def plain(config: TrainMatcher) -> float:
     batches = [
         {**batch, "epoch": torch.tensor(0)}
         for batch in pairs_of(config).iter_torch_batches(
-            batch_size=config.fit.batch, collate_fn=tensors, drop_last=True
+            batch_size=config.fit.batch, collate_fn=to_tensors, drop_last=True
         )
     ]
     task = timed(config).train()
@@ -91,11 +91,11 @@ def plain(config: TrainMatcher) -> float:
 
 
 def fitted(config: TrainMatcher, workers: int) -> float:
-    """Samples a second of `launch.fit`."""
+    """Samples a second of `launch.train`."""
     fit = replace(config.fit, workers=workers)
-    result = launch.fit(functools.partial(timed, config), pairs_of(config), None, fit)
+    result = launch.train(functools.partial(timed, config), pairs_of(config), None, fit)
     assert result.checkpoint is not None
-    with open(os.path.join(result.checkpoint.path, "model", TIMES)) as file:
+    with open(os.path.join(result.checkpoint, "model", TIMES)) as file:
         return rate(json.load(file)["times"], config.fit.batch)
 
 
@@ -103,8 +103,8 @@ def curve(config: TrainMatcher, workers: int, steps: int) -> list[float]:
     """Losses of steps that all see the same pairs: a global batch is the whole data."""
     fit = replace(config.fit, workers=workers, epochs=steps)
     rows = pairs_of(config).limit(fit.batch)
-    result = launch.fit(functools.partial(build_task, config), rows, None, fit)
-    table = result.metrics_dataframe
+    result = launch.train(functools.partial(build_task, config), rows, None, fit)
+    table = result.history
     return [] if table is None else table["train/loss"].tolist()
 
 

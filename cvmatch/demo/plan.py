@@ -13,7 +13,7 @@ from cvmatch.match.settings import TrainMatcher
 from cvmatch.runtime.settings import Pool
 from cvmatch.segment.settings import Segment, TrainSegmenter
 from cvmatch.synthesize.settings import Synthesize
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 from cvmatch.tune.settings import Tune
 
 WIDTH = 256
@@ -45,8 +45,8 @@ def make_plan(config: Demo) -> Plan:
     root, tiny = config.output, config.preset == "tiny"
     train, val = (Ingest(root=f"{root}/world", split=split) for split in ("train", "val"))
 
-    def fit(name: str, epochs: int, batch: int, workers: int = 0) -> Fit:
-        return Fit(
+    def fit(name: str, epochs: int, batch: int, workers: int = 0) -> TrainConfig:
+        return TrainConfig(
             epochs=1 if tiny else epochs,
             batch=4 if tiny else batch,
             workers=workers,

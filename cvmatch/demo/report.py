@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from ray.train import Result
 
 from cvmatch import config as configs
 from cvmatch.data import schema, storage
@@ -20,6 +19,7 @@ from cvmatch.report.page import Page, Trial, describe_run, write_page
 from cvmatch.report.scores import Score, collect_scores, format_table
 from cvmatch.search.files import search_files
 from cvmatch.search.settings import SearchFiles
+from cvmatch.training.checkpoints import TrainResult
 from cvmatch.tune.run import TuneResult
 
 LIMITS = (
@@ -38,7 +38,7 @@ Numbers = dict[str, Any]
 
 def summarize(
     counts: Mapping[str, int],
-    runs: Mapping[str, Result],
+    runs: Mapping[str, TrainResult],
     tuned: TuneResult,
     evaluation: Results,
     seconds: Mapping[str, float],
@@ -131,7 +131,7 @@ def write_report(
     config: Demo,
     numbers: Numbers,
     examples: Sequence[Example],
-    runs: Mapping[str, Result],
+    runs: Mapping[str, TrainResult],
     tuned: TuneResult,
 ) -> str:
     """Write results.json and report.html; returns the report's location."""

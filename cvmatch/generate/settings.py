@@ -8,7 +8,7 @@ from typing import Literal
 
 from cvmatch.data.settings import Ingest, check_disjoint
 from cvmatch.runtime.settings import Pool
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 DIFFUSION = "CompVis/stable-diffusion-v1-4"
 CLIP = "openai/clip-vit-base-patch32"
@@ -246,7 +246,7 @@ class TrainGenerator(Recipe):
     """Epochs that train the rays alone before; many times cheaper than diffusion's. 0: none."""
     output: str = "models/generator"
     """Directory of the published model."""
-    fit: Fit = field(default_factory=Fit)
+    fit: TrainConfig = field(default_factory=TrainConfig)
     """The training loop."""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ import functools
 import os
 
 from ray.data import Dataset
-from ray.train import Result
 from safetensors.torch import load_file
 
 from cvmatch.data import manifest, storage
@@ -22,9 +21,10 @@ from cvmatch.generate.task import GeneratorTask
 from cvmatch.nn import backbones, hub
 from cvmatch.runtime import tracking
 from cvmatch.training import launch
+from cvmatch.training.checkpoints import TrainResult
 
 
-def train(config: TrainGenerator) -> Result:
+def train(config: TrainGenerator) -> TrainResult:
     """Fine-tune, publish the model to `config.output`, and log a run with a picture of samples.
 
     Raises:
@@ -45,7 +45,7 @@ def train(config: TrainGenerator) -> Result:
         if config.pretrain_rays and config.conditioning.geometry:
             rays = _pretrain(config, data, val, sizes, rows_of)
         build = functools.partial(build_task, config, rays)
-        result = launch.fit(build, data, val, config.fit, run, made_from=rows_of)
+        result = launch.train(build, data, val, config.fit, run, input_fingerprint=rows_of)
         launch.publish(result, config.output)
     return result
 
@@ -66,7 +66,7 @@ def training_rows(
 ) -> Dataset:
     """Pairs as the tensors of `GeneratorTask`."""
     if config.encode == "live":
-        return launch.cached(decode(pairs.rows(), sizes), config.fit)
+        return launch.cache_rows(decode(pairs.rows(), sizes), config.fit)
     directory = encode(
         Encode(
             data=pairs.config,
@@ -81,7 +81,7 @@ def training_rows(
         ),
         pairs,
     )
-    return launch.cached(encoded(directory), config.fit)
+    return launch.cache_rows(encoded(directory), config.fit)
 
 
 def _pretrain(
@@ -95,12 +95,12 @@ def _pretrain(
     name = f"{config.fit.name}-rays" if config.fit.name else ""
     # `best` is a measure of the generator's, which the rays may not have.
     fit = dataclasses.replace(config.fit, epochs=config.pretrain_rays, name=name, best="")
-    result = launch.fit(
+    result = launch.train(
         functools.partial(RaysTask, config, sizes.latent, config.conditioning.channels, fit.seed),
         data,
         val,
         fit,
-        made_from=rows_of,
+        input_fingerprint=rows_of,
     )
     return storage.absolute(launch.publish(result, f"{config.output}-rays"))
 

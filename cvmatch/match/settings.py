@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from cvmatch.runtime.settings import Pool
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 Modality = Literal["G", "G+A", "G+A+S", "A"]
 MODALITIES: tuple[Modality, ...] = ("G", "G+A", "G+A+S", "A")
@@ -129,7 +129,7 @@ class TrainMatcher(MatcherShape, MatcherLossConfig):
     before the first epoch, then near for the model. 0: batches at random."""
     output: str = "models/matcher"
     """Directory of the published model."""
-    fit: Fit = dataclasses.field(default_factory=Fit)
+    fit: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """The training loop."""
 
     def __post_init__(self) -> None:

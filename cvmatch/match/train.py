@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 from ray.data import Dataset
-from ray.train import Result
 
 from cvmatch.data import manifest
 from cvmatch.match.batches import decode, read_pair_ids, read_pairs
@@ -17,10 +16,11 @@ from cvmatch.runtime import pools, session, tracking
 from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.runtime.settings import Pool
 from cvmatch.training import launch
-from cvmatch.training.task import Order
+from cvmatch.training.checkpoints import TrainResult
+from cvmatch.training.task import EpochOrder
 
 
-def train(config: TrainMatcher) -> Result:
+def train(config: TrainMatcher) -> TrainResult:
     """Train, publish the model to `config.output`, and log a run.
 
     Raises:
@@ -46,7 +46,7 @@ def train(config: TrainMatcher) -> Result:
         rows_of = manifest.digest(
             [read_provenance(one) for one in (config.pairs, config.val) if one]
         )
-        result = launch.fit(build, _decode(config, rows), val, config.fit, run, order, rows_of)
+        result = launch.train(build, _decode(config, rows), val, config.fit, run, order, rows_of)
         launch.publish(result, config.output)
     return result
 
@@ -73,8 +73,8 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
     return MatcherTask(model, config, ids, config.fit.seed)
 
 
-def _hard_negative_order(config: TrainMatcher, rows: Dataset) -> Order:
-    """Order the training rows so that near ones share batches."""
+def _hard_negative_order(config: TrainMatcher, rows: Dataset) -> EpochOrder:
+    """EpochOrder the training rows so that near ones share batches."""
     fit = config.fit
     # The workers of the training have ended by then, so their GPUs are free.
     pool = Pool(
@@ -95,7 +95,7 @@ def _hard_negative_order(config: TrainMatcher, rows: Dataset) -> Order:
         seed = rng.fold_in(fit.seed, epoch, "near") % 2**32
         return _decode(config, order_hard_negatives(rows, model, pool, seed))
 
-    return Order(config.hard_negatives_every, reorder)
+    return EpochOrder(config.hard_negatives_every, reorder)
 
 
 def _decode(config: TrainMatcher, rows: Dataset) -> Dataset:

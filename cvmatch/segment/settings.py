@@ -5,7 +5,7 @@ from typing import Literal
 
 from cvmatch.data.settings import Ingest, check_disjoint
 from cvmatch.runtime.settings import Pool
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,9 @@ class TrainSegmenter:
     """Quarter turns, mirrors and colour jitter."""
     output: str = "models/segmenter"
     """Directory of the published model."""
-    fit: Fit = field(default_factory=lambda: Fit(epochs=60, batch=6, schedule="plateau"))
+    fit: TrainConfig = field(
+        default_factory=lambda: TrainConfig(epochs=60, batch=6, schedule="plateau")
+    )
     """The training loop."""
 
     def __post_init__(self) -> None:

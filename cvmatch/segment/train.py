@@ -9,7 +9,6 @@ import ray.data
 import torch
 from jaxtyping import UInt8
 from ray.data import Dataset
-from ray.train import Result
 
 from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.pairs import PairDataset
@@ -21,7 +20,8 @@ from cvmatch.segment.model import BASES, Segmenter
 from cvmatch.segment.settings import TrainSegmenter
 from cvmatch.segment.task import SegmenterTask, class_weights
 from cvmatch.training import launch
-from cvmatch.training.settings import Fit
+from cvmatch.training.checkpoints import TrainResult
+from cvmatch.training.settings import TrainConfig
 
 COUNTED = 256
 """Training rows whose pixels are counted for the class weights."""
@@ -30,7 +30,7 @@ SHOWN = 6
 """Pictures in the image of masks that a run logs."""
 
 
-def train(config: TrainSegmenter) -> Result:
+def train(config: TrainSegmenter) -> TrainResult:
     """Train on the rows of `config.data` and publish the model at `config.output`.
 
     Raises:
@@ -55,19 +55,19 @@ def train(config: TrainSegmenter) -> Result:
     )
     with tracking.start("segment", config) as run:
         rows_of = _input_fingerprint(config, [pairs, *([held_out] if held_out else [])])
-        result = launch.fit(build, rows, val, config.fit, run, made_from=rows_of)
+        result = launch.train(build, rows, val, config.fit, run, input_fingerprint=rows_of)
         launch.publish(result, config.output)
         run.image("masks", masks_image(Segmenter.load(config.output), (val or rows).take(SHOWN)))
     return result
 
 
-def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: Fit) -> Dataset:
+def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: TrainConfig) -> Dataset:
     """Decode the rows with a class map to `aerial`, `aerial_mask` and `key`.
 
     Raises:
         ValueError: there is none.
     """
-    decoded = launch.cached(_map_blocks(pairs.rows(), decode, preprocess=preprocess), fit)
+    decoded = launch.cache_rows(_map_blocks(pairs.rows(), decode, preprocess=preprocess), fit)
     if not decoded.take(1):
         data = pairs.config
         raise ValueError(
@@ -103,7 +103,7 @@ def read_training_rows(
     synthetic = _map_blocks(synthetic, decode_synthesized, **options)
     true = read_labelled(pairs, preprocess, config.fit)
     # mix and not union, which would put them all at the end of an epoch.
-    return launch.cached(true.mix(synthetic, weights=[1.0, share]), config.fit)
+    return launch.cache_rows(true.mix(synthetic, weights=[1.0, share]), config.fit)
 
 
 def masks_image(segmenter: Segmenter, rows: list[dict]) -> UInt8[np.ndarray, "h w 3"]:

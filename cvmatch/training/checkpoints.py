@@ -18,12 +18,14 @@ from typing import Any
 
 import pandas as pd
 from pyarrow import fs
-from ray.train import Checkpoint, Result, UserCallback
+from ray.train import Checkpoint, UserCallback
 
 from cvmatch.data import images, storage
 from cvmatch.runtime import tracking
 
 LEDGER = "epochs.json"
+FORMAT = 2
+"""Of the ledger; a run of another format cannot be resumed."""
 PROGRESS = "progress.json"
 CURVE = "curve.json"
 MODEL = "model"
@@ -35,6 +37,20 @@ _log = logging.getLogger(__name__)
 def name_of(epoch: int) -> str:
     """Directory of the checkpoint after `epoch` epochs."""
     return f"epoch_{epoch:04d}"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run ended with."""
+
+    metrics: dict[str, Any]
+    """Of its best epoch."""
+    history: pd.DataFrame
+    """Metrics of each epoch, a row each."""
+    path: str
+    """Location of the run's directory."""
+    checkpoint: str
+    """Location of the best epoch's checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +73,7 @@ class RunDirectory:
         """Metrics of the finished epochs, in their order."""
         return self._ledger()["epochs"]
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def begin_or_resume(self, identity: Mapping[str, Any]) -> None:
         """Record what the run is, or check that a run to be resumed is the same.
 
         Raises:
@@ -76,7 +92,7 @@ class RunDirectory:
                     f"{self.location} holds a run with other settings ({'; '.join(changed)}), "
                     "which cannot be resumed. Choose another --fit.name, or delete the directory."
                 )
-        self._write({"identity": dict(identity), "epochs": ledger["epochs"]})
+        self._write({**ledger, "identity": dict(identity)})
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Enter an epoch whose checkpoint is whole; later ones are forgotten (a repeated epoch)."""
@@ -105,18 +121,12 @@ class RunDirectory:
             if entry["epoch"] not in kept:
                 storage.remove(storage.join(self.location, name_of(entry["epoch"])))
 
-    def result(self) -> Result:
-        """What the run gave: metrics and checkpoint of its best epoch (by `best`, or the last)."""
+    def result(self) -> TrainResult:
+        """Return metrics and checkpoint of the best epoch (by `best`, or the last)."""
         entries = self.entries()
         held = self._ranked([e for e in entries if self._holds(e["epoch"])])
-        return Result(
-            metrics=held[0],
-            checkpoint=self.checkpoint(held[0]["epoch"]),
-            error=None,
-            path=self.location,
-            metrics_dataframe=pd.DataFrame(entries),
-            best_checkpoints=[(self.checkpoint(e["epoch"]), e) for e in held],
-        )
+        checkpoint = storage.join(self.location, name_of(held[0]["epoch"]))
+        return TrainResult(held[0], pd.DataFrame(entries), self.location, checkpoint)
 
     def _ranked(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not self.best:
@@ -139,14 +149,21 @@ class RunDirectory:
     def _ledger(self) -> dict[str, Any]:
         location = storage.join(self.location, LEDGER)
         if not storage.exists(location):
-            return {"identity": {}, "epochs": []}
-        return storage.read_json(location)
+            return {"format": FORMAT, "identity": {}, "epochs": []}
+        ledger = storage.read_json(location)
+        if ledger.get("format") != FORMAT:
+            raise ValueError(
+                f"{location}: expected format {FORMAT}, got {ledger.get('format')}: another "
+                "version of cvmatch began this run. Choose another --fit.name, or delete the "
+                "directory."
+            )
+        return ledger
 
     def _write(self, ledger: Mapping[str, Any]) -> None:
         storage.write_json(storage.join(self.location, LEDGER), ledger)
 
 
-class Recorder(UserCallback):
+class RunRecorder(UserCallback):
     """Enters each epoch in the ledger and in MLflow.
 
     Ray calls it in the controller, on the driver's node, where a SQLite store can be reached. In
@@ -173,10 +190,10 @@ class Recorder(UserCallback):
             self._pictures(name_of(metrics[0]["epoch"]))
 
     def _pictures(self, epoch: str) -> None:
-        place = storage.join(self.directory.location, epoch)
-        for file in storage.names(place):
+        location = storage.join(self.directory.location, epoch)
+        for file in storage.names(location):
             if self.run and file.endswith(".png"):
-                pixels = images.decode(storage.read_bytes(storage.join(place, file)))
+                pixels = images.decode(storage.read_bytes(storage.join(location, file)))
                 self.run.image(f"{file.removesuffix('.png')}/{epoch}", pixels)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

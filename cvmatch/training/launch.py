@@ -20,7 +20,6 @@ from ray.train import (
     CheckpointConfig,
     DataConfig,
     FailureConfig,
-    Result,
     RunConfig,
     ScalingConfig,
     UserCallback,
@@ -31,36 +30,44 @@ from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.runtime import hardware, pools, progress, tracking
 from cvmatch.training import checkpoints, loop, metrics
-from cvmatch.training.settings import Fit
-from cvmatch.training.task import Order, Task
+from cvmatch.training.checkpoints import TrainResult
+from cvmatch.training.settings import TrainConfig
+from cvmatch.training.task import EpochOrder, Task
 
 _log = logging.getLogger(__name__)
 
 _FREE = {"epochs", "workers", "cpus_per_worker", "gpus_per_worker", "label", "storage", "name"}
 _FREE |= {"keep", "best", "best_mode", "max_failures", "cache"}
-"""Fields of Fit that may change when a run is resumed."""
+"""Fields of TrainConfig that may change when a run is resumed."""
 
 _listeners: ContextVar[tuple[UserCallback, ...]] = ContextVar("cvmatch_listeners", default=())
 
 
-def fit(
+def train(
     build: Callable[[], Task],
     train: Dataset,
     val: Dataset | None,
-    fit: Fit,
+    fit: TrainConfig,
     run: tracking.Run | None = None,
-    order: Order | None = None,
-    made_from: str = "",
-) -> Result:
-    """Train what `build` gives, or go on where a run of that name stopped.
+    order: EpochOrder | None = None,
+    input_fingerprint: str = "",
+) -> TrainResult:
+    """Train a task, or go on where a run of that name stopped.
 
-    With `order`, its rows take the place of `train` from the first epoch on, unshuffled, and are
-    asked for again every few epochs. `made_from` is a hash of what the rows hold, which their
-    location does not tell: with another one it is another run.
+    A finished run that is started again returns its result at once.
 
-    The rows hold numeric tensor columns and `key` (int64, `rng.row_key` of the id). A finished run
-    that is started again gives its result at once. The result's checkpoint (`model/`, `state.pt`)
-    and metrics are those of the best epoch by `fit.best`, else of the last.
+    Args:
+        build: makes the task, in each worker.
+        train: rows of numeric tensor columns and `key` (int64, `rng.row_key` of the id).
+        val: such rows for validation.
+        fit: settings of the run.
+        run: the MLflow run that each epoch is logged to.
+        order: makes rows that take the place of `train`, unshuffled, every few epochs.
+        input_fingerprint: content hash of the data; a different hash is another run.
+
+    Returns:
+        Metrics and checkpoint (`model/`, `state.pt`) of the best epoch by `fit.best`, else of the
+        last.
 
     Raises:
         ValueError: the rows are no tensors or too few, the cluster is too small, or the name is
@@ -76,20 +83,20 @@ def fit(
         every=fit.validate_every,
     )
     _check(train, val, fit)
-    directory.claim(_identity(build, fit) | ({"rows made from": made_from} if made_from else {}))
+    directory.begin_or_resume(_identity(build, fit, input_fingerprint))
     done = directory.latest()
     if done >= fit.epochs:
         _log.info("%s is finished: %d epochs", location, done)
         return directory.result()
-    val = val and cached(val, fit)
-    callbacks = [checkpoints.Recorder(directory, run), *(_listeners.get() if run else ())]
+    val = val and cache_rows(val, fit)
+    callbacks = [checkpoints.RunRecorder(directory, run), *(_listeners.get() if run else ())]
     while done < fit.epochs:
         rows, until = train, fit.epochs
         if order is not None:
             rows = order.rows(directory.model(done) if done else "", done)
             until = min(fit.epochs, (done // order.every + 1) * order.every)
-        rows = cached(rows, fit)
-        job = loop.Job(
+        rows = cache_rows(rows, fit)
+        job = loop.TrainJob(
             build=build,
             fit=fit,
             steps=_steps(rows.count(), fit),
@@ -99,37 +106,36 @@ def fit(
             until=until,
             ordered=order is not None,
         )
-        _segment(job, {"train": rows} | ({"val": val} if val else {}), directory, callbacks, name)
+        _run_epochs(
+            job, {"train": rows} | ({"val": val} if val else {}), directory, callbacks, name
+        )
         done = until
     return directory.result()
 
 
-def _segment(
-    job: loop.Job,
+def _run_epochs(
+    job: loop.TrainJob,
     datasets: dict[str, Dataset],
     directory: checkpoints.RunDirectory,
     callbacks: list[UserCallback],
     name: str,
 ) -> None:
-    """Epochs from `job.resume` to `job.until`."""
-    seen = functools.partial(_progress, storage.join(job.directory, checkpoints.PROGRESS))
+    """Run the epochs from `job.resume` to `job.until`."""
+    read = functools.partial(_read_progress, storage.join(job.directory, checkpoints.PROGRESS))
     total = job.steps * job.fit.epochs
-    with progress.watch(f"train {name}", total, lambda: seen()["step"], lambda: _note(seen())):
+    with progress.watch(f"train {name}", total, lambda: read()["step"], lambda: _note(read())):
         if job.fit.workers:
             _trainer(job, datasets, callbacks, name).fit()
         else:
-            loop.run(job, Here(job, datasets, directory, callbacks))
+            loop.run_epochs(job, LocalBackend(job, datasets, directory, callbacks))
 
 
-def cached(rows: Dataset, fit: Fit) -> Dataset:
-    """The rows, decoded once and kept where `fit.cache` says so; for what reads them before `fit`.
-
-    Twice costs nothing.
-    """
+def cache_rows(rows: Dataset, fit: TrainConfig) -> Dataset:
+    """Keep the decoded rows in the object store where `fit.cache` says so; twice costs nothing."""
     return rows.materialize() if fit.cache else rows
 
 
-def preflight(fit: Fit) -> None:
+def preflight(fit: TrainConfig) -> None:
     """Check that the cluster has what the workers need, before anything is read or started.
 
     Raises:
@@ -151,21 +157,19 @@ def preflight(fit: Fit) -> None:
         )
 
 
-def publish(result: Result, output: str) -> str:
-    """Put the model of the result's checkpoint at `output`, whole or not at all; gives `output`.
+def publish(result: TrainResult, output: str) -> str:
+    """Put the model of the result's checkpoint at `output`, whole or not at all; return `output`.
 
     What was there before is replaced.
     """
-    if result.checkpoint is None:
-        raise ValueError(f"{output}: expected a result with a checkpoint, got none")
-    source = storage.join(result.checkpoint.path, checkpoints.MODEL)
-    checkpoints.copy_tree(result.checkpoint.filesystem, source, output)
+    filesystem, path = storage.resolve(storage.join(result.checkpoint, checkpoints.MODEL))
+    checkpoints.copy_tree(filesystem, path, output)
     return output
 
 
 @contextlib.contextmanager
-def listening(*callbacks: UserCallback) -> Iterator[None]:
-    """Fits in the block that have a `run` also call these after each epoch (a search does so)."""
+def report_to(*callbacks: UserCallback) -> Iterator[None]:
+    """Call these after each epoch of the trainings in the block that have a `run`."""
     token = _listeners.set(callbacks)
     try:
         yield
@@ -173,11 +177,12 @@ def listening(*callbacks: UserCallback) -> Iterator[None]:
         _listeners.reset(token)
 
 
-class Here:
-    """This process as the only worker.
+class LocalBackend:
+    """This process as the only worker (`TrainConfig.workers` = 0).
 
-    Not through Ray's own local mode, whose reports and callbacks go nowhere and which raises in a
-    trial of Ray Tune (2.60).
+    What Ray Train does for workers is done here: the checkpoint is copied, and the callbacks are
+    called. Ray's own local mode does neither (2.60, `LocalTorchController`), and raises in a trial
+    of Ray Tune.
     """
 
     rank = 0
@@ -185,7 +190,7 @@ class Here:
 
     def __init__(
         self,
-        job: loop.Job,
+        job: loop.TrainJob,
         datasets: dict[str, Dataset],
         directory: checkpoints.RunDirectory,
         callbacks: list[UserCallback],
@@ -209,10 +214,10 @@ class Here:
 
     def latest(self) -> Checkpoint | None:
         """What earlier starts left."""
-        return loop.resumed(self.job)
+        return loop.starting_checkpoint(self.job)
 
 
-class Shards(DataConfig):
+class SplitDatasets(DataConfig):
     """Equal shares of `train`, and all of `val` in uneven ones: an equal split drops rows."""
 
     def __init__(self) -> None:
@@ -233,7 +238,7 @@ class Shards(DataConfig):
 
 
 def _trainer(
-    job: loop.Job, datasets: dict[str, Dataset], callbacks: list[UserCallback], name: str
+    job: loop.TrainJob, datasets: dict[str, Dataset], callbacks: list[UserCallback], name: str
 ) -> TorchTrainer:
     fit = job.fit
     preflight(fit)
@@ -264,16 +269,16 @@ def _trainer(
             callbacks=callbacks,
         ),
         datasets=dict(datasets),
-        dataset_config=Shards(),
+        dataset_config=SplitDatasets(),
     )
 
 
 def _work(config: dict[str, bytes]) -> None:
-    job = cloudpickle.loads(config["job"])  # the driver's own words: Ray unpickles all else it said
-    loop.run(job, loop.Worker(job))
+    job = cloudpickle.loads(config["job"])  # trusted: pickled by our own driver
+    loop.run_epochs(job, loop.RayTrainBackend(job))
 
 
-def _check(train: Dataset, val: Dataset | None, fit: Fit) -> None:
+def _check(train: Dataset, val: Dataset | None, fit: TrainConfig) -> None:
     if val is None and fit.schedule == "plateau":
         raise ValueError("fit: schedule plateau watches the validation loss: pass validation rows.")
     if val is None and fit.best.startswith("val/"):
@@ -283,10 +288,10 @@ def _check(train: Dataset, val: Dataset | None, fit: Fit) -> None:
         types = zip(schema.names, map(str, schema.types), strict=True)
         wrong = {name: kind for name, kind in types if "string" in kind or "binary" in kind}
         if wrong:
-            raise ValueError(metrics.bad_columns(wrong))
+            raise ValueError(metrics.column_error(wrong))
 
 
-def _steps(rows: int, fit: Fit) -> int:
+def _steps(rows: int, fit: TrainConfig) -> int:
     """Steps of an epoch of one worker; a last row alone makes none, nor do `rows` % workers."""
     own = rows // max(fit.workers, 1)
     if own < min(2, fit.share):
@@ -297,28 +302,32 @@ def _steps(rows: int, fit: Fit) -> int:
     return own // fit.share + (own % fit.share > 1)
 
 
-def _identity(build: Callable[[], Task], fit: Fit) -> dict[str, Any]:
-    """What a run is, so that another is not resumed in its place.
+def _identity(
+    build: Callable[[], Task], fit: TrainConfig, input_fingerprint: str
+) -> dict[str, Any]:
+    """Return what a run is, so that another is not resumed in its place.
 
-    Fields of Fit that shape the training, and what `build` (a `functools.partial`) is made with.
+    Fields of TrainConfig that shape the training, what `build` (a `functools.partial`) is made
+    with, and the data.
     """
-    found = {f"fit.{k}": v for k, v in configs.flat(fit).items() if k not in _FREE}
-    made = build if isinstance(build, functools.partial) else functools.partial(build)
-    found["task"] = getattr(made.func, "__qualname__", type(made.func).__name__)
+    identity = {f"fit.{k}": v for k, v in configs.flat(fit).items() if k not in _FREE}
+    partial = build if isinstance(build, functools.partial) else functools.partial(build)
+    identity["task"] = getattr(partial.func, "__qualname__", type(partial.func).__name__)
     plain = []
-    for value in (*made.args, *made.keywords.values()):
+    for value in (*partial.args, *partial.keywords.values()):
         if is_dataclass(value):
             names = configs.flat(value)
             # Pools say where work is done, not what comes out.
             free = ("fit.", "output", "encode_pool.")
-            found |= {k: v for k, v in names.items() if not k.startswith(free)}
+            identity |= {k: v for k, v in names.items() if not k.startswith(free)}
         elif isinstance(value, str | int | float | tuple | list | None):
             plain.append(value)
-    found["arguments"] = hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
-    return found
+    identity["input_fingerprint"] = input_fingerprint
+    identity["arguments"] = hashlib.sha256(repr(plain).encode()).hexdigest()[:16]
+    return identity
 
 
-def _progress(location: str) -> dict[str, Any]:
+def _read_progress(location: str) -> dict[str, Any]:
     if not storage.exists(location):
         return {"step": 0}
     return storage.read_json(location)

@@ -1,7 +1,7 @@
 """What each training worker runs: epochs of steps, validation, a checkpoint, a report.
 
-`start` starts it, in Ray Train's workers or in this process. What differs between the two is a
-`Place`: rank, shards, where to go on, and how an epoch is committed.
+`launch` starts it, in Ray Train's workers or in this process. What differs between the two is a
+`Backend`: rank, shards, where to go on, and how an epoch is committed.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ from cvmatch.data import images, storage
 from cvmatch.nn import rng
 from cvmatch.runtime import hardware
 from cvmatch.training import checkpoints
-from cvmatch.training.metrics import Means, Meter, tensors
-from cvmatch.training.settings import Fit
+from cvmatch.training.metrics import LossCurve, MeanMetrics, to_tensors
+from cvmatch.training.settings import TrainConfig
 from cvmatch.training.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainJob:
     """What all workers of a run are told."""
 
     build: Callable[[], Task]
-    fit: Fit
+    fit: TrainConfig
     steps: int
     """Steps of an epoch of one worker."""
     validate: bool
@@ -44,13 +44,13 @@ class Job:
     resume: int
     """Epochs done by earlier starts of the run."""
     until: int
-    """Epochs after which to stop, though the run has more: its rows are then put in a new order."""
+    """Stop after this epoch so that the rows can be re-ordered; the run continues afterwards."""
     ordered: bool = False
     """Whether the order of the rows is to be kept."""
 
 
 @runtime_checkable
-class Place(Protocol):
+class Backend(Protocol):
     """Where a worker runs."""
 
     rank: int
@@ -70,10 +70,10 @@ class Place(Protocol):
         ...
 
 
-class Worker:
-    """A worker of Ray Train."""
+class RayTrainBackend:
+    """A worker of Ray Train (DDP)."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainJob) -> None:
         context = ray.train.get_context()
         self.job, self.rank, self.world = job, context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -94,74 +94,74 @@ class Worker:
 
     def latest(self) -> Checkpoint | None:
         """Ray's own after a restart of the workers; else that of earlier starts."""
-        return ray.train.get_checkpoint() or resumed(self.job)
+        return ray.train.get_checkpoint() or starting_checkpoint(self.job)
 
 
-def resumed(job: Job) -> Checkpoint | None:
+def starting_checkpoint(job: TrainJob) -> Checkpoint | None:
     """The checkpoint that earlier starts of the run left."""
     if not job.resume:
         return None
     return Checkpoint(storage.join(job.directory, checkpoints.name_of(job.resume)))
 
 
-def run(job: Job, place: Place) -> None:
+def run_epochs(job: TrainJob, backend: Backend) -> None:
     """Train from the latest checkpoint to the last epoch."""
     torch.manual_seed(job.fit.seed)
-    trainee = Trainee(job, place)
-    meter = Meter(job.directory, job.steps, job.fit.epochs, writes=place.rank == 0)
-    for epoch in range(trainee.load(place.latest()), job.until):
+    trainer = Trainer(job, backend)
+    curve = LossCurve(job.directory, job.steps, job.fit.epochs, writes=backend.rank == 0)
+    for epoch in range(trainer.load(backend.latest()), job.until):
         # Dropout and the like, which draw from torch's generator, are the same after a resume.
-        torch.manual_seed(rng.fold_in(job.fit.seed, epoch, f"torch {place.rank}"))
+        torch.manual_seed(rng.fold_in(job.fit.seed, epoch, f"torch {backend.rank}"))
         metrics: dict[str, Any] = {"epoch": epoch + 1}
-        metrics |= trainee.train(epoch, meter)
+        metrics |= trainer.train(epoch, curve)
         pictures = {}
-        if job.validate and validates(job.fit, epoch):
-            found, pictures = trainee.validate()
+        if job.validate and is_validation_epoch(job.fit, epoch):
+            found, pictures = trainer.validate()
             metrics |= found
-        trainee.adjust(metrics)
+        trainer.adjust(metrics)
         with tempfile.TemporaryDirectory() as directory:
-            if place.rank == 0:
-                trainee.save(directory, epoch + 1)
+            if backend.rank == 0:
+                trainer.save(directory, epoch + 1)
                 with open(
                     os.path.join(directory, checkpoints.CURVE), "w", encoding="utf-8"
                 ) as file:
-                    json.dump(meter.take(), file)
+                    json.dump(curve.take(), file)
                 for name, pixels in pictures.items():
                     with open(os.path.join(directory, f"{name}.png"), "wb") as file:
                         file.write(images.encode(pixels))
-            place.commit(metrics, directory)
+            backend.commit(metrics, directory)
 
 
-def validates(fit: Fit, epoch: int) -> bool:
+def is_validation_epoch(fit: TrainConfig, epoch: int) -> bool:
     """Whether the epoch (from 0) ends with a validation."""
     return (epoch + 1) % fit.validate_every == 0 or epoch + 1 == fit.epochs
 
 
-class Trainee:
+class Trainer:
     """A task with its optimizer and schedule, on one worker."""
 
-    def __init__(self, job: Job, place: Place) -> None:
-        self.job, self.fit, self.place = job, job.fit, place
+    def __init__(self, job: TrainJob, backend: Backend) -> None:
+        self.job, self.fit, self.backend = job, job.fit, backend
         task = job.build()
         if not isinstance(task, nn.Module):
             raise TypeError(f"build gave {type(task).__name__}, expected an nn.Module")
-        self.task = task.to(place.device)
+        self.task = task.to(backend.device)
         self.model: Any = self.task
-        if place.world > 1:
+        if backend.world > 1:
             # Losses with terms that act now and then, and learned nulls, leave weights unused.
             options = {"find_unused_parameters": True}
             self.model = ray.train.torch.prepare_model(task, parallel_strategy_kwargs=options)
         self.weights = [p for p in self.task.parameters() if p.requires_grad]
-        groups = trainable(task, self.task)
+        groups = parameter_groups(task, self.task)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=job.fit.weight_decay)
-        self.schedule = schedule(self.optimizer, job.fit, job.steps)
-        on_gpu = place.device.type == "cuda"
+        self.schedule = build_scheduler(self.optimizer, job.fit, job.steps)
+        on_gpu = backend.device.type == "cuda"
         self.bf16 = job.fit.precision == "bf16" or (job.fit.precision == "auto" and on_gpu)
 
-    def train(self, epoch: int, meter: Meter) -> dict[str, float]:
+    def train(self, epoch: int, curve: LossCurve) -> dict[str, float]:
         """One epoch of steps; the row-weighted means over all workers, as `train/...`."""
         self.model.train()
-        means, steps = Means(), self.job.steps
+        means, steps = MeanMetrics(), self.job.steps
         number = torch.tensor(epoch)
         count = 0
         for batch in self._batches("train", epoch):
@@ -177,10 +177,10 @@ class Trainee:
             if moves:
                 self._move()
             means.add(losses, len(batch["key"]))
-            meter.tick(epoch * steps + count, losses["loss"].detach())
+            curve.tick(epoch * steps + count, losses["loss"].detach())
         if count != steps:
             raise RuntimeError(f"epoch {epoch} had {count} steps, its rows were counted as {steps}")
-        found = {f"train/{k}": v.item() for k, v in means.reduce(self.place.world).items()}
+        found = {f"train/{k}": v.item() for k, v in means.reduce(self.backend.world).items()}
         if not math.isfinite(found["train/loss"]):
             raise FloatingPointError(
                 f"train/loss is {found['train/loss']} in epoch {epoch + 1}: lower the learning "
@@ -192,12 +192,12 @@ class Trainee:
     def validate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """The task's summary of all validation rows: scalars as `val/...`, and its pictures."""
         self.task.eval()
-        means, number = Means(), torch.tensor(0)
+        means, number = MeanMetrics(), torch.tensor(0)
         for batch in self._batches("val", None):
             # Not through DDP, which would wait for the other workers.
             with self._autocast():
                 means.add(self.task({**batch, "epoch": number}), len(batch["key"]))
-        summary = self.task.summary(means.reduce(self.place.world))
+        summary = self.task.summary(means.reduce(self.backend.world))
         pictures = {name: v for name, v in summary.items() if isinstance(v, np.ndarray)}
         scalars = {f"val/{k}": float(v) for k, v in summary.items() if k not in pictures}
         return scalars, pictures
@@ -249,14 +249,14 @@ class Trainee:
         """Batches of this worker's rows on its device; shuffled by epoch in training."""
         order = {}
         if epoch is not None and self.fit.shuffle and not self.job.ordered:
-            seed = rng.fold_in(self.fit.seed, epoch, f"order {self.place.rank}") % 2**32
+            seed = rng.fold_in(self.fit.seed, epoch, f"order {self.backend.rank}") % 2**32
             size = max(self.fit.shuffle, self.fit.share)
             order = {"local_shuffle_buffer_size": size, "local_shuffle_seed": seed}
-        batches = self.place.shard(name).iter_torch_batches(
-            batch_size=self.fit.share, collate_fn=tensors, **order
+        batches = self.backend.shard(name).iter_torch_batches(
+            batch_size=self.fit.share, collate_fn=to_tensors, **order
         )
         for batch in batches:
-            yield {k: v.to(self.place.device, non_blocking=True) for k, v in batch.items()}
+            yield {k: v.to(self.backend.device, non_blocking=True) for k, v in batch.items()}
 
     def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         with self._autocast():
@@ -271,13 +271,13 @@ class Trainee:
             self.schedule.step()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.backend.device.type, torch.bfloat16, enabled=self.bf16)
 
     def _unsynced(self) -> contextlib.AbstractContextManager:
-        return self.model.no_sync() if self.place.world > 1 else contextlib.nullcontext()
+        return self.model.no_sync() if self.backend.world > 1 else contextlib.nullcontext()
 
 
-def trainable(task: Task, module: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(task: Task, module: nn.Module) -> list[dict[str, Any]]:
     """The task's groups without frozen weights.
 
     Raises:
@@ -298,8 +298,8 @@ def trainable(task: Task, module: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def schedule(
-    optimizer: torch.optim.Optimizer, fit: Fit, steps: int
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, fit: TrainConfig, steps: int
 ) -> LambdaLR | ReduceLROnPlateau:
     """The learning rates' schedule; `steps` are those of one epoch."""
     if fit.schedule == "plateau":

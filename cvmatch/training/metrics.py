@@ -18,8 +18,8 @@ POINTS = 200
 """Points of a run's loss curve, at most about."""
 
 
-class Means:
-    """Means of named tensors over rows, of batches of any sizes; `rows/...` are kept row by row."""
+class MeanMetrics:
+    """Means of named tensors over rows, in batches of any sizes; `rows/...` are kept row by row."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -37,35 +37,35 @@ class Means:
         self.rows += rows
 
     def reduce(self, world: int) -> dict[str, Tensor]:
-        """The means over the rows of all workers, and their kept rows, on the CPU; same on each.
+        """Return means over the rows of all workers, and kept rows, on the CPU; same on each.
 
         Raises:
             ValueError: there were no rows at all.
         """
         sums = {name: value.cpu() for name, value in self.sums.items()}
         kept = {name: torch.cat(values) for name, values in self.kept.items()}
-        own = (sums, kept, self.rows)
-        found: list = [own]
+        local = (sums, kept, self.rows)
+        workers: list = [local]
         if world > 1:
             # As objects: a worker without a validation row does not know the names.
-            found = [None] * world
-            torch.distributed.all_gather_object(found, own)
-        total = sum(rows for _, _, rows in found)
+            workers = [None] * world
+            torch.distributed.all_gather_object(workers, local)
+        total = sum(rows for _, _, rows in workers)
         if not total:
             raise ValueError("no rows: pass validation rows that are not empty, or none (val=None)")
-        summed = _gathered([sums for sums, _, _ in found])
-        rows = _gathered([kept for _, kept, _ in found])
+        summed = _group([sums for sums, _, _ in workers])
+        rows = _group([kept for _, kept, _ in workers])
         means = {name: torch.stack(parts).sum(0) / total for name, parts in summed.items()}
         return means | {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def _gathered(found: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
-    """The values of each name; not every worker has all of them."""
-    names = dict.fromkeys(name for values in found for name in values)
-    return {name: [values[name] for values in found if name in values] for name in names}
+def _group(workers: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Group the values of all workers by name; not every worker has all of them."""
+    names = dict.fromkeys(name for values in workers for name in values)
+    return {name: [values[name] for values in workers if name in values] for name in names}
 
 
-class Meter:
+class LossCurve:
     """The loss curve of a run, and its progress.json."""
 
     def __init__(self, directory: str, steps: int, epochs: int, *, writes: bool) -> None:
@@ -99,13 +99,13 @@ class Meter:
             storage.write_json(self.location, value)
 
     def take(self) -> list[tuple[int, float]]:
-        """(step, mean loss since the point before) since the last call."""
+        """Return (step, mean loss since the point before) since the last call."""
         points, self.points = self.points, []
         return points
 
 
-def tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """A batch of numeric columns as tensors of its own memory.
+def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Copy a batch of numeric columns into tensors.
 
     Raises:
         ValueError: a column holds strings, or pictures of several sizes.
@@ -114,12 +114,12 @@ def tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
         name: str(values.dtype) for name, values in batch.items() if values.dtype.kind in "OUS"
     }
     if wrong:
-        raise ValueError(bad_columns(wrong))
+        raise ValueError(column_error(wrong))
     return {name: torch.tensor(values) for name, values in batch.items()}
 
 
-def bad_columns(wrong: Mapping[str, str]) -> str:
-    """What to say of columns that are no tensors of one shape."""
+def column_error(wrong: Mapping[str, str]) -> str:
+    """Return the message about columns that are no tensors of one shape."""
     return (
         f"training rows: expected numeric tensor columns of one shape and `key`, got {dict(wrong)}."
         " Decode pictures to one size, and drop strings such as pair_id (rng.row_key makes key)."

@@ -5,7 +5,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class TrainConfig:
     """How a model is trained."""
 
     epochs: int = 10

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Order:
+class EpochOrder:
     """Training rows whose order follows what the model has learnt, such as near ones together."""
 
     every: int

@@ -24,7 +24,7 @@ from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.runtime import pools, progress, session, tracking
 from cvmatch.training import launch
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 from cvmatch.tune import search_space
 from cvmatch.tune.settings import Stage, Tune
 
@@ -119,7 +119,7 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
     base = base or search_space.load_settings(config.stage, config.base)
     space = search_space.load_space(config.stage, config.space)
     search_space.check_space(base, space)
-    fit: Fit = base.fit
+    fit: TrainConfig = base.fit
     metric = config.goal[0]
     if metric.startswith("val/") and not base.val:
         raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
@@ -184,7 +184,7 @@ def _run_trial(params: dict[str, Any], search: _Search) -> None:
     )
     reporter = _TuneReporter()
     listener = TuneReportCallback() if config.fit.workers else reporter
-    with tracking.inside(search.parent), launch.listening(listener):
+    with tracking.inside(search.parent), launch.report_to(listener):
         result = (search.train or search_space.load_train(search.stage))(config)
     if not (config.fit.workers or reporter.count):  # it was finished before the search was killed
         ray.tune.report(result.metrics or {})
@@ -193,7 +193,7 @@ def _run_trial(params: dict[str, Any], search: _Search) -> None:
 def _build_tuner(
     config: Tune, space: Mapping[str, Mapping], search: _Search, location: str
 ) -> Tuner:
-    fit: Fit = search.base.fit
+    fit: TrainConfig = search.base.fit
     # With workers the trial only waits for them.
     share = {"CPU": fit.cpus_per_worker, "GPU": fit.gpus_per_worker}
     needs = {"CPU": 0.01} if fit.workers else {name: n for name, n in share.items() if n}
@@ -226,7 +226,7 @@ def _build_tuner(
     )
 
 
-def _preflight(config: Tune, fit: Fit) -> None:
+def _preflight(config: Tune, fit: TrainConfig) -> None:
     shares = config.concurrent * max(fit.workers, 1)
     pools.require_resources(
         shares * fit.cpus_per_worker + pools.READERS,

@@ -6,10 +6,10 @@ from typing import Any
 
 import ray.tune
 import yaml
-from ray.train import Result
 
 from cvmatch import config as configs
 from cvmatch.data import storage
+from cvmatch.training.checkpoints import TrainResult
 from cvmatch.tune.settings import Stage
 
 STAGES = {
@@ -105,7 +105,7 @@ def load_settings(stage: Stage, location: str = "") -> Any:
     return configs.parse(_load(STAGES[stage][0]), words)
 
 
-def load_train(stage: Stage) -> Callable[[Any], Result]:
+def load_train(stage: Stage) -> Callable[[Any], TrainResult]:
     """Import the train() of a stage."""
     return _load(STAGES[stage][1])
 

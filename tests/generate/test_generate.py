@@ -47,8 +47,8 @@ from cvmatch.generate.train import build_task, located, train
 from cvmatch.nn import backbones, metrics, rng
 from cvmatch.runtime.settings import Pool
 from cvmatch.training import loop
-from cvmatch.training.metrics import Means, Meter
-from cvmatch.training.settings import Fit
+from cvmatch.training.metrics import LossCurve, MeanMetrics
+from cvmatch.training.settings import TrainConfig
 
 PANORAMA = (64, 256)
 # gain 1: these tests give the map's weights themselves, or their own learning rate. coarse 0: they
@@ -184,21 +184,21 @@ class Alone:
 
 def _trainee(
     task: GeneratorTask, batches: Sequence[dict[str, torch.Tensor]] = (), **options: object
-) -> loop.Trainee:
-    job = loop.Job(
+) -> loop.Trainer:
+    job = loop.TrainJob(
         build=lambda: task,
-        fit=Fit(shuffle=0, **options),
+        fit=TrainConfig(shuffle=0, **options),
         steps=len(batches),
         validate=False,
         directory="",
         resume=0,
         until=1,
     )
-    return loop.Trainee(job, Alone(batches))
+    return loop.Trainer(job, Alone(batches))
 
 
 def _summary(task: GeneratorTask, *batches: dict[str, torch.Tensor]) -> dict:
-    means = Means()
+    means = MeanMetrics()
     with torch.no_grad():
         for batch in batches:
             means.add(task(batch), len(batch["key"]))
@@ -570,7 +570,7 @@ def test_average_counts_weights_once_however_many_steps_make_a_move(generator: G
     trainee = _trainee(task, batches, batch=2, accumulate=4)
     weight, seen = generator.unet.conv_out.weight, []
     trainee.optimizer.register_step_pre_hook(lambda *_: seen.append(weight.detach().clone()))
-    trainee.train(0, Meter(str(tmp_path), steps=6, epochs=1, writes=False))
+    trainee.train(0, LossCurve(str(tmp_path), steps=6, epochs=1, writes=False))
     assert len(seen) == 2  # of four steps, and of two
     assert (seen[1] - seen[0]).abs().max() > 1e-3
     torch.testing.assert_close(task.published().unet.conv_out.weight, _running_mean(seen))
@@ -1131,7 +1131,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
         mirror=True,
         encoded=str(tmp_path / "encoded"),
         output=str(tmp_path / "generator"),
-        fit=Fit(
+        fit=TrainConfig(
             epochs=1,
             batch=6,
             storage=str(tmp_path / "runs"),
@@ -1144,7 +1144,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     names = ["train/noise", "train/clip", "train/vae", "val/loss_correct", "val/loss_shuffled"]
     assert all(np.isfinite(found[name]) and found[name] > 0 for name in [*names, "val/lpips"])
     assert 0 <= found["val/recall_at_10_percent"] <= 1
-    assert os.path.exists(os.path.join(result.checkpoint.path, "samples.png"))
+    assert os.path.exists(os.path.join(result.checkpoint, "samples.png"))
     rows = PairDataset.open(held_out).rows()
     drawn = infer.generate(
         rows, Generate(model=config.output, steps=2, pool=Pool(batch=8))

@@ -15,7 +15,7 @@ from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import rng
 from cvmatch.nn.backbones import TowerSpec
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 SIZE, HIGH, WIDE = 16, 8, 32
 
@@ -110,6 +110,6 @@ def synthesized_rows(directory, ids, towns=1):
     os.makedirs(directory)
     table = Table.from_pylist(items, schema=schema.SYNTHESIZED)
     parquet.write_table(table, os.path.join(directory, "part-0.parquet"))
-    fit = Fit()
+    fit = TrainConfig()
     manifest.write(directory, rows=len(items), config=fit, models={}, source="test")
     return directory

@@ -9,14 +9,14 @@ import numpy as np
 import ray.data
 import torch
 from ray.data import Dataset
-from ray.train import Result
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cvmatch.nn import rng
 from cvmatch.runtime import tracking
 from cvmatch.training import launch
-from cvmatch.training.settings import Fit
+from cvmatch.training.checkpoints import TrainResult
+from cvmatch.training.settings import TrainConfig
 
 
 def rows(count: int, seed: int = 0, block: int = 8) -> Dataset:
@@ -94,19 +94,19 @@ class TrainLine:
     lr: float = 0.1
     output: str = "line"
     log: str = ""
-    fit: Fit = Fit()  # noqa: RUF009 (frozen)
+    fit: TrainConfig = TrainConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         if self.lr > 100:
             raise ValueError(f"train_line: lr is at most 100, got {self.lr}.")
 
 
-def train(config: TrainLine) -> Result:
+def train(config: TrainLine) -> TrainResult:
     """Train and publish; notes in `config.log` that it was called."""
     with open(config.log, "a", encoding="utf-8") as file:
         file.write(f"{config.fit.name}\n")
     build = functools.partial(LineTask, config.lr)
     with tracking.start("line", config) as run:
-        result = launch.fit(build, rows(32), rows(config.val, seed=1), config.fit, run)
+        result = launch.train(build, rows(32), rows(config.val, seed=1), config.fit, run)
         launch.publish(result, config.output)
     return result

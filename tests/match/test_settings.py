@@ -3,7 +3,7 @@
 import pytest
 
 from cvmatch.match.settings import TrainMatcher
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from cvmatch.training.settings import Fit
         ({"panorama": (64, 250)}, "multiple of 4"),
         ({"chunk": -1}, "chunk of at least 0"),
         (
-            {"hard_negatives_every": 2, "fit": Fit(storage="s3://bucket/runs")},
+            {"hard_negatives_every": 2, "fit": TrainConfig(storage="s3://bucket/runs")},
             "that all nodes mount",
         ),
     ],

@@ -14,7 +14,7 @@ from cvmatch.match.task import read_training_ids
 from cvmatch.match.train import build_task, train
 from cvmatch.nn.backbones import Tower, save_tower
 from cvmatch.runtime.output_directory import PROVENANCE
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 from tests.helpers.matcher import (
     HIGH,
     SIZE,
@@ -71,7 +71,9 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
         lr_towers=1e-2,
         lr_heads=1e-2,
         output=str(tmp_path / "model"),
-        fit=Fit(epochs=6, batch=8, cache=True, storage=str(tmp_path / "runs"), name="matcher"),
+        fit=TrainConfig(
+            epochs=6, batch=8, cache=True, storage=str(tmp_path / "runs"), name="matcher"
+        ),
     )
     result = train(config)
     # At chance all scores of a batch are equal, and each of the two terms is the margin.
@@ -105,12 +107,12 @@ def test_train_with_two_workers_and_near_pairs_in_a_batch_runs_to_its_end(
         hard_negatives_every=2,
         chunk=4,
         output=str(tmp_path / "model"),
-        fit=Fit(epochs=3, batch=16, workers=2, storage=str(tmp_path / "runs"), name="near"),
+        fit=TrainConfig(epochs=3, batch=16, workers=2, storage=str(tmp_path / "runs"), name="near"),
     )
     result = train(config)
-    assert result.metrics_dataframe is not None
-    assert list(result.metrics_dataframe["epoch"]) == [1, 2, 3]
-    assert result.metrics_dataframe["train/loss"].between(0, 10).all()
+    assert result.history is not None
+    assert list(result.history["epoch"]) == [1, 2, 3]
+    assert result.history["train/loss"].between(0, 10).all()
     assert len(read_training_ids(config.output)) == 32
 
 

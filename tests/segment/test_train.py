@@ -17,7 +17,7 @@ from cvmatch.segment.infer import SegmentAerial
 from cvmatch.segment.settings import TrainSegmenter
 from cvmatch.segment.train import read_labelled, read_training_rows, train
 from cvmatch.synthesize.settings import Synthesize
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 from tests.helpers.segmenter import SIZE, picture, rows_of
 
 
@@ -55,7 +55,7 @@ def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
         size=SIZE,
         class_weights=True,
         dice_weight=0.5,
-        fit=Fit(epochs=1, batch=2, schedule="plateau", cache=True, name="segmenter"),
+        fit=TrainConfig(epochs=1, batch=2, schedule="plateau", cache=True, name="segmenter"),
     )
     result = train(config)
     assert 0 <= result.metrics["val/miou"] <= 1
@@ -120,4 +120,4 @@ def test_labelled_no_class_map_says_so(tmp_path: os.PathLike):
     root = os.path.join(tmp_path, "pairs")
     make_pairs(root, maps=False)
     with pytest.raises(ValueError, match="expected rows with a class map, got none"):
-        read_labelled(PairDataset.open(Ingest(root=root)), Preprocess(size=SIZE), Fit())
+        read_labelled(PairDataset.open(Ingest(root=root)), Preprocess(size=SIZE), TrainConfig())

@@ -24,8 +24,8 @@ from cvmatch.data import images
 from cvmatch.nn import rng
 from cvmatch.runtime import tracking
 from cvmatch.training import checkpoints, launch, loop, metrics
-from cvmatch.training.settings import Fit
-from cvmatch.training.task import Order
+from cvmatch.training.settings import TrainConfig
+from cvmatch.training.task import EpochOrder
 from tests.helpers.stage import LineTask, rows
 
 LINE = functools.partial(LineTask, 0.05, 0.1)
@@ -33,11 +33,11 @@ LINE = functools.partial(LineTask, 0.05, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    fit: Fit
+    fit: TrainConfig
 
 
 def trained(*arguments) -> Any:
-    return launch.fit(*arguments)
+    return launch.train(*arguments)
 
 
 class Listener(UserCallback):
@@ -50,7 +50,7 @@ class Listener(UserCallback):
 
 @pytest.fixture
 def fit(tmp_path):
-    return Fit(epochs=3, batch=8, storage=str(tmp_path / "runs"), shuffle=64)
+    return TrainConfig(epochs=3, batch=8, storage=str(tmp_path / "runs"), shuffle=64)
 
 
 def named(fit, name, **changes):
@@ -62,25 +62,25 @@ def named(fit, name, **changes):
 
 def test_fit_refuses_a_batch_that_workers_cannot_share():
     with pytest.raises(ValueError, match=r"3 workers can share evenly, got 8.*--fit.batch 9"):
-        Fit(batch=8, workers=3)
+        TrainConfig(batch=8, workers=3)
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"keep": 0}, {"workers": -1}, {"warmup": 1.0}])
 def test_fit_refuses_what_cannot_be(wrong):
     with pytest.raises(ValueError, match="fit: "):
-        Fit(**wrong)
+        TrainConfig(**wrong)
 
 
 def test_fit_reads_back_from_its_dump(tmp_path):
-    before = Fit(schedule="plateau", best="val/loss", clip_norm=0.5)
+    before = TrainConfig(schedule="plateau", best="val/loss", clip_norm=0.5)
     (tmp_path / "fit.yaml").write_text(configs.dump(before))
-    assert configs.parse(Fit, ["--config", str(tmp_path / "fit.yaml")]) == before
+    assert configs.parse(TrainConfig, ["--config", str(tmp_path / "fit.yaml")]) == before
 
 
 def rates(fit, steps):
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight], lr=1.0)
-    schedule = loop.schedule(optimizer, fit, steps)
+    schedule = loop.build_scheduler(optimizer, fit, steps)
     found = []
     for _ in range(math.ceil(steps / fit.accumulate) * fit.epochs):
         found.append(optimizer.param_groups[0]["lr"])
@@ -90,7 +90,7 @@ def rates(fit, steps):
 
 
 def test_cosine_rises_over_the_warmup_and_falls_to_zero():
-    found = rates(Fit(epochs=10, warmup=0.2), steps=10)
+    found = rates(TrainConfig(epochs=10, warmup=0.2), steps=10)
     assert found[:20] == sorted(found[:20])
     assert max(found) == pytest.approx(1.0)
     assert found[20:] == sorted(found[20:], reverse=True)
@@ -99,25 +99,25 @@ def test_cosine_rises_over_the_warmup_and_falls_to_zero():
 
 
 def test_constant_stays_after_the_warmup_and_accumulation_counts_moves():
-    found = rates(Fit(epochs=4, schedule="constant", warmup=0.25, accumulate=3), steps=7)
+    found = rates(TrainConfig(epochs=4, schedule="constant", warmup=0.25, accumulate=3), steps=7)
     assert len(found) == 12  # 7 steps make 3 moves an epoch
     assert found[3:] == [1.0] * 9
 
 
 def test_trainable_names_the_weight_that_no_group_has():
     task = LineTask(0.1)
-    groups = loop.trainable(task, task)
+    groups = loop.parameter_groups(task, task)
     assert [len(group["params"]) for group in groups] == [1, 1]  # the frozen scale is left out
     task.extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"extra\.weight"):
-        loop.trainable(task, task)
+        loop.parameter_groups(task, task)
 
 
 # --- means and batches ----------------------------------------------------------------------------
 
 
 def test_means_weigh_batches_by_their_rows():
-    means = metrics.Means()
+    means = metrics.MeanMetrics()
     means.add({"loss": torch.tensor(1.0), "table": torch.tensor([1.0, 0.0])}, rows=3)
     means.add({"loss": torch.tensor(5.0), "table": torch.tensor([0.0, 1.0])}, rows=1)
     found = means.reduce(world=1)
@@ -126,7 +126,7 @@ def test_means_weigh_batches_by_their_rows():
 
 
 def test_means_keep_the_rows_that_a_task_asks_to_keep():
-    means = metrics.Means()
+    means = metrics.MeanMetrics()
     means.add({"loss": torch.tensor(1.0), "rows/score": torch.tensor([1.0, 2.0])}, rows=2)
     means.add({"loss": torch.tensor(4.0), "rows/score": torch.tensor([3.0])}, rows=1)
     means.add({"loss": torch.tensor(2.0)}, rows=1)  # a batch may keep none
@@ -137,22 +137,22 @@ def test_means_keep_the_rows_that_a_task_asks_to_keep():
 
 def test_means_of_no_rows_say_so():
     with pytest.raises(ValueError, match="no rows"):
-        metrics.Means().reduce(world=1)
+        metrics.MeanMetrics().reduce(world=1)
 
 
 def test_tensors_own_their_memory():
     batch = {"x": np.zeros((2, 3), np.float32)}
-    metrics.tensors(batch)["x"].fill_(1)
+    metrics.to_tensors(batch)["x"].fill_(1)
     assert not batch["x"].any()
 
 
 def test_tensors_of_strings_name_the_column():
     with pytest.raises(ValueError, match=r"pair_id.*rng\.row_key"):
-        metrics.tensors({"pair_id": np.array(["0000001"]), "key": np.array([1])})
+        metrics.to_tensors({"pair_id": np.array(["0000001"]), "key": np.array([1])})
 
 
 def test_meter_keeps_a_point_for_each_step_of_a_short_run(tmp_path):
-    meter = metrics.Meter(str(tmp_path), steps=10, epochs=3, writes=True)
+    meter = metrics.LossCurve(str(tmp_path), steps=10, epochs=3, writes=True)
     for step in range(1, 31):
         meter.tick(step, torch.tensor(float(step)))
     assert meter.take() == [(step, float(step)) for step in range(1, 31)]
@@ -161,7 +161,7 @@ def test_meter_keeps_a_point_for_each_step_of_a_short_run(tmp_path):
 
 
 def test_meter_averages_between_the_points_of_a_long_run(tmp_path):
-    meter = metrics.Meter(str(tmp_path), steps=1000, epochs=1, writes=True)
+    meter = metrics.LossCurve(str(tmp_path), steps=1000, epochs=1, writes=True)
     for step in range(1, 1001):
         meter.tick(step, torch.tensor(float(step)))
     points = meter.take()
@@ -186,7 +186,7 @@ def test_prune_keeps_the_best_and_the_latest(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("epoch_*")) == ["epoch_0002", "epoch_0004"]
     result: Any = directory.result()
     assert result.metrics == {"epoch": 2, "val/loss": 1.0}
-    assert result.checkpoint.path.endswith("epoch_0002")
+    assert result.checkpoint.endswith("epoch_0002")
     assert directory.latest() == 4
 
 
@@ -229,7 +229,7 @@ def test_copy_tree_replaces_what_was_there(tmp_path):
 def test_fit_learns_and_publishes_the_model(ray_session, fit, tmp_path):
     longer = dataclasses.replace(fit, epochs=12, cache=True, warmup=0.0)
     result = trained(functools.partial(LineTask, 0.5), rows(64), rows(13, seed=1), longer)
-    history = result.metrics_dataframe
+    history = result.history
     assert list(history["epoch"]) == list(range(1, 13))
     assert history["val/loss"].iloc[-1] < 0.05 * history["val/loss"].iloc[0]
     output = launch.publish(result, str(tmp_path / "model"))
@@ -251,9 +251,9 @@ def test_fit_asks_for_its_order_with_the_model_as_it_is_and_keeps_it(ray_session
 
     def weights(name: str, shuffle: int):
         config = named(fit, name, epochs=5, shuffle=shuffle)
-        result = trained(LINE, rows(99), None, config, None, Order(2, ordered))
-        assert list(result.metrics_dataframe["epoch"]) == [1, 2, 3, 4, 5]
-        return load_file(f"{result.checkpoint.path}/model/line.safetensors")
+        result = trained(LINE, rows(99), None, config, None, EpochOrder(2, ordered))
+        assert list(result.history["epoch"]) == [1, 2, 3, 4, 5]
+        return load_file(f"{result.checkpoint}/model/line.safetensors")
 
     found = weights("ordered", shuffle=64)
     assert asked == [0, 32, 64]  # before epochs 1, 3 and 5, of 16 rows each
@@ -267,9 +267,9 @@ def test_fit_with_an_order_goes_on_from_where_it_stopped(ray_session, fit):
     for asked, name, stops in ((whole, "whole", [5]), (parts, "parts", [3, 5])):
         for epochs in stops:
             config = named(fit, name, epochs=epochs, schedule="constant", warmup=0.0)
-            order = Order(2, lambda model, epoch, asked=asked: asked.append(model) or rows(16))
+            order = EpochOrder(2, lambda model, epoch, asked=asked: asked.append(model) or rows(16))
             result = trained(LINE, rows(99), None, config, None, order)
-        weights = load_file(f"{result.checkpoint.path}/model/line.safetensors")
+        weights = load_file(f"{result.checkpoint}/model/line.safetensors")
         asked.append(weights["line.weight"])
     assert [bool(model) for model in parts[:-1]] == [False, True, True, True]  # 3: cut short
     assert torch.equal(whole[-1], parts[-1])
@@ -278,10 +278,10 @@ def test_fit_with_an_order_goes_on_from_where_it_stopped(ray_session, fit):
 @pytest.mark.ray
 def test_fit_of_rows_made_anew_at_their_place_is_another_run(ray_session, fit):
     run = named(fit, "rows", epochs=1)
-    first = launch.fit(LINE, rows(19), None, run, made_from="one")
-    assert launch.fit(LINE, rows(19), None, run, made_from="one").metrics == first.metrics
+    first = launch.train(LINE, rows(19), None, run, input_fingerprint="one")
+    assert launch.train(LINE, rows(19), None, run, input_fingerprint="one").metrics == first.metrics
     with pytest.raises(ValueError, match="rows made from: 'one' before, now 'two'"):
-        launch.fit(LINE, rows(19), None, run, made_from="two")
+        launch.train(LINE, rows(19), None, run, input_fingerprint="two")
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -302,7 +302,7 @@ def test_fit_validates_all_rows_at_epoch_zero_with_a_partial_batch(ray_session, 
     metrics = trained(LINE, rows(19), rows(13, seed=1), fit).metrics
     data = rows(13, seed=1).take_batch(13)
     result = trained(LINE, rows(19), rows(13, seed=1), named(fit, "again"))
-    weights = load_file(f"{result.checkpoint.path}/model/line.safetensors")
+    weights = load_file(f"{result.checkpoint}/model/line.safetensors")
     x, y = torch.tensor(data["x"]), torch.tensor(data["y"])
     error = (x @ weights["line.weight"][0] + weights["line.bias"] - y).square().mean().item()
     assert metrics["val/loss"] == pytest.approx(error, rel=1e-5)
@@ -315,15 +315,15 @@ def test_fit_validates_all_rows_at_epoch_zero_with_a_partial_batch(ray_session, 
 def test_fit_validates_every_few_epochs_and_at_the_last(ray_session, fit):
     often = named(fit, "few", epochs=5, validate_every=2, best="val/loss", keep=1)
     result = trained(LINE, rows(19), rows(13, seed=1), often)
-    entries = result.metrics_dataframe
+    entries = result.history
     assert entries["val/loss"].notna().tolist() == [False, True, False, True, True]
     best = entries.loc[entries["val/loss"].idxmin(), "epoch"]
     assert result.metrics["epoch"] == best  # never one that was not looked at
     unknown = named(fit, "unknown", epochs=5, validate_every=5, best="val/nothing", keep=1)
     with pytest.raises(ValueError, match="val/nothing"):
-        launch.fit(LINE, rows(19), rows(13, seed=1), unknown)
+        launch.train(LINE, rows(19), rows(13, seed=1), unknown)
     with pytest.raises(ValueError, match="validate_every 2"):
-        Fit(schedule="plateau", validate_every=2)
+        TrainConfig(schedule="plateau", validate_every=2)
 
 
 class PictureTask(LineTask):
@@ -340,8 +340,8 @@ def test_fit_keeps_the_pictures_of_a_validation_in_the_checkpoint_and_the_run(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     build = functools.partial(PictureTask, 0.05)
     with tracking.start("line", Settings(fit)) as run:
-        result = launch.fit(build, rows(19), rows(13, seed=1), named(fit, "shown"), run)
-    with open(f"{result.checkpoint.path}/shade.png", "rb") as file:
+        result = launch.train(build, rows(19), rows(13, seed=1), named(fit, "shown"), run)
+    with open(f"{result.checkpoint}/shade.png", "rb") as file:
         assert (images.decode(file.read()) == 7).all()
     client = MlflowClient(run.uri)
     kept = [file.path for file in client.list_artifacts(run.run_id, "shade")]
@@ -368,7 +368,7 @@ def test_each_epoch_trains_on_all_rows_in_an_order_of_its_own(ray_session, fit):
             return super().forward(batch)
 
     stored = [rng.row_key(f"0/{index}") for index in range(32)]
-    launch.fit(lambda: Watched(0.05), rows(32), None, fit)
+    launch.train(lambda: Watched(0.05), rows(32), None, fit)
     assert [sorted(keys) for keys in seen.values()] == [sorted(stored)] * 3
     assert seen[0] != stored
     assert seen[1] not in (stored, seen[0])
@@ -387,7 +387,7 @@ def test_accumulated_steps_move_as_one_step_of_their_rows(ray_session, fit):
 def test_plateau_lowers_the_rate_when_the_validation_loss_stalls(ray_session, fit):
     slow = dataclasses.replace(fit, epochs=4, schedule="plateau", patience=1)
     build = functools.partial(LineTask, 1e-12)  # learns nothing, so its loss stalls at once
-    rate = trained(build, rows(16), rows(8), slow).metrics_dataframe["lr"]
+    rate = trained(build, rows(16), rows(8), slow).history["lr"]
     assert rate.iloc[0] == 1e-12
     assert rate.iloc[-1] == pytest.approx(1e-13)
 
@@ -399,7 +399,7 @@ def test_finished_run_again_gives_its_result_without_an_epoch(ray_session, fit):
     changed = os.stat(f"{before.path}/epoch_0003/state.pt").st_mtime_ns
     again = trained(LINE, rows(32), rows(8), once)
     assert again.metrics == before.metrics
-    assert again.checkpoint.path == before.checkpoint.path
+    assert again.checkpoint == before.checkpoint
     assert os.stat(f"{before.path}/epoch_0003/state.pt").st_mtime_ns == changed
 
 
@@ -419,7 +419,7 @@ def test_run_with_more_epochs_goes_on_and_with_other_settings_is_refused(ray_ses
 @pytest.mark.ray
 def test_state_leaves_frozen_weights_out_and_loads_without_pickle(ray_session, fit):
     result = trained(LINE, rows(16), None, fit)
-    state = torch.load(f"{result.checkpoint.path}/state.pt", weights_only=True)
+    state = torch.load(f"{result.checkpoint}/state.pt", weights_only=True)
     assert sorted(state["model"]) == ["line.bias", "line.weight", "seen"]
     assert state["epoch"] == 3
 
@@ -447,7 +447,7 @@ def test_fit_whose_loss_is_not_finite_stops_before_a_checkpoint(ray_session, fit
 @pytest.mark.ray
 def test_fit_logs_epochs_and_a_loss_curve_and_tells_listeners(ray_session, fit):
     listener = Listener()
-    with tracking.start("line", Settings(fit)) as run, launch.listening(listener):
+    with tracking.start("line", Settings(fit)) as run, launch.report_to(listener):
         trained(LINE, rows(64), rows(8), fit, run)
         trained(LINE, rows(64), None, fit)  # without a run, nobody is told
     assert listener.seen == [1, 2, 3]
@@ -465,11 +465,11 @@ from tests.helpers.stage import LineTask, rows
 from cvmatch import config
 from cvmatch.runtime import session
 from cvmatch.training import launch
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 
 session.start()  # joins the Ray of the tests
-fit = config.parse(Fit, sys.argv[1:])
-launch.fit(functools.partial(LineTask, 0.05, 0.1, 0.2, 0.05), rows(32), rows(8), fit)
+fit = config.parse(TrainConfig, sys.argv[1:])
+launch.train(functools.partial(LineTask, 0.05, 0.1, 0.2, 0.05), rows(32), rows(8), fit)
 """
 
 
@@ -501,7 +501,7 @@ def test_killed_run_goes_on_and_ends_as_the_undisturbed_one(ray_session, fit, tm
     resumed = trained(build, rows(32), rows(8), killed)
     straight = trained(build, rows(32), rows(8), named(fit, "straight", epochs=12))
     assert resumed.metrics == straight.metrics
-    assert entries(book)[:done] == straight.metrics_dataframe.to_dict("records")[:done]
+    assert entries(book)[:done] == straight.history.to_dict("records")[:done]
     kept = book.parent / checkpoints.name_of(done) / checkpoints.STATE
     assert not kept.exists() or kept.stat().st_mtime_ns == changed  # was not trained again
 
@@ -519,13 +519,13 @@ def test_two_workers_train_as_one_with_the_same_batch(ray_session, fit, tmp_path
     with tracking.start("line", Settings(fit)) as run:
         two = trained(build, data, val, named(whole, "two", workers=2), run)
     one = trained(build, data, val, named(whole, "one"))
-    assert two.metrics_dataframe["epoch"].tolist() == [1, 2, 3, 4]
+    assert two.history["epoch"].tolist() == [1, 2, 3, 4]
     for name in one.metrics:
         if "lr" not in name:
-            expected = one.metrics_dataframe[name].tolist()
-            assert two.metrics_dataframe[name].tolist() == pytest.approx(expected, rel=1e-5), name
-    assert two.metrics["val/loss"] < 0.9 * two.metrics_dataframe["val/loss"].iloc[0]
-    weights = [load_file(f"{r.checkpoint.path}/model/line.safetensors") for r in (one, two)]
+            expected = one.history[name].tolist()
+            assert two.history[name].tolist() == pytest.approx(expected, rel=1e-5), name
+    assert two.metrics["val/loss"] < 0.9 * two.history["val/loss"].iloc[0]
+    weights = [load_file(f"{r.checkpoint}/model/line.safetensors") for r in (one, two)]
     torch.testing.assert_close(weights[0]["line.weight"], weights[1]["line.weight"])
     assert [step for step, _ in run.history("val/loss")] == [1, 2, 3, 4]
     assert len(run.history("step/loss")) == 4
@@ -543,7 +543,7 @@ def test_worker_that_dies_is_started_again_and_repeats_the_local_run(ray_session
     assert not bomb.exists()
     local = trained(build, data, val, named(fit, "local"))
     assert died.metrics == local.metrics
-    assert died.metrics_dataframe["epoch"].tolist() == [1, 2, 3]
+    assert died.history["epoch"].tolist() == [1, 2, 3]
 
 
 @pytest.mark.ray

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 
 from cvmatch import config as configs
 from cvmatch.runtime import tracking
-from cvmatch.training.settings import Fit
+from cvmatch.training.settings import TrainConfig
 from cvmatch.tune import run as tune
 from cvmatch.tune import search_space
 from cvmatch.tune.settings import Tune
@@ -100,7 +100,7 @@ def settings(tmp_path):
         name="search",
         output=str(tmp_path / "tuned"),
     )
-    fit = Fit(batch=8, warmup=0.0, schedule="constant", shuffle=0)
+    fit = TrainConfig(batch=8, warmup=0.0, schedule="constant", shuffle=0)
     return config, TrainLine(fit=fit, log=str(tmp_path / "calls"))
 
 
