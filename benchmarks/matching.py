@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 from _harness import Bench, finish, flags, interval, sized
-from conditioning import ConditioningBench
-from conditioning import settings as generator_settings
+from generator import GeneratorBench
+from generator import settings as generator_settings
 from pyarrow import parquet
 
 from cvmatch.data import images, manifest, schema
@@ -52,7 +52,7 @@ class MatchingBench(Bench):
     data: str = ""
     """Data set with both splits and class maps; empty: a `standard` world is made for the run."""
     generator: str = ""
-    """Generator trained on its split `train`; empty: one is trained, as conditioning.py does."""
+    """Generator trained on its split `train`; empty: one is trained, as generator.py does."""
     pairs: int = 0
     """Training pairs; 0: 2,000, quick 160."""
     held_out: int = 0
@@ -194,13 +194,13 @@ class Rows:
 
     @functools.cached_property
     def _trained(self) -> str:
-        asked = ConditioningBench(
+        asked = GeneratorBench(
             quick=self.asked.quick,
             pairs=self.asked.pairs,
             held_out=self.asked.held_out,
             seed=self.asked.seed,
         )
-        config = generator_settings(asked, "tokens+geometry", self.root, f"{self.at}/generator")
+        config = generator_settings(asked, self.root, f"{self.at}/generator")
         train_generator(replace(config, val=None))
         return config.output
 

@@ -21,12 +21,15 @@ from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
-from cvmatch.generate import low_freq_guidance
-from cvmatch.generate.batches import Sizes, decode
+from cvmatch.generate.batches import ImageSizes, decode_pairs
+from cvmatch.generate.diffusion import guide_low_freq
 from cvmatch.generate.model import Generator
-from cvmatch.generate.settings import DEFAULT, Conditioning, Sampling
+from cvmatch.generate.settings import Conditioning, Sampling
 from cvmatch.nn import metrics, rng
 from cvmatch.runtime import hardware, progress, session
+
+DEFAULT = Sampling()
+"""The default sampler."""
 
 PROTOTYPE = 50
 """DDIM steps of the published prototype, which draws one picture at a time in single precision."""
@@ -36,7 +39,7 @@ GRID = (
     *((3, 8.0, 0.45), (4, 8.0, 0.45), (6, 4.0, 0.45), (6, 6.0, 0.45), (6, 12.0, 0.45)),
     *((6, 8.0, 0.7), (12, 8.0, 0.45)),
 )
-"""Steps, guidance, and down to which share of the schedule it acts, of the batched sampler."""
+"""Steps, guidance scale and guidance interval of the batched sampler."""
 
 RECALLS = ("recall@1", "recall@1%", "recall@10%")
 
@@ -68,20 +71,20 @@ def ddim(model: Generator, guidance: float) -> Draw:
 
     @torch.no_grad()
     def draw(panorama: Tensor, keys: Tensor) -> Tensor:
-        condition = model.condition(model.frozen.look(panorama))
+        condition = model.condition(model.encoders.encode_panorama(panorama))
         keep = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
-        null = model.conditioner.dropped(condition, keep)
-        scheduler: Any = DDIMScheduler.from_config(model.noise.scheduler.config)
+        null = model.conditioner.drop(condition, keep)
+        scheduler: Any = DDIMScheduler.from_config(model.schedule.scheduler.config)
         scheduler.set_timesteps(PROTOTYPE)
-        wanted = model.wanted(condition)
-        latent = rng.normal(keys, rng.fold_in(0, purpose="sample"), *model.latent)
+        target = model.low_freq_target(condition)
+        latent = rng.normal(keys, rng.fold_in(0, purpose="sample"), *model.latent_shape)
         for step in scheduler.timesteps:
-            at = torch.full_like(keys, int(step))
-            right, wrong = (model.predict(latent, at, given) for given in (condition, null))
-            answer = wrong + guidance * (right - wrong)
-            answer = low_freq_guidance.steered(model.noise, latent, answer, int(step), wanted)
-            latent = scheduler.step(answer, step, latent).prev_sample
-        return model.frozen.decode(latent).clamp(0, 1)
+            timestep = torch.full_like(keys, int(step))
+            cond, uncond = (model.predict(latent, timestep, c) for c in (condition, null))
+            pred = uncond + guidance * (cond - uncond)
+            pred = guide_low_freq(model.schedule, latent, pred, int(step), target)
+            latent = scheduler.step(pred, step, latent).prev_sample
+        return model.encoders.decode(latent).clamp(0, 1)
 
     return draw
 
@@ -114,9 +117,9 @@ def measured(
 
 def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
     """Decoded pairs; pictures in [0, 1]."""
-    sizes = Sizes(model.panorama_size, model.tile, model.latent[1])
-    rows: Any = decode(PairDataset.open(Ingest(root=root, split="val", limit=count)).rows(), sizes)
-    found = rows.take_batch(count, batch_format="numpy")
+    sizes = ImageSizes(model.panorama_size, model.tile_size, model.latent_shape[1])
+    rows = PairDataset.open(Ingest(root=root, split="val", limit=count)).rows()
+    found = decode_pairs(rows.take_batch(count, batch_format="numpy"), sizes)
     tensors = {name: torch.from_numpy(values.copy()) for name, values in found.items()}
     tensors = {n: v.float() / 255 if v.dtype == torch.uint8 else v for n, v in tensors.items()}
     return {name: value.to(model.device) for name, value in tensors.items()}
@@ -161,7 +164,8 @@ def full_size(asked: SamplerBench) -> None:
     figures |= {"default.pictures_per_s": chosen, "default.ratio": chosen / loop}
     notes = (
         f"Stable Diffusion v1-4 and CLIP ViT-B/32 at full size, random weights, tiles of "
-        f"{model.tile} pixels, panoramas of {model.panorama_size}; default: {DEFAULT.named()}. "
+        f"{model.tile_size} pixels, panoramas of {model.panorama_size}; default: "
+        f"{DEFAULT.describe()}. "
         "The loop is in fp32, the batched sampler in bf16 on a GPU. Medians of three calls.",
         f"The device's peak by a large matrix product: {top / 1e12:.3g} TFLOP/s.",
     )
@@ -172,16 +176,28 @@ def forms(model: Generator, batch: int) -> Iterator[tuple[str, Draw, int]]:
     """Name, sampler and pictures a call; the last form changes the model."""
 
     def batched(steps: int) -> Draw:
-        sampling = dataclasses.replace(DEFAULT, steps=steps)
+        sampling = dataclasses.replace(DEFAULT, num_inference_steps=steps)
         return lambda ground, key: model.sample(ground, key, sampling)
 
-    yield f"one picture at a time, {PROTOTYPE} DDIM steps, fp32", ddim(model, DEFAULT.guidance), 1
+    yield (
+        f"one picture at a time, {PROTOTYPE} DDIM steps, fp32",
+        ddim(model, DEFAULT.guidance_scale),
+        1,
+    )
     for size in (batch, 1, 4 * batch):
-        yield f"batched, {DEFAULT.steps} steps (default)", batched(DEFAULT.steps), size
+        yield (
+            f"batched, {DEFAULT.num_inference_steps} steps (default)",
+            batched(DEFAULT.num_inference_steps),
+            size,
+        )
     yield f"batched, {PROTOTYPE} steps", batched(PROTOTYPE), batch
     model.unet.to(memory_format=torch.channels_last)
-    model.frozen.vae.to(memory_format=torch.channels_last)
-    yield f"batched, {DEFAULT.steps} steps, channels last", batched(DEFAULT.steps), batch
+    model.encoders.vae.to(memory_format=torch.channels_last)
+    yield (
+        f"batched, {DEFAULT.num_inference_steps} steps, channels last",
+        batched(DEFAULT.num_inference_steps),
+        batch,
+    )
 
 
 def grid(asked: SamplerBench) -> None:
@@ -197,20 +213,22 @@ def grid(asked: SamplerBench) -> None:
             model = Generator.load(asked.generator, hardware.device())
         else:
             model = Generator.base(
-                base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256, crops=4)
+                base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256)
             )
         pairs = held_out(root, count, model.eval())
     some = {name: values[:few] for name, values in pairs.items()}
-    name = f"one picture at a time, {PROTOTYPE} DDIM steps, guidance {DEFAULT.guidance:g}"
-    row, slow = measured(name, ddim(model, DEFAULT.guidance), some, 1)
+    name = f"one picture at a time, {PROTOTYPE} DDIM steps, guidance {DEFAULT.guidance_scale:g}"
+    row, slow = measured(name, ddim(model, DEFAULT.guidance_scale), some, 1)
     rows, figures = [row], {"loop.pictures_per_s": slow}
-    samplers = [Sampling(steps=s, guidance=g, guided=n) for s, g, n in GRID]
+    samplers = [
+        Sampling(num_inference_steps=s, guidance_scale=g, guidance_interval=i) for s, g, i in GRID
+    ]
     for sampling in (DEFAULT, *(other for other in samplers if other != DEFAULT)):
 
         def draw(ground: Tensor, key: Tensor, how: Sampling = sampling) -> Tensor:
             return model.sample(ground, key, how)
 
-        row, speed = measured(sampling.named(), draw, pairs, asked.batch)
+        row, speed = measured(sampling.describe(), draw, pairs, asked.batch)
         rows.append(row)
         if sampling == DEFAULT:
             row["sampler"] += " (default)"
@@ -218,8 +236,8 @@ def grid(asked: SamplerBench) -> None:
     notes = (
         f"One process, {torch.get_num_threads()} threads, fp32, batches of {asked.batch} (of 1 in "
         "the loop); DPM-Solver++ of second order, where there is guidance both conditions in one "
-        "pass of the UNet. The loop's DDIM asks the UNet twice in every step. Both are pulled to "
-        "the rays' coarse drawing. Contrast: deviation over a picture's pixels.",
+        "pass of the UNet. The loop's DDIM asks the UNet twice in every step. Both follow the "
+        "BEV map's low frequencies. Contrast: deviation over a picture's pixels.",
         "" if asked.generator else "The generator is untrained: only the speeds mean something.",
     )
     finish(asked, "Sampler", rows, figures, [note for note in notes if note])

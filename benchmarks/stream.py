@@ -115,7 +115,7 @@ def models(asked: Stream, at: str) -> None:
         Generator.base(base, f"{base}/clip").save(f"{at}/generator")
         Segmenter.from_base(f"{at}/segformer", Preprocess()).save(f"{at}/segmenter")
     else:
-        conditioning = Conditioning(panorama_width=256, crops=4)
+        conditioning = Conditioning(panorama_width=256)
         Generator.base(base_models.DIFFUSION, base_models.CLIP, conditioning).save(
             f"{at}/generator"
         )
@@ -126,7 +126,7 @@ def stages(at: str, data: Ingest, batch: int) -> list[Stage]:
     """Generation and segmentation, each on a GPU where there is one."""
     gpus = min(1, torch.cuda.device_count())
     pool = Pool(batch=batch, calls=1 + gpus, gpus=gpus)
-    draw = Generate(model=f"{at}/generator", steps=3, guidance=3.0, pool=pool)
+    draw = Generate(model=f"{at}/generator", num_inference_steps=3, guidance_scale=3.0, pool=pool)
     label = Segment(model=f"{at}/segmenter", source="aerial", pool=pool)
     return [
         Stage(
@@ -200,7 +200,7 @@ def memory(asked: Stream, at: str) -> None:
     for name, count in (("warm", few), ("few", few), ("many", 10 * few)):
         config = Synthesize(
             data=Ingest(root=f"{at}/many", cache=f"{at}/cache", limit=count),
-            generate=Generate(model=f"{at}/generator", steps=1, guidance=1.0),
+            generate=Generate(model=f"{at}/generator", num_inference_steps=1, guidance_scale=1.0),
             segment=Segment(model=f"{at}/segmenter", pool=Pool(batch=32)),
             output=f"{at}/{name}",
         )

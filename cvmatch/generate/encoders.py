@@ -1,23 +1,29 @@
-"""The frozen networks: CLIP looks at panoramas, the VAE turns tiles into latents and back."""
+"""The base models: CLIP and the VAE, which stay frozen, and the UNet with its noise schedule.
 
+They are read from Stable Diffusion's layout on disk, or from the hub.
+"""
+
+import os
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from cvmatch.data import geometry
-from cvmatch.generate import bev
-from cvmatch.generate.conditioning import Seen
-from cvmatch.generate.pretrained import Encoders
-from cvmatch.generate.settings import Conditioning
+from cvmatch.generate import conditioning
+from cvmatch.generate.batches import ImageSizes
+from cvmatch.generate.conditioning import PanoramaFeatures
+from cvmatch.nn import hub
 
 
-class Frozen(nn.Module):
-    """`clip` and `vae`, always in evaluation mode. What they give of a pair may be stored.
+class FrozenEncoders(nn.Module):
+    """CLIP for panoramas and the VAE for tiles, always in evaluation mode.
 
-    Pictures are RGB in [0, 1]: panoramas of `panorama_size` = (height, width) pixels.
+    Images are RGB in [0, 1]: panoramas of `panorama_size` = (height, width) pixels.
     """
 
     # Any: diffusers' annotations are unions over flags that are not used here.
@@ -26,29 +32,48 @@ class Frozen(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, encoders: Encoders, conditioning: Conditioning) -> None:
+    def __init__(
+        self,
+        clip: CLIPVisionModel,
+        processor: CLIPImageProcessor,
+        vae: AutoencoderKL,
+        panorama_width: int,
+    ) -> None:
         super().__init__()
-        self.clip, self.vae, self.processor = encoders.clip, encoders.vae, encoders.processor
-        self.conditioning = conditioning
-        vision: Any = encoders.clip.config
-        self.panorama_size = (vision.image_size, conditioning.panorama_width)
+        self.clip, self.vae, self.processor = clip, vae, processor
+        vision: Any = clip.config
+        self.panorama_size = (vision.image_size, panorama_width)
         for name, values in zip(
-            ("mean", "deviation"),
-            (self.processor.image_mean, self.processor.image_std),
-            strict=True,
+            ("mean", "deviation"), (processor.image_mean, processor.image_std), strict=True
         ):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "Frozen":
+    @classmethod
+    def load(cls, diffusion: str, clip: str, panorama_width: int) -> "FrozenEncoders":
+        """Read CLIP and the VAE of `diffusion` from hub ids or local directories.
+
+        Raises:
+            ValueError: one is not there and the hub cannot be reached; says what to download, and
+                which flag takes its directory.
+        """
+        name, revision = split_revision(diffusion)
+        with hub.from_pretrained_kwargs(name, "--diffusion") as safe:
+            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", revision=revision, **safe)
+        with hub.from_pretrained_kwargs(clip, "--clip") as safe:
+            # transformers would keep a file's halves.
+            vision = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32, **safe)
+            processor = CLIPImageProcessor.from_pretrained(clip)
+        return cls(vision, processor, vae, panorama_width)
+
+    def train(self, mode: bool = True) -> "FrozenEncoders":
         """Stay in evaluation mode."""
         del mode
         return super().train(False)
 
-    def look(self, panorama: Float[Tensor, "batch 3 height width"]) -> Seen:
-        """What CLIP and the rays see of panoramas: the same in every epoch.
-
-        Gradient flows into CLIP's layers where some are trained (`TrainGenerator.train_clip`).
+    @torch.no_grad()
+    def encode_panorama(self, panorama: Float[Tensor, "batch 3 height width"]) -> PanoramaFeatures:
+        """Return CLIP's tokens of all azimuth crops, and the view of the BEV network.
 
         Raises:
             ValueError: the panoramas have another size than the model was built for.
@@ -59,30 +84,82 @@ class Frozen(nn.Module):
                 f"got {tuple(panorama.shape[-2:])}. Decode them to that size, or train with "
                 "--conditioning.panorama-width."
             )
-        crops = geometry.crop_azimuths(panorama, self.conditioning.crops)
-        seen = self.clip(self._normalised(crops.flatten(0, 1)))
-        if self.conditioning.mode == "pooled":
-            states = seen.pooler_output.unflatten(0, crops.shape[:2]).mean(dim=1, keepdim=True)
-        else:
-            states = seen.last_hidden_state.unflatten(0, crops.shape[:2]).flatten(1, 2)
-        return Seen(states, bev.view(panorama))
+        crops = geometry.crop_azimuths(panorama, conditioning.count_crops(*self.panorama_size))
+        states = self.clip(self._normalise(crops.flatten(0, 1))).last_hidden_state
+        tokens = states.unflatten(0, crops.shape[:2]).flatten(1, 2)
+        return PanoramaFeatures(tokens, conditioning.resize_panorama(panorama))
 
     @torch.no_grad()
-    def encode(self, tile: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch c h w"]:
-        """Latents of tiles, of about unit variance: the VAE's posterior mean, always the same."""
+    def encode_tile(
+        self, tile: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch c h w"]:
+        """Return the VAE's posterior means, scaled to about unit variance."""
         posterior = self.vae.encode(tile * 2 - 1).latent_dist
         return posterior.mode() * self.vae.config["scaling_factor"]
 
     def decode(self, latent: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch 3 height width"]:
-        """Pictures of latents, in [0, 1] up to the VAE's error (not clamped: gradient flows)."""
+        """Decode latents to images in [0, 1], up to the VAE's error (not clamped: has gradient)."""
         return self.vae.decode(latent / self.vae.config["scaling_factor"]).sample / 2 + 0.5
 
-    def embed(self, picture: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch state"]:
-        """CLIP's pooled vector of square pictures; gradient flows into them."""
+    def embed_image(
+        self, image: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch state"]:
+        """Return CLIP's pooled vectors of square images; gradient flows into the images."""
         size = self.panorama_size[0]
-        if picture.shape[-1] != size:
-            picture = F.interpolate(picture, (size, size), mode="bilinear", antialias=True)
-        return self.clip(self._normalised(picture)).pooler_output
+        if image.shape[-1] != size:
+            image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+        return self.clip(self._normalise(image)).pooler_output
 
-    def _normalised(self, picture: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        return (picture - self.mean) / self.deviation
+    def _normalise(self, image: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        return (image - self.mean) / self.deviation
+
+
+def load_unet(diffusion: str) -> tuple[UNet2DConditionModel, DDPMScheduler]:
+    """Read the denoiser and the noise schedule that it was trained with.
+
+    Raises:
+        ValueError: as `FrozenEncoders.load`, or the schedule's prediction type is not supported.
+    """
+    name, revision = split_revision(diffusion)
+    with hub.from_pretrained_kwargs(name, "--diffusion") as safe:
+        config: Any = DDPMScheduler.load_config(name, subfolder="scheduler", revision=revision)
+        scheduler: Any = DDPMScheduler.from_config(config)
+        unet = UNet2DConditionModel.from_pretrained(
+            name, subfolder="unet", revision=revision, **safe
+        )
+    kind = scheduler.config["prediction_type"]
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"scheduler/scheduler_config.json: expected prediction_type 'epsilon' or "
+            f"'v_prediction', got {kind!r}. Choose another --diffusion."
+        )
+    return unet, scheduler
+
+
+def read_sizes(diffusion: str, clip: str, panorama_width: int) -> ImageSizes:
+    """Return the image sizes of base models from their config files: a driver holds no weights.
+
+    Raises:
+        ValueError: as `FrozenEncoders.load`.
+    """
+    name, revision = split_revision(diffusion)
+    with hub.from_pretrained_kwargs(name, "--diffusion"):
+        unet: Any = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
+        vae: Any = AutoencoderKL.load_config(name, subfolder="vae", revision=revision)
+    with hub.from_pretrained_kwargs(clip, "--clip"):
+        vision: Any = CLIPVisionConfig.from_pretrained(clip)
+    latent = unet["sample_size"]
+    return ImageSizes((vision.image_size, panorama_width), latent * vae_factor(vae), latent)
+
+
+def split_revision(name: str) -> tuple[str, str]:
+    """Split `id@revision`; a local directory and an id alone have the revision `main`."""
+    if os.path.isdir(name):
+        return name, "main"
+    name, _, revision = name.partition("@")
+    return name, revision or "main"
+
+
+def vae_factor(config: Any) -> int:
+    """Return how many pixels of the image are a cell of the latent, along a side."""
+    return 2 ** (len(config["block_out_channels"]) - 1)

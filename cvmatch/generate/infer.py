@@ -1,23 +1,23 @@
-"""Draw the synthetic aerial of every row: adds the column `synthetic`."""
+"""Sample the synthetic aerial of every row: adds the column `synthetic`."""
 
 import numpy as np
 import torch
 from ray.data import Dataset
 
 from cvmatch.data import images, schema, storage
-from cvmatch.generate.batches import pixels
-from cvmatch.generate.model import Generator, require
+from cvmatch.generate.batches import to_pixels
+from cvmatch.generate.model import Generator, read_config
 from cvmatch.generate.settings import Generate, Sampling
 from cvmatch.nn import rng
 from cvmatch.runtime import hardware, pools
 from cvmatch.runtime.batch_invariant import FixedBatch, error_line
 
-Keyed = tuple[np.ndarray, int]
+KeyedPanorama = tuple[np.ndarray, int]
 """A panorama's pixels, uint8, and the key of its noise."""
 
 
 class GenerateAerial:
-    """`ground` (encoded) -> `synthetic` (PNG); a row with `error`, or a bad picture, gets none.
+    """`ground` (encoded) -> `synthetic` (PNG); a row with `error`, or a bad image, gets none.
 
     `batch`: rows a call of the network, whatever the number of rows at hand (`FixedBatch`).
     """
@@ -26,12 +26,12 @@ class GenerateAerial:
         hardware.keep_freed_memory()
         self.generator = Generator.load(model, hardware.device())
         self.sampling = sampling
-        self.draw = FixedBatch(self._draw, batch)
+        self.sample = FixedBatch(self._sample, batch)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One batch; the failed rows keep the reason in `error`."""
+        """Sample one batch; the failed rows keep the reason in `error`."""
         errors = schema.read_errors(batch[schema.ERROR])
-        keyed: dict[int, Keyed] = {}
+        keyed: dict[int, KeyedPanorama] = {}
         for row, data in enumerate(batch[schema.GROUND]):
             if errors[row] is not None:
                 continue
@@ -41,25 +41,25 @@ class GenerateAerial:
                 errors[row] = f"generate: {schema.GROUND}: {error}"
             else:
                 keyed[row] = panorama, rng.row_key(str(batch[schema.PAIR_ID][row]))
-        drawn = np.full(len(errors), None, dtype=object)
-        for row, picture in zip(keyed, self.draw(list(keyed.values())), strict=True):
-            if isinstance(picture, Exception):
-                errors[row] = f"generate: {error_line(picture)}"
+        synthetic = np.full(len(errors), None, dtype=object)
+        for row, image in zip(keyed, self.sample(list(keyed.values())), strict=True):
+            if isinstance(image, Exception):
+                errors[row] = f"generate: {error_line(image)}"
             else:
-                drawn[row] = images.encode(picture)
-        return {**batch, schema.SYNTHETIC: drawn, schema.ERROR: np.array(errors, dtype=object)}
+                synthetic[row] = images.encode(image)
+        return {**batch, schema.SYNTHETIC: synthetic, schema.ERROR: np.array(errors, dtype=object)}
 
-    def _draw(self, rows: list[Keyed]) -> list[np.ndarray | Exception]:
-        at = self.generator.device
-        pictures, keys = zip(*rows, strict=True)
-        panorama = torch.from_numpy(np.stack(pictures)).to(at).permute(0, 3, 1, 2).float() / 255
-        drawn = self.generator.sample(
-            panorama, torch.tensor(keys, dtype=torch.int64, device=at), self.sampling
+    def _sample(self, rows: list[KeyedPanorama]) -> list[np.ndarray | Exception]:
+        device = self.generator.device
+        pixels, keys = zip(*rows, strict=True)
+        panorama = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float() / 255
+        sampled = self.generator.sample(
+            panorama, torch.tensor(keys, dtype=torch.int64, device=device), self.sampling
         )
-        finite = drawn.isfinite().flatten(1).all(dim=1).tolist()
+        finite = sampled.isfinite().flatten(1).all(dim=1).tolist()
         return [
-            picture if fine else ArithmeticError("the picture is not finite")
-            for picture, fine in zip(pixels(drawn), finite, strict=True)
+            image if fine else ArithmeticError("the image is not finite")
+            for image, fine in zip(to_pixels(sampled), finite, strict=True)
         ]
 
 
@@ -70,7 +70,7 @@ def generate(rows: Dataset, config: Generate) -> Dataset:
         ValueError: `config.model` is not a published generator.
     """
     model = storage.absolute(config.model)  # actors have another working directory
-    require(model)
+    read_config(model)
     return pools.map_actors(
         rows,
         GenerateAerial,

@@ -1,9 +1,10 @@
 """The generator: street panorama G -> synthetic aerial A, by a latent diffusion model.
 
-Frozen CLIP tokens and a map of the panorama's rays condition Stable Diffusion's UNet. Training and
-sampling share one conditioning function, `Generator.condition`.
+Frozen CLIP tokens and a bird's-eye-view map of the panorama condition Stable Diffusion's UNet.
+Training and sampling share one conditioning function, `Generator.condition`.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,46 +15,61 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cvmatch.generate import low_freq_guidance
-from cvmatch.generate.conditioning import Condition, Conditioner, Seen
-from cvmatch.generate.diffusion import Noise
-from cvmatch.generate.encoders import Frozen
-from cvmatch.generate.pretrained import load_encoders, load_unet, tile_size
-from cvmatch.generate.settings import CLIP, DEFAULT, DIFFUSION, Conditioning, Prediction, Sampling
+from cvmatch.generate import diffusion as process
+from cvmatch.generate.conditioning import Condition, Conditioner, PanoramaFeatures
+from cvmatch.generate.diffusion import NoiseSchedule
+from cvmatch.generate.encoders import FrozenEncoders, load_unet, vae_factor
+from cvmatch.generate.settings import (
+    CLIP,
+    DEFAULT_SAMPLING,
+    DIFFUSION,
+    Conditioning,
+    Sampling,
+    TrainedWeights,
+)
 from cvmatch.nn import rng
 
-_FORMAT = 5  # the rays of 4 knew no mean colour
+FORMAT = 6
+"""Version of the directory that `Generator.save` writes."""
+
 _CONFIG, _WEIGHTS = "conditioner.json", "conditioner.safetensors"
 
 
 class Generator(nn.Module):
-    """Trained: `unet` and `conditioner`. Frozen: `frozen`, CLIP and the VAE.
+    """Trained: `unet` and `conditioner`. Frozen: `encoders`, CLIP and the VAE.
 
-    Pictures are RGB in [0, 1]: panoramas `panorama_size` = (height, width), tiles `tile` pixels a
-    side; latents are `latent` = (channels, size, size), scaled to about unit variance.
+    Images are RGB in [0, 1]: panoramas `panorama_size` = (height, width), tiles `tile_size` pixels
+    a side; latents are `latent_shape` = (channels, size, size), scaled to about unit variance.
     """
 
     # Any: diffusers' annotations are unions over flags that are not used here.
     unet: Any
 
-    def __init__(self, frozen: Frozen, unet: UNet2DConditionModel, noise: Noise) -> None:
+    def __init__(
+        self,
+        encoders: FrozenEncoders,
+        unet: UNet2DConditionModel,
+        schedule: NoiseSchedule,
+        conditioning: Conditioning,
+    ) -> None:
         super().__init__()
-        self.frozen, self.unet, self.noise = frozen, unet, noise
-        self.conditioning = conditioning = frozen.conditioning
-        vision: Any = frozen.clip.config
+        self.encoders, self.unet, self.schedule = encoders, unet, schedule
+        self.conditioning = conditioning
+        vision: Any = encoders.clip.config
         self.conditioner = Conditioner(
-            conditioning,
             states=vision.hidden_size,
             width=unet.config["cross_attention_dim"],
-            height=vision.image_size,
+            bev_channels=conditioning.bev_channels,
+            panorama=encoders.panorama_size,
             patch=vision.patch_size,
         )
-        channels, size = frozen.vae.config["latent_channels"], unet.config["sample_size"]
-        self.latent = (channels, size, size)
-        self.tile = tile_size(unet, frozen.vae)
-        self.panorama_size = frozen.panorama_size
-        widen(unet, channels + (conditioning.channels if conditioning.geometry else 0))
+        channels, size = encoders.vae.config["latent_channels"], unet.config["sample_size"]
+        self.latent_shape = (channels, size, size)
+        self.tile_size = size * vae_factor(encoders.vae.config)
+        self.panorama_size = encoders.panorama_size
+        expand_conv_in(unet, channels + conditioning.bev_channels)
 
     @classmethod
     def base(
@@ -61,145 +77,159 @@ class Generator(nn.Module):
         diffusion: str = DIFFUSION,
         clip: str = CLIP,
         conditioning: Conditioning | None = None,
-        revision: str = "main",
-        prediction: Prediction = "base",
     ) -> "Generator":
-        """Untrained: the base UNet unchanged behind a new conditioner.
+        """Build an untrained generator: the base UNet unchanged behind a new conditioner.
 
-        `diffusion` and `clip` are hub ids or local directories (safetensors); `revision` is of
-        `diffusion`; `prediction` is what the UNet shall learn to answer, in place of the base's.
+        Args:
+            diffusion: hub id or local directory (safetensors) in Stable Diffusion's layout.
+            clip: hub id or local directory of a CLIP vision tower.
+            conditioning: what the UNet sees of the panorama.
 
         Raises:
             ValueError: a base model cannot be found; says what to download and which flag takes it.
         """
-        frozen = Frozen(load_encoders(diffusion, clip, revision), conditioning or Conditioning())
-        unet, scheduler = load_unet(diffusion, revision)
-        if prediction != "base":
-            scheduler.register_to_config(prediction_type=prediction)
-        return cls(frozen, unet, Noise(scheduler))
+        conditioning = conditioning or Conditioning()
+        encoders = FrozenEncoders.load(diffusion, clip, conditioning.panorama_width)
+        unet, scheduler = load_unet(diffusion)
+        return cls(encoders, unet, NoiseSchedule(scheduler), conditioning)
 
     @classmethod
     def load(cls, directory: str, device: torch.device | str = "cpu") -> "Generator":
-        """A trained generator from the local directory that `save` wrote, in evaluation mode.
+        """Load a trained generator from a local directory that `save` wrote, in evaluation mode.
 
         Raises:
             ValueError: not such a directory.
         """
-        conditioning = Conditioning(**require(directory)["conditioning"])
-        frozen = Frozen(load_encoders(directory, directory, folder="clip"), conditioning)
-        unet, scheduler = load_unet(directory)
-        model = cls(frozen, unet, Noise(scheduler))
+        conditioning = Conditioning(**read_config(directory)["conditioning"])
+        model = cls.base(directory, os.path.join(directory, "clip"), conditioning)
         model.conditioner.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)))
         return model.to(device).eval()
 
     def save(self, directory: str) -> None:
         """Write `unet/ vae/ scheduler/` as Stable Diffusion has them, `clip/`, the conditioner."""
-        frozen = self.frozen
-        parts = {"unet": self.unet, "vae": frozen.vae, "clip": frozen.clip}
-        for name, part in {**parts, "scheduler": self.noise.scheduler}.items():
+        encoders = self.encoders
+        parts = {"unet": self.unet, "vae": encoders.vae, "clip": encoders.clip}
+        for name, part in {**parts, "scheduler": self.schedule.scheduler}.items():
             part.save_pretrained(os.path.join(directory, name))
-        frozen.processor.save_pretrained(os.path.join(directory, "clip"))
+        encoders.processor.save_pretrained(os.path.join(directory, "clip"))
         state = {name: value.contiguous() for name, value in self.conditioner.state_dict().items()}
         save_file(state, os.path.join(directory, _WEIGHTS))
-        record = {"format": _FORMAT, "conditioning": dataclasses.asdict(self.conditioning)}
+        config = {"format": FORMAT, "conditioning": dataclasses.asdict(self.conditioning)}
         with open(os.path.join(directory, _CONFIG), "w") as file:
-            json.dump(record, file, indent=2, sort_keys=True)
+            json.dump(config, file, indent=2, sort_keys=True)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.frozen.mean.device
+        return self.encoders.mean.device
 
-    def condition(self, seen: Seen) -> Condition:
-        """What the UNet is told: the one function behind training and sampling, after `look`."""
-        return self.conditioner(seen, self.latent[1])
+    def condition(self, features: PanoramaFeatures) -> Condition:
+        """Build the UNet's condition from panorama features. Training and sampling both call it."""
+        return self.conditioner(features, self.latent_shape[1])
 
     def predict(
         self,
         noisy: Float[Tensor, "batch c h w"],
-        step: Int64[Tensor, " batch"],
+        timestep: Int64[Tensor, " batch"],
         condition: Condition,
     ) -> Float[Tensor, "batch c h w"]:
-        """The UNet's answer: noise or velocity, as its scheduler says (`Noise.target`)."""
-        if condition.map is not None:
-            noisy = torch.cat(
-                [noisy, self.conditioning.gain * condition.map.to(noisy.dtype)], dim=1
-            )
-        return self.unet(noisy, step, encoder_hidden_states=condition.tokens).sample
+        """Return the UNet's prediction: noise or velocity (`NoiseSchedule.target`)."""
+        bev = self.conditioning.bev_gain * condition.bev.to(noisy.dtype)
+        inputs = torch.cat([noisy, bev], dim=1)
+        return self.unet(inputs, timestep, encoder_hidden_states=condition.tokens).sample
 
     @torch.no_grad()
     def sample(
         self,
         panorama: Float[Tensor, "batch 3 height width"],
         keys: Int64[Tensor, " batch"],
-        sampling: Sampling = DEFAULT,
+        sampling: Sampling = DEFAULT_SAMPLING,
     ) -> Float[Tensor, "batch 3 size size"]:
-        """`draw` of what CLIP and the rays see of the panoramas."""
-        with self._halved():
-            return self.draw(self.frozen.look(panorama), keys, sampling)
+        """Sample synthetic aerials, in [0, 1], of panoramas.
 
-    @torch.no_grad()
-    def draw(
-        self, seen: Seen, keys: Int64[Tensor, " batch"], sampling: Sampling = DEFAULT
-    ) -> Float[Tensor, "batch 3 size size"]:
-        """Synthetic aerials in [0, 1]: the pictures of `latents`."""
-        with self._halved():
-            return self.frozen.decode(self.latents(seen, keys, sampling)).float().clamp(0, 1)
-
-    @torch.no_grad()
-    def latents(
-        self, seen: Seen, keys: Int64[Tensor, " batch"], sampling: Sampling = DEFAULT
-    ) -> Float[Tensor, "batch c h w"]:
-        """Latents of synthetic aerials, by DPM-Solver++ with classifier-free guidance.
-
-        The noise of a row depends on its key (`rng.row_key(pair_id)`) and the seed alone, so a
-        picture does not depend on its batch.
+        Args:
+            panorama: RGB in [0, 1].
+            keys: `rng.row_key(pair_id)`. A row's noise depends on its key and the seed alone, so
+                an image does not depend on its batch.
+            sampling: steps, guidance and seed.
         """
-        with self._halved():
-            condition = self.condition(seen)
-            both = _doubled(self.conditioner, condition) if sampling.guidance != 1 else condition
+        with self._autocast():
+            return self.sample_images(self.encoders.encode_panorama(panorama), keys, sampling)
+
+    @torch.no_grad()
+    def sample_images(
+        self,
+        features: PanoramaFeatures,
+        keys: Int64[Tensor, " batch"],
+        sampling: Sampling = DEFAULT_SAMPLING,
+    ) -> Float[Tensor, "batch 3 size size"]:
+        """Sample synthetic aerials, in [0, 1], from panorama features."""
+        with self._autocast():
+            latents = self.sample_latents(features, keys, sampling)
+            return self.encoders.decode(latents).float().clamp(0, 1)
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        features: PanoramaFeatures,
+        keys: Int64[Tensor, " batch"],
+        sampling: Sampling = DEFAULT_SAMPLING,
+    ) -> Float[Tensor, "batch c h w"]:
+        """Sample latents by DPM-Solver++ with classifier-free and low-frequency guidance."""
+        with self._autocast():
+            condition = self.condition(features)
+            unguided = sampling.guidance_scale == 1
+            both = condition if unguided else self.conditioner.add_null(condition)
             stream = rng.fold_in(sampling.seed, purpose="sample")
-            latent = rng.normal(keys, stream, *self.latent)
-            wanted, before = self.wanted(condition), None
-            solver: Any = self.noise.solver(sampling.steps)
-            for step in solver.timesteps:
-                at, share = torch.full_like(keys, int(step)), int(step) / len(self.noise.signal)
-                scale = sampling.scale(share)
-                if scale == 1:
-                    answer = self.predict(latent, at, condition).float()
-                else:
-                    answer = self._guided(latent, at, both, scale)
-                answer = low_freq_guidance.steered(self.noise, latent, answer, int(step), wanted)
-                now = scale, wanted is not None and low_freq_guidance.acts(share)
-                if now != before:
-                    solver.lower_order_nums = 0  # a slope between two models would mean nothing
-                before = now
-                latent = solver.step(answer, step, latent).prev_sample
+            latent = rng.normal(keys, stream, *self.latent_shape)
+            target = self.low_freq_target(condition)
+            solver: Any = self.schedule.solver(sampling.num_inference_steps)
+            mode = None
+            for index, timestep in enumerate(solver.timesteps):
+                noise_level = int(timestep) / len(self.schedule)
+                scale = sampling.scale_at(noise_level)
+                guided = target is not None and process.guides_low_freq(noise_level)
+                before, mode = mode, (scale, guided)
+                if mode != before:  # a second-order slope between two models means nothing
+                    solver = self.schedule.solver(sampling.num_inference_steps, begin=index)
+                model_pred = self._cfg_prediction(
+                    latent, torch.full_like(keys, int(timestep)), condition, both, scale
+                )
+                model_pred = process.guide_low_freq(
+                    self.schedule, latent, model_pred, int(timestep), target
+                )
+                latent = solver.step(model_pred, timestep, latent).prev_sample
             return latent
 
-    def _guided(self, latent: Tensor, step: Tensor, both: Condition, scale: float) -> Tensor:
-        answer = self.predict(latent.repeat(2, 1, 1, 1), step.repeat(2), both).float()
-        right, null = answer.chunk(2)
-        return null + scale * (right - null)
-
-    def wanted(self, condition: Condition) -> Float[Tensor, "batch c cell cell"] | None:
-        """Coarse latents of what the rays draw; None where the UNet draws all."""
-        cells = self.conditioning.coarse
-        if not cells or condition.map is None:
+    def low_freq_target(self, condition: Condition) -> Float[Tensor, "batch c cell cell"] | None:
+        """Encode the BEV map's colours to coarse latents; None where the UNet draws all."""
+        cells = self.conditioning.low_freq_cells
+        if not cells:
             return None
-        drawing = self.conditioner.rays.drawing(condition.map)
-        return low_freq_guidance.reference(self.frozen, drawing, self.tile, cells)
+        rgb = self.conditioner.bev.predict_rgb(condition.bev)
+        image = F.interpolate(rgb, (self.tile_size, self.tile_size), mode="bicubic").clamp(0, 1)
+        return process.downsample(self.encoders.encode_tile(image).float(), cells)
 
-    def _halved(self) -> torch.autocast:
-        """bf16 on a GPU."""
+    def _cfg_prediction(
+        self, latent: Tensor, timestep: Tensor, condition: Condition, both: Condition, scale: float
+    ) -> Tensor:
+        """Predict with classifier-free guidance; `both` has the null behind the condition."""
+        if scale == 1:
+            return self.predict(latent, timestep, condition).float()
+        pred = self.predict(latent.repeat(2, 1, 1, 1), timestep.repeat(2), both).float()
+        cond, uncond = pred.chunk(2)
+        return uncond + scale * (cond - uncond)
+
+    def _autocast(self) -> torch.autocast:
+        """Compute in bf16 on a GPU."""
         return torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
 
 
-def require(directory: str) -> dict[str, Any]:
-    """The record of a directory that `Generator.save` wrote.
+def read_config(directory: str) -> dict[str, Any]:
+    """Read what `Generator.save` wrote beside the weights.
 
     Raises:
-        ValueError: it is none, or of another format; says what to do.
+        ValueError: the directory is none, or of another format; says what to do.
     """
     path = os.path.join(directory, _CONFIG)
     if not os.path.isfile(path):
@@ -208,28 +238,28 @@ def require(directory: str) -> dict[str, Any]:
             "cvmatch train-generator published; base models go to its --diffusion and --clip."
         )
     with open(path) as file:
-        record = json.load(file)
-    if record["format"] != _FORMAT:
+        config = json.load(file)
+    if config["format"] != FORMAT:
         raise ValueError(
-            f"{path}: format {record['format']}, this version reads {_FORMAT}. Train it again, "
-            "or use the cvmatch that wrote it."
+            f"{path}: expected format {FORMAT}, got {config['format']}. Train it again, or use the "
+            "cvmatch that wrote it."
         )
-    return record
+    return config
 
 
-def widen(unet: UNet2DConditionModel, inputs: int) -> None:
-    """Give the UNet `inputs` input channels; new ones have zero weights, so it starts unchanged.
+def expand_conv_in(unet: UNet2DConditionModel, inputs: int) -> None:
+    """Expand the UNet to `inputs` input channels; new ones have zero weights, so it is unchanged.
 
     Raises:
-        ValueError: the UNet already has more, or other, channels than that.
+        ValueError: the UNet already has more channels than that.
     """
     old: Any = unet.conv_in
     if old.in_channels == inputs:
         return
     if old.in_channels > inputs:
         raise ValueError(
-            f"generator: the UNet has {old.in_channels} input channels, expected at most {inputs}. "
-            "Was it saved by a training with --conditioning.mode tokens+geometry?"
+            f"generator: expected a UNet of at most {inputs} input channels, got "
+            f"{old.in_channels}. Was it saved by a training with more --conditioning.bev-channels?"
         )
     new = nn.Conv2d(inputs, old.out_channels, old.kernel_size, padding=old.padding)
     new = new.to(old.weight.device, old.weight.dtype)
@@ -241,14 +271,29 @@ def widen(unet: UNet2DConditionModel, inputs: int) -> None:
     unet.register_to_config(in_channels=inputs)
 
 
-def _doubled(conditioner: Conditioner, condition: Condition) -> Condition:
-    """The condition, then the null, in one batch."""
-    rows = len(condition.tokens)
-    null = conditioner.dropped(
-        condition, torch.zeros(rows, dtype=torch.bool, device=condition.tokens.device)
-    )
-    if condition.map is None or null.map is None:
-        return Condition(torch.cat([condition.tokens, null.tokens]), None)
-    return Condition(
-        torch.cat([condition.tokens, null.tokens]), torch.cat([condition.map, null.map])
-    )
+def set_trainable(unet: Any, weights: TrainedWeights, lora_rank: int) -> None:
+    """Freeze the UNet's weights that are not trained; `lora` adds adapters."""
+    if weights == "lora":
+        # Not at the top: importing it takes 2 s in every process that trains or encodes.
+        from peft import LoraConfig  # noqa: PLC0415
+
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=layers))
+    if weights != "all":
+        for name, weight in unet.named_parameters():
+            chosen = ".attn2." in name if weights == "attention" else "lora_" in name
+            weight.requires_grad_(chosen or name.startswith("conv_in."))
+
+
+def merge_lora(generator: Generator) -> Generator:
+    """Return the generator with its adapters, if any, merged into a copy of the UNet."""
+    unet: Any = generator.unet
+    if not getattr(unet, "peft_config", None):
+        return generator
+    unet = copy.deepcopy(unet)
+    unet.fuse_lora()
+    unet.unload_lora()
+    merged = Generator(generator.encoders, unet, generator.schedule, generator.conditioning)
+    merged.conditioner = generator.conditioner
+    return merged

@@ -1,254 +1,321 @@
-"""The generator's training step: a batch of pairs -> its losses, and what a validation shows."""
+"""The generator's training steps: a batch of pairs -> its losses and validation metrics."""
 
-import copy
+import os
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cvmatch.data.color import color_jitter
 from cvmatch.evaluate import generation
-from cvmatch.generate import finetune, losses
-from cvmatch.generate.augment import Pairs, pairs_of, varied
-from cvmatch.generate.conditioning import Condition, Seen
-from cvmatch.generate.image_grid import sheet
-from cvmatch.generate.model import Generator
-from cvmatch.generate.negatives import Known, Rivals
-from cvmatch.generate.perceptual import Lpips
-from cvmatch.generate.settings import Recipe
+from cvmatch.generate import losses
+from cvmatch.generate.batches import CLIP_TOKENS, LATENT, PairBatch, augment, pair_batch
+from cvmatch.generate.conditioning import Condition, PanoramaFeatures, PolarToBEV
+from cvmatch.generate.losses import LPIPS, NegativeQueue, Negatives
+from cvmatch.generate.model import Generator, merge_lora, set_trainable
+from cvmatch.generate.settings import TrainGenerator
 from cvmatch.nn import metrics, rng
+from cvmatch.training.ema import EMA, trained_weights
 from cvmatch.training.metrics import ROWS
 
-VALIDATION = (0.2, 0.5, 0.8)
-"""Noise levels of the validation loss, as shares of the schedule: the same for every row."""
+VALIDATION_LEVELS = (0.2, 0.5, 0.8)
+"""Noise levels t / T of the validation loss, the same for every row."""
 
-SHOWN = 6
+IMAGE_EVERY = 2
+"""Steps from one with the image losses, CLIP and LPIPS, to the next; these weigh as much more."""
+
+MIN_SIGNAL = 0.3
+"""Least share of signal (alphas_cumprod) in the noisy latent for the image losses."""
+
+X0_NCE_MIN_LEVEL = 0.75
+"""Least noise level t / T for the InfoNCE loss on x0: with less, the input tells it all."""
+
+GRID_ROWS = 6
 """Rows of the picture G | A | C of a validation."""
+
+_BEV_FILE = "bev.safetensors"
 
 
 class GeneratorTask(nn.Module):
-    """`ground`, `aerial` (uint8, CHW), `classes` (ids, HW), `key` -> the generator's losses.
+    """The training step of the whole generator, on batches of `batches.read_latents`."""
 
-    Where the batch has `latent` and `states` (of each variant: `encode`), these are used in place
-    of the frozen encoders, and `ground` is the view of the rays.
-    """
-
-    steps: Tensor
+    step_count: Tensor
 
     def __init__(
         self,
         generator: Generator,
-        recipe: Recipe,
-        perceptual: Lpips | None = None,
+        config: TrainGenerator,
+        lpips: LPIPS | None = None,
         seed: int = 0,
     ) -> None:
-        """`perceptual` may be None where `recipe.w_vae` is 0."""
+        """`lpips` may be None where `config.lpips_weight` is 0."""
         super().__init__()
-        if recipe.w_vae and perceptual is None:
-            raise ValueError("GeneratorTask: w_vae needs a perceptual network, or w_vae=0")
-        self.generator, self.recipe, self.perceptual = generator, recipe, perceptual
-        self.seed, self.judged = seed, 0
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.colours = (
-            nn.Conv2d(generator.latent[0], 3, 3, padding=1) if recipe.w_identify else None
-        )
-        self.rivals = Rivals(recipe.rivals, generator.latent[1])
-        # CLIP also judges pictures, and must not learn to be pleased.
-        self.judging = copy.deepcopy(generator.frozen) if recipe.train_clip else generator.frozen
-        finetune.choose(generator, recipe.train_unet, recipe.lora_rank, recipe.train_clip)
-        if recipe.freeze_rays and generator.conditioning.geometry:
-            generator.conditioner.rays.requires_grad_(False)
-        if recipe.save_memory:
+        if config.lpips_weight and lpips is None:
+            raise ValueError("GeneratorTask: lpips_weight needs an LPIPS network, or 0.")
+        self.generator, self.config, self.lpips = generator, config, lpips
+        self.seed, self.sampled = seed, 0
+        self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
+        channels, size, _ = generator.latent_shape
+        self.latent_to_rgb = nn.Conv2d(channels, 3, 3, padding=1) if config.x0_nce_weight else None
+        self.queue = NegativeQueue(config.queue_size, size)
+        set_trainable(generator.unet, config.train_unet, config.lora_rank)
+        self.frozen_bev = config.pretrain_bev > 0
+        if self.frozen_bev:
+            generator.conditioner.bev.requires_grad_(False)
+        if config.gradient_checkpointing:
             generator.unet.enable_gradient_checkpointing()
-        self.average = finetune.Average(recipe.ema) if recipe.ema else None
-        self._means: list[Generator] = []  # a list, since a module would become a part of this
+        self.ema = EMA(config.ema_decay) if config.ema_decay else None
+        self._averaged: list[Generator] = []  # a list, since a module would become a part of this
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of a batch; in evaluation mode with the right and with a shuffled panorama."""
-        pairs = varied(batch, self.recipe, self.seed) if self.training else pairs_of(batch)
-        latent, seen = self._seen(batch, pairs)
+        """Return a batch's losses; in evaluation mode those of `_validate`."""
         if not self.training:
-            return self._validate(latent, seen, pairs, batch["key"])
-        if self.average:
-            weights = finetune.trained_weights(self.generator)
-            # The loop drops gradients when it moves weights; these wait for more (accumulate).
-            if all(weight.grad is None for weight in weights):
-                self.average.update(weights)
-        condition = self.generator.condition(seen)
-        known = self.rivals.known(batch["key"])
-        named = self._diffuse(latent, condition, pairs.tile, batch, known)
-        if condition.map is not None and not self.recipe.freeze_rays:
-            named |= self._map_terms(self.generator, condition.map, pairs, known)
-        self.rivals.remember(batch["key"], pairs.tile)
-        total = losses.total(self.recipe, named)
-        return {"loss": total, **{name: value.detach() for name, value in named.items()}}
+            pairs = pair_batch(batch)
+            return self._validate(*_encoded(batch, pairs), pairs, batch["key"])
+        pairs = augment(batch, self.config.mirror, self.seed)
+        latent, features = _encoded(batch, pairs)
+        self._update_ema()
+        condition = self.generator.condition(features)
+        negatives = self.queue.negatives(batch["key"])
+        terms = self._diffusion_losses(latent, condition, pairs.tile, batch, negatives)
+        if not self.frozen_bev:
+            network = self.generator.conditioner.bev
+            terms |= losses.bev_losses(network, condition.bev, pairs.tile, pairs.mask, negatives)
+        self.queue.enqueue(batch["key"], pairs.tile)
+        return _with_loss(self.config, terms)
 
     def train(self, mode: bool = True) -> "GeneratorTask":
-        """A validation is of the mean weights, where there are any, and judges its first rows."""
-        self.judged = 0
-        self._means.clear()
+        """Set the mode; each validation averages anew and samples its first rows."""
+        self.sampled = 0
+        self._averaged.clear()
         super().train(mode)
-        if self.recipe.freeze_rays and self.generator.conditioning.geometry:
-            self.generator.conditioner.rays.eval()
+        if self.frozen_bev:
+            self.generator.conditioner.bev.eval()
         return self
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameters by learning rate: the base's, and what starts from random weights."""
+        """Return parameters by learning rate: the base's, and what starts from random weights."""
         model = self.generator
-        base = [p for part in (model.unet, model.frozen) for p in part.parameters()]
-        parts = [part for part in (model.conditioner, self.colours) if part is not None]
-        new = [weight for part in parts for weight in part.parameters()]
-        trained = [weight for weight in base if weight.requires_grad]
+        new: list[nn.Module | None] = [model.conditioner, self.latent_to_rgb]
         return [
-            {"params": trained, "lr": self.recipe.lr},
-            {"params": new, "lr": self.recipe.lr_rays},
+            {"params": trained_weights(model.unet), "lr": self.config.lr},
+            {
+                "params": [
+                    weight for part in new if part is not None for weight in part.parameters()
+                ],
+                "lr": self.config.lr_conditioner,
+            },
         ]
 
     def save(self, directory: str) -> None:
         """Write the directory that `Generator.load` reads."""
-        finetune.merged(self.published()).save(directory)
+        merge_lora(self.published()).save(directory)
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float | np.ndarray]:
-        """Validation means; `gap`: by which share a shuffled panorama is worse, 0 where not used.
+        """Return the validation's means and an image of samples.
 
-        `gap/0.8` and the like are of one noise level. Rows that were alone in their batch had none
-        to be shuffled with; where all were, there is neither `gap` nor `loss_shuffled`.
+        `gap` is the share by which a shuffled panorama is worse, 0 where it is ignored; `gap/0.8`
+        and the like are of one noise level. Rows that were alone in their batch had none to be
+        shuffled with; where all were, there is neither `gap` nor `loss_shuffled`.
 
-        Of the judged rows: mean PSNR (dB), SSIM, NCC and LPIPS, recall of the true tile by the
-        NCC among them (`generation.retrieve_by_ncc`), and the picture `samples`, G | A | C.
+        Of the sampled rows: mean PSNR (dB), SSIM, NCC and LPIPS, recall of the true tile by NCC
+        among them (`generation.retrieve_by_ncc`), and the picture `samples`, G | A | C.
         """
-        found: dict[str, Any] = {k: float(v) for k, v in means.items() if not v.ndim}
-        compared = found.pop("compared")
-        for at in ("", *(f"/{share}" for share in VALIDATION)):
-            right, wrong = found[f"loss_correct{at}"], found.pop(f"loss_shuffled{at}")
+        summary: dict[str, Any] = {k: float(v) for k, v in means.items() if not v.ndim}
+        compared = summary.pop("compared")
+        for level in ("", *(f"/{level}" for level in VALIDATION_LEVELS)):
+            right, wrong = summary[f"loss_correct{level}"], summary.pop(f"loss_shuffled{level}")
             if compared:  # the difference of the other rows is 0
                 gap = (wrong - right) / compared / max(right, 1e-12)
-                found |= {f"gap{at}": gap, f"loss_shuffled{at}": right * (1 + gap)}
-        kept = {k.removeprefix(ROWS): v for k, v in means.items() if k.startswith(ROWS)}
-        if kept:
-            view, drawn, true = (kept.pop(name) for name in ("view", "drawn", "true"))
-            found |= {name: value.mean().item() for name, value in kept.items()}
-            found |= _metric_names(
-                generation.retrieve_by_ncc(metrics.planes(drawn), metrics.planes(true)).to_json()
-            )
-            found["samples"] = sheet(view[:SHOWN], drawn[:SHOWN], true[:SHOWN])
-        return found
+                summary |= {f"gap{level}": gap, f"loss_shuffled{level}": right * (1 + gap)}
+        rows = {k.removeprefix(ROWS): v for k, v in means.items() if k.startswith(ROWS)}
+        if rows:
+            view, sampled, true = (rows.pop(name) for name in ("view", "sampled", "true"))
+            summary |= {name: value.mean().item() for name, value in rows.items()}
+            recall = generation.retrieve_by_ncc(metrics.planes(sampled), metrics.planes(true))
+            # MLflow's names have neither @ nor %.
+            summary |= {
+                k.replace("@", "_at_").replace("%", "_percent"): v
+                for k, v in recall.to_json().items()
+            }
+            grid = view[:GRID_ROWS], sampled[:GRID_ROWS], true[:GRID_ROWS]
+            summary["samples"] = image_grid(*grid)
+        return summary
 
     def published(self) -> Generator:
-        """What is validated and saved: the generator, or a copy with its mean weights."""
-        if self.average is None:
+        """Return what is validated and saved: the generator, or a copy with averaged weights."""
+        if self.ema is None:
             return self.generator
-        if not self._means:
-            self._means.append(self.average.of(self.generator).eval())
-        return self._means[0]
+        if not self._averaged:
+            self._averaged.append(self.ema.of(self.generator).eval())
+        return self._averaged[0]
 
-    # --- the parts of a step ---
+    def _update_ema(self) -> None:
+        if self.ema is None:
+            return
+        weights = trained_weights(self.generator)
+        # The loop drops gradients when it moves weights; these wait for more (accumulate).
+        if all(weight.grad is None for weight in weights):
+            self.ema.update(weights)
 
-    def _seen(self, batch: dict[str, Tensor], pairs: Pairs) -> tuple[Tensor, Seen]:
-        """Latent, and what is seen of the panorama, of one variant of each row."""
-        if "latent" not in batch:
-            return self.generator.frozen.encode(pairs.tile).float(), self._look(pairs.ground)
-        row = torch.arange(len(pairs.variant), device=pairs.variant.device)
-        latent, states = (batch[name][row, pairs.variant].float() for name in ("latent", "states"))
-        return latent, Seen(states, pairs.ground)
-
-    def _look(self, ground: Tensor) -> Seen:
-        model = self.generator if self.training else self.published()  # CLIP may have a mean, too
-        with torch.set_grad_enabled(self.training and self.recipe.train_clip > 0):
-            return model.frozen.look(ground)
-
-    def _diffuse(
+    def _diffusion_losses(
         self,
         latent: Tensor,
         condition: Condition,
         tile: Tensor,
         batch: dict[str, Tensor],
-        known: Known,
+        negatives: Negatives,
     ) -> dict[str, Tensor]:
-        model, recipe, keys = self.generator, self.recipe, batch["key"]
+        model, config, keys = self.generator, self.config, batch["key"]
+        schedule = model.schedule
 
-        def numbers(purpose: str) -> int:
+        def stream(purpose: str) -> int:
             return rng.fold_in(self.seed, int(batch["epoch"]), purpose)
 
-        step = (rng.uniform(keys, numbers("step")) * len(model.noise.signal)).long()
-        noise = rng.normal(keys, numbers("noise"), *model.latent)
-        keep = rng.uniform(keys, numbers("drop")) >= recipe.drop
-        noisy = model.noise.add(latent, noise, step)
-        answer = model.predict(noisy, step, model.conditioner.dropped(condition, keep)).float()
-        error = (answer - model.noise.target(latent, noise, step)).square().mean(dim=(1, 2, 3))
-        named = {"noise": (model.noise.weight(step, recipe.min_snr) * error).mean()}
-        if self.colours is not None:
-            rows = keep & (step >= recipe.identify_noise * len(model.noise.signal))
-            clean = model.noise.clean(noisy, answer, step)
-            named |= losses.identify_terms(self.colours, latent, clean, tile, rows, known)
-        acts = int(self.steps) % recipe.image_every == 0 and (recipe.w_clip or recipe.w_vae)
-        self.steps += 1
-        if acts:
-            order = rng.uniform(keys, numbers("image"))
-            rows, strength = losses.image_rows(
-                model.noise.signal[step], order, recipe.image_rows, recipe.image_signal
+        timestep = (rng.uniform(keys, stream("step")) * len(schedule)).long()
+        noise = rng.normal(keys, stream("noise"), *model.latent_shape)
+        keep = rng.uniform(keys, stream("drop")) >= config.conditioning_dropout
+        noisy = schedule.add_noise(latent, noise, timestep)
+        condition = model.conditioner.drop(condition, keep)
+        model_pred = model.predict(noisy, timestep, condition).float()
+        error = (model_pred - schedule.target(latent, noise, timestep)).square()
+        weight = schedule.snr_weight(timestep, config.snr_gamma)
+        terms = {"noise": (weight * error.mean(dim=(1, 2, 3))).mean()}
+        if self.latent_to_rgb is not None:
+            rows = keep & (timestep >= X0_NCE_MIN_LEVEL * len(schedule))
+            x0 = schedule.predict_x0(noisy, model_pred, timestep)
+            terms |= losses.x0_nce_losses(self.latent_to_rgb, latent, x0, tile, rows, negatives)
+        due = int(self.step_count) % IMAGE_EVERY == 0
+        self.step_count += 1
+        if due and (config.clip_weight or config.lpips_weight):
+            rows, strength = losses.select_rows(
+                schedule.alphas_cumprod[timestep],
+                rng.uniform(keys, stream("image")),
+                config.image_rows,
+                MIN_SIGNAL,
             )
-            clean = model.noise.clean(noisy[rows], answer[rows], step[rows])
-            strength = strength * recipe.image_every  # so that the mean over steps stays the same
-            perceptual = self.perceptual if recipe.w_vae else None
-            named |= losses.image_terms(self.judging, perceptual, clean, tile[rows], strength)
-        return named
+            x0 = schedule.predict_x0(noisy[rows], model_pred[rows], timestep[rows])
+            strength = strength * IMAGE_EVERY  # so that the mean over steps stays the same
+            lpips = self.lpips if config.lpips_weight else None
+            terms |= losses.image_losses(model.encoders, lpips, x0, tile[rows], strength)
+        return terms
 
     def _validate(
-        self, latent: Tensor, seen: Seen, pairs: Pairs, keys: Tensor
+        self, latent: Tensor, features: PanoramaFeatures, pairs: PairBatch, keys: Tensor
     ) -> dict[str, Tensor]:
-        """Noise error over VALIDATION, with the row's own panorama and with its neighbour's.
+        """Return the noise loss with the row's own panorama and with its neighbour's.
 
-        `compared` is the share of rows that have a neighbour.
+        The published weights are validated, at VALIDATION_LEVELS. `compared` is the share of rows
+        that have a neighbour. The first rows are also sampled.
         """
         model = self.published()
-        condition = model.condition(seen)
+        condition = model.condition(features)
         totals = {"loss_correct": latent.new_zeros(()), "loss_shuffled": latent.new_zeros(())}
-        for share in VALIDATION:
-            step = torch.full_like(keys, round(share * len(model.noise.signal)))
-            stream = rng.fold_in(self.seed, purpose=f"validation {share}")
-            noise = rng.normal(keys, stream, *model.latent)
-            noisy, target = (
-                model.noise.add(latent, noise, step),
-                model.noise.target(latent, noise, step),
-            )
-            for name, given in (
-                ("loss_correct", condition),
-                ("loss_shuffled", condition.rolled()),
-            ):
-                error = F.mse_loss(model.predict(noisy, step, given).float(), target)
-                totals[name] = totals[name] + error / len(VALIDATION)
-                totals[f"{name}/{share}"] = error
+        for level in VALIDATION_LEVELS:
+            timestep = torch.full_like(keys, round(level * len(model.schedule)))
+            stream = rng.fold_in(self.seed, purpose=f"validation {level}")
+            noise = rng.normal(keys, stream, *model.latent_shape)
+            noisy = model.schedule.add_noise(latent, noise, timestep)
+            target = model.schedule.target(latent, noise, timestep)
+            for name, given in (("loss_correct", condition), ("loss_shuffled", condition.roll())):
+                error = F.mse_loss(model.predict(noisy, timestep, given).float(), target)
+                totals[name] = totals[name] + error / len(VALIDATION_LEVELS)
+                totals[f"{name}/{level}"] = error
         compared = latent.new_tensor(float(len(keys) > 1))
-        found = {"loss": totals["loss_correct"], "compared": compared, **totals}
-        if condition.map is not None:
-            found |= self._map_terms(model, condition.map, pairs)
-        rows = min(len(keys), self.recipe.judge - self.judged)
+        means = {"loss": totals["loss_correct"], "compared": compared, **totals}
+        network = model.conditioner.bev
+        means |= losses.bev_losses(network, condition.bev, pairs.tile, pairs.mask)
+        rows = min(len(keys), self.config.validation_images - self.sampled)
         if rows > 0:
-            self.judged += rows
-            part = Seen(*(value[:rows] for value in seen))
-            found |= self._judged(model, part, pairs.tile[:rows], keys[:rows])
-        return found
+            self.sampled += rows
+            first = PanoramaFeatures(*(value[:rows] for value in features))
+            means |= self._sample(model, first, pairs.tile[:rows], keys[:rows])
+        return means
 
-    def _judged(
-        self, model: Generator, seen: Seen, tile: Tensor, keys: Tensor
+    def _sample(
+        self, model: Generator, features: PanoramaFeatures, tile: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
-        """What is drawn of panoramas, and how near it comes to the true tiles, row by row."""
-        drawn = model.draw(seen, keys)
-        found = {metric.__name__: metric(drawn, tile) for metric in generation.SIMILARITIES}
-        if self.perceptual is not None:
-            found["lpips"] = self.perceptual(drawn, tile)
-        found |= {"drawn": drawn, "true": tile, "view": seen.view}
-        return {f"{ROWS}{name}": value for name, value in found.items()}
-
-    @staticmethod
-    def _map_terms(
-        model: Generator, drawn: Tensor, pairs: Pairs, known: Known | None = None
-    ) -> dict[str, Tensor]:
-        return losses.map_terms(model.conditioner.rays, drawn, pairs.tile, pairs.classes, known)
+        """Return sampled images and their metrics against the true tiles, row by row."""
+        sampled = model.sample_images(features, keys)
+        rows = {metric.__name__: metric(sampled, tile) for metric in generation.SIMILARITIES}
+        if self.lpips is not None:
+            rows["lpips"] = self.lpips(sampled, tile)
+        rows |= {"sampled": sampled, "true": tile, "view": features.view}
+        return {f"{ROWS}{name}": value for name, value in rows.items()}
 
 
-def _metric_names(values: dict[str, float]) -> dict[str, float]:
-    """MLflow's names have neither @ nor %."""
-    return {k.replace("@", "_at_").replace("%", "_percent"): v for k, v in values.items()}
+class BEVTask(nn.Module):
+    """The training step of the BEV network alone: a cheap start for the generator's."""
+
+    def __init__(self, config: TrainGenerator, size: int, seed: int = 0) -> None:
+        """`size` is the side of the BEV map, in cells."""
+        super().__init__()
+        self.config, self.size, self.seed = config, size, seed
+        self.network = PolarToBEV(config.conditioning.bev_channels)
+        self.queue = NegativeQueue(config.queue_size, size)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the BEV losses of a batch."""
+        if not self.training:
+            return self._losses(pair_batch(batch))
+        pairs = augment(batch, self.config.mirror, self.seed)
+        negatives = self.queue.negatives(batch["key"])
+        # Panorama and tile were taken at different times of day (docs/decisions.md).
+        stream = rng.fold_in(self.seed, int(batch["epoch"]), "colour of ground")
+        view = color_jitter(pairs.ground_view, batch["key"], stream)
+        means = self._losses(pairs._replace(ground_view=view), negatives)
+        self.queue.enqueue(batch["key"], pairs.tile)
+        return means
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return all parameters, at `lr_conditioner`."""
+        return [{"params": list(self.network.parameters()), "lr": self.config.lr_conditioner}]
+
+    def save(self, directory: str) -> None:
+        """Write the BEV network's weights, which `load_bev` reads."""
+        os.makedirs(directory, exist_ok=True)
+        save_file(self.network.state_dict(), os.path.join(directory, _BEV_FILE))
+
+    def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """Return the validation's means."""
+        return {name: float(value) for name, value in means.items()}
+
+    def _losses(self, pairs: PairBatch, negatives: Negatives | None = None) -> dict[str, Tensor]:
+        bev = self.network(pairs.ground_view, self.size)
+        terms = losses.bev_losses(self.network, bev, pairs.tile, pairs.mask, negatives)
+        return _with_loss(self.config, terms)
+
+
+def load_bev(network: PolarToBEV, directory: str) -> None:
+    """Load the weights that `BEVTask.save` wrote."""
+    network.load_state_dict(load_file(os.path.join(directory, _BEV_FILE)))
+
+
+def image_grid(
+    ground: Float[Tensor, "row 3 h w"],
+    sampled: Float[Tensor, "row 3 size size"],
+    aerial: Float[Tensor, "row 3 size size"],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Return rows of panorama, synthetic aerial and true aerial, in [0, 1], as one image."""
+    height = sampled.shape[-1]
+    width = round(ground.shape[-1] * height / ground.shape[-2])
+    ground = F.interpolate(ground, (height, width), mode="bilinear", antialias=True)
+    grid = torch.cat([ground, sampled, aerial], dim=-1).permute(0, 2, 3, 1).flatten(0, 1)
+    return (grid.clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def _encoded(batch: dict[str, Tensor], pairs: PairBatch) -> tuple[Tensor, PanoramaFeatures]:
+    """Return cached latents and panorama features of pairs as they are or mirrored."""
+    row = torch.arange(len(pairs.mirrored), device=pairs.mirrored.device)
+    variant = pairs.mirrored.long()
+    latent, tokens = (batch[name][row, variant].float() for name in (LATENT, CLIP_TOKENS))
+    return latent, PanoramaFeatures(tokens, pairs.ground_view)
+
+
+def _with_loss(config: TrainGenerator, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    total = losses.weighted_sum(config, terms)
+    return {"loss": total, **{name: value.detach() for name, value in terms.items()}}

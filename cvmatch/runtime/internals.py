@@ -15,7 +15,6 @@ from importlib import metadata
 from typing import Any
 
 RAY = "2.60.0"
-DIFFUSERS = "0.42.1"
 TORCHMETRICS = "1.9.0"
 """Versions in which the entries below were seen."""
 
@@ -170,16 +169,6 @@ def _counts(operator: Any) -> OperatorCounts:
         busy_s=metrics.block_generation_time + metrics.block_serialization_time_s,
         slots=sum(pool.num_alive_actors() * pool.max_actor_concurrency() for pool in pools),
     )
-
-
-# diffusers: the multistep solver's memory of earlier steps.
-
-
-def forget_solver_steps(solver: Any) -> None:
-    """Let a `DPMSolverMultistepScheduler` take its next step as a first one."""
-    if not hasattr(solver, "lower_order_nums"):
-        _warn("solver.lower_order_nums", DIFFUSERS, "some steps use slopes between two models")
-    solver.lower_order_nums = 0
 
 
 # torchmetrics: the linear weights of LPIPS, which its wheel holds.

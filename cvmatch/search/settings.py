@@ -25,12 +25,12 @@ class SearchFiles:
     """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
     segmenter: str = ""
     """Local directory of a segmenter, to search with its class map too; empty: none."""
-    steps: int | None = None
+    num_inference_steps: int | None = None
     """Solver steps of the generator; None: as for the queries of the index."""
-    guidance: float | None = None
+    guidance_scale: float | None = None
     """Guidance scale of the generator; None: as for the queries of the index."""
-    guided: float | None = None
-    """Down to which share of the noise schedule guidance acts; None: as for these queries."""
+    guidance_interval: float | None = None
+    """Guide only while t / T >= this value in [0, 1]; None: as for these queries."""
     mode: Mode = "auto"
     """exact scores every tile, two-stage a shortlist; auto is exact up to 100,000 tiles."""
     shortlist: int = 0

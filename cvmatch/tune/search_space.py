@@ -21,9 +21,9 @@ STAGES = {
 
 SPACES: dict[str, dict[str, dict[str, list]]] = {
     "generator": {
-        "w_noise": {"loguniform": [0.3, 3.0]},
-        "w_clip": {"loguniform": [0.03, 3.0]},
-        "w_vae": {"loguniform": [0.03, 3.0]},
+        "noise_weight": {"loguniform": [0.3, 3.0]},
+        "clip_weight": {"loguniform": [0.03, 3.0]},
+        "lpips_weight": {"loguniform": [0.03, 3.0]},
     },
     "segmenter": {
         "lr": {"loguniform": [1e-5, 3e-4]},

@@ -41,9 +41,7 @@ def place():
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator.base(
-        base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256, crops=4)
-    )
+    return Generator.base(base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256))
 
 
 def test_toy_models_fit_in_fifteen_megabytes():
@@ -61,8 +59,8 @@ def test_toy_models_load_in_single_precision(generator):
 def test_toy_vae_keeps_a_tile(generator, place):
     image = place[2].float() / 255
     with torch.no_grad():
-        latent = generator.frozen.encode(image)
-        again = generator.frozen.decode(latent).clamp(0, 1)
+        latent = generator.encoders.encode_tile(image)
+        again = generator.encoders.decode(latent).clamp(0, 1)
     flat = image.mean(dim=(2, 3), keepdim=True).expand_as(image)
     assert metrics.psnr(again, image).mean() > metrics.psnr(flat, image).mean() + 4  # dB
     assert latent.std().item() == pytest.approx(1, abs=0.3)
@@ -76,12 +74,12 @@ def test_toy_vae_keeps_a_tile(generator, place):
 
 def test_toy_vae_keeps_few_nats_of_a_tile(generator, place):
     with torch.no_grad():
-        latent = generator.frozen.vae.encode(scaled(place[2])).latent_dist
+        latent = generator.encoders.vae.encode(scaled(place[2])).latent_dist
     assert latent.kl().mean() < 500  # with an eighth of that weight on nats: 1,400
 
 
 def test_toy_latents_are_told_by_their_coarse_part(generator, place):
-    latents = generator.frozen.encode(place[2].float() / 255)
+    latents = generator.encoders.encode_tile(place[2].float() / 255)
     latents = latents - latents.mean(dim=(0, 2, 3), keepdim=True)
     kept = F.avg_pool2d(latents, 2).square().mean() / latents.square().mean()
     assert kept > 0.5  # white noise: 0.25; a VAE that need not give shrunk tiles: 0.38
@@ -90,7 +88,7 @@ def test_toy_latents_are_told_by_their_coarse_part(generator, place):
 def test_toy_vae_draws_as_finely_as_a_tile(generator, place):
     image = place[2].float() / 255
     with torch.no_grad():
-        again = generator.frozen.decode(generator.frozen.encode(image))
+        again = generator.encoders.decode(generator.encoders.encode_tile(image))
     assert 0.85 < _fine(again) / _fine(image) < 1.15  # trained for errors alone: 0.7
 
 
@@ -101,15 +99,15 @@ def _fine(image):
 
 
 def test_toy_unet_denoises_tiles(generator, place):
-    latents = generator.frozen.encode(place[2].float() / 255)
+    latents = generator.encoders.encode_tile(place[2].float() / 255)
     step = torch.full((len(latents),), 300)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    noisy = generator.noise.add(latents, noise, step)
-    channels, rows = generator.conditioning.channels, len(latents)
+    noisy = generator.schedule.add_noise(latents, noise, step)
+    channels, rows = generator.conditioning.bev_channels, len(latents)
     nothing = Condition(torch.zeros(rows, 4, 64), torch.zeros(rows, channels, 16, 16))
     with torch.no_grad():
         told = generator.predict(noisy, step, nothing)
-    target = generator.noise.target(latents, noise, step)
+    target = generator.schedule.target(latents, noise, step)
     assert F.mse_loss(told, target) < 0.7 * target.square().mean()
 
 

@@ -44,11 +44,11 @@ TOY = {
     "generator.yaml": {
         "diffusion": str(base_models.DIFFUSION),
         "clip": str(base_models.CLIP),
-        "perceptual": str(base_models.TOWER),
-        "conditioning": {"panorama_width": 256, "crops": 4},
+        "lpips_vgg": str(base_models.TOWER),
+        "conditioning": {"panorama_width": 256},
         "fit": FIT,
     },
-    "synthesize.yaml": {"data": {"block": 4}, "generate": {"steps": 2}},
+    "synthesize.yaml": {"data": {"block": 4}, "generate": {"num_inference_steps": 2}},
     "matcher.yaml": {
         "pairs": "data/synthesized/train",
         "val": "data/synthesized/val",

@@ -82,9 +82,9 @@ def test_rowwise_without_memory_raises_at_once():
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory) -> str:
     place = str(tmp_path_factory.mktemp("generator"))
-    Generator.base(
-        base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256, crops=4)
-    ).save(place)
+    Generator.base(base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256)).save(
+        place
+    )
     return place
 
 
@@ -98,7 +98,11 @@ def pairs(count: int) -> dict[str, np.ndarray]:
 
 
 def test_generated_picture_has_the_same_bytes_in_every_batch(generator):
-    actor = GenerateAerial(generator, Sampling(steps=2, guidance=2.0, guided=0.0), batch=3)
+    actor = GenerateAerial(
+        generator,
+        Sampling(num_inference_steps=2, guidance_scale=2.0, guidance_interval=0.0),
+        batch=3,
+    )
     rows = pairs(5)
     whole = list(actor(rows)[schema.SYNTHETIC])
     assert len(set(whole)) == 5
@@ -110,7 +114,7 @@ def test_generated_picture_has_the_same_bytes_in_every_batch(generator):
 
 
 def test_generator_whose_weights_are_not_finite_stops_the_job(generator):
-    actor = GenerateAerial(generator, Sampling(steps=1, guidance=1.0), batch=2)
+    actor = GenerateAerial(generator, Sampling(num_inference_steps=1, guidance_scale=1.0), batch=2)
     with torch.no_grad():
         actor.generator.unet.conv_out.bias.fill_(torch.nan)
     with pytest.raises(ArithmeticError, match="not finite"):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import ray.data
 import torch
-from diffusers import DPMSolverMultistepScheduler
 
 from cvmatch.runtime import internals, session
 
@@ -67,32 +66,20 @@ def test_a_started_ray_data_is_throttled_once(ray_session):
     assert classes.count(internals.SchedulerThrottle) == 1
 
 
-def test_diffusers_solver_forgets_its_steps(caplog):
-    solver = DPMSolverMultistepScheduler()
-    solver.set_timesteps(4)
-    sample = torch.ones(1, 1, 2, 2)
-    solver.step(sample, solver.timesteps[0], sample)
-    assert solver.lower_order_nums == 1
-    internals.forget_solver_steps(solver)
-    assert solver.lower_order_nums == 0
-    assert not caplog.records, "solver.lower_order_nums"
-
-
 def test_torchmetrics_holds_the_weights_of_lpips():
     state = torch.load(internals.lpips_weights_file(), map_location="cpu", weights_only=True)
     assert "lin0.model.1.weight" in state
 
 
 def test_a_version_without_an_entry_is_named_once_and_done_without(caplog):
-    executor, solver, context = SimpleNamespace(_topology=[1]), SimpleNamespace(), object()
+    executor, context = SimpleNamespace(_topology=[1]), object()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert internals.operator_counts(executor) == []
             assert internals.callback_classes(context) is None
             internals.set_callback_classes(context, None)
-            internals.forget_solver_steps(solver)
             internals.SchedulerThrottle().on_execution_step(executor)
-    assert len(caplog.records) == 4
+    assert len(caplog.records) == 3
     assert all("seen in" in record.message for record in caplog.records)
 
 

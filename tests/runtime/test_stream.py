@@ -20,10 +20,11 @@ from cvmatch.data import schema, storage, tables
 from cvmatch.data.pairs import FILES, PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.demo import models as base_models
+from cvmatch.generate.batches import LATENT_ROWS
+from cvmatch.generate.encoders import read_sizes
 from cvmatch.generate.infer import GenerateAerial
-from cvmatch.generate.latent_cache import EncodePairs, encode
+from cvmatch.generate.latent_cache import EncodePairs, cache_latents
 from cvmatch.generate.model import Generator
-from cvmatch.generate.pretrained import sizes
 from cvmatch.generate.settings import Conditioning, Encode, Generate
 from cvmatch.index import embedding
 from cvmatch.index.reader import Index, rank
@@ -66,7 +67,7 @@ class Job:
 def models(tmp_path_factory, ray_session) -> Path:
     at = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    conditioning = Conditioning(panorama_width=256, crops=4)
+    conditioning = Conditioning(panorama_width=256)
     Generator.base(base_models.DIFFUSION, base_models.CLIP, conditioning).save(f"{at}/generator")
     Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=64)).save(f"{at}/segmenter")
     tiny.index(str(at))
@@ -145,7 +146,7 @@ def batch_of(row: Row) -> dict[str, np.ndarray]:
 def _synthesize(models: Path, pairs: Pairs, output: str) -> Job:
     config = Synthesize(
         data=pairs.data,
-        generate=Generate(model=f"{models}/generator", steps=2, pool=Pool(batch=4)),
+        generate=Generate(model=f"{models}/generator", num_inference_steps=2, pool=Pool(batch=4)),
         segment=Segment(model=f"{models}/segmenter", pool=Pool(batch=4)),
         output=output,
         max_rejected=1.0,
@@ -167,19 +168,16 @@ def _encode(_: Path, pairs: Pairs, output: str) -> Job:
     config = Encode(
         data=pairs.data,
         diffusion=str(base_models.DIFFUSION),
-        revision="main",
         clip=str(base_models.CLIP),
-        conditioning=Conditioning(panorama_width=256, crops=4),
-        turns=False,
-        mirror=False,
-        output=output,
-        pool=Pool(batch=1),  # the last bits depend on it
+        conditioning=Conditioning(panorama_width=256),
+        latent_cache=output,
+        encode_pool=Pool(batch=1),  # the last bits depend on it
     )
-    actor = EncodePairs(config, sizes(config.diffusion, config.clip, 256))
-    names = ("key", schema.GROUND, schema.AERIAL, schema.CLASSES, "latent", "states")
+    actor = EncodePairs(config, read_sizes(config.diffusion, config.clip, 256))
+    names = tuple(LATENT_ROWS.names[1:-1])
     return Job(
         schema.GROUND,
-        lambda: encode(config),
+        lambda: cache_latents(config),
         lambda row: actor(batch_of(row)).to_pylist()[0],
         names,
     )

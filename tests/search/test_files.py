@@ -170,11 +170,11 @@ def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
 ):
     model = str(tmp_path / "generator")
     torch.manual_seed(0)
-    Generator.base(
-        base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256, crops=4)
-    ).save(model)
+    Generator.base(base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256)).save(
+        model
+    )
     (tmp_path / "0000002.png").write_bytes(tiny.rows(3)[schema.GROUND][2].as_py())
-    own = {"steps": 4, "guidance": 3.0, "guided": 0.7}
+    own = {"num_inference_steps": 4, "guidance_scale": 3.0, "guidance_interval": 0.7}
     origin = QueryOrigin(sampling=own)
     known = dataclasses.replace(index.manifest, queries=origin)
     opened = dataclasses.replace(index, manifest=known)
@@ -186,7 +186,7 @@ def test_search_draws_as_the_queries_of_the_index_were_drawn_unless_told(
         (answer,) = files.search_files(asked)
         return answer.pictures[schema.SYNTHETIC]
 
-    other = {"steps": 3, "guidance": 2.0, "guided": 0.0}
+    other = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": 0.0}
     for flags, sampling in (({}, own), (other, other)):
         actor = GenerateAerial(model, Sampling(**sampling), batch=1)
         assert drawn(**flags) == actor(rows)[schema.SYNTHETIC][0]

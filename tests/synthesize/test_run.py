@@ -38,13 +38,13 @@ JOB = Path(__file__).parents[1] / "jobs" / "synthesize.py"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, world_root, ray_session):
     at = tmp_path_factory.mktemp("synthesize")
-    conditioning = Conditioning(panorama_width=256, crops=4)
+    conditioning = Conditioning(panorama_width=256)
     Generator.base(base_models.DIFFUSION, base_models.CLIP, conditioning).save(f"{at}/generator")
     Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=64)).save(f"{at}/segmenter")
     return Synthesize(
         data=Ingest(root=world_root, block=2),
         # Batches that blocks do not fill, so that a resumed run makes other ones.
-        generate=Generate(model=f"{at}/generator", steps=2, pool=Pool(batch=5)),
+        generate=Generate(model=f"{at}/generator", num_inference_steps=2, pool=Pool(batch=5)),
         segment=Segment(model=f"{at}/segmenter", pool=Pool(batch=3)),
         output=f"{at}/rows",
     )
@@ -92,7 +92,7 @@ def test_synthesize_again_keeps_the_finished_output(undisturbed, config):
 
 
 def test_synthesize_with_other_settings_refuses_the_output(undisturbed, config):
-    other = replace(config, generate=replace(config.generate, steps=3))
+    other = replace(config, generate=replace(config.generate, num_inference_steps=3))
     with pytest.raises(ValueError, match="made from"):
         synthesize(other)
 
@@ -109,7 +109,7 @@ def killed(config, tmp_path_factory):
     begun = replace(config, output=str(tmp_path_factory.mktemp("killed") / "rows"))
     words = [
         *("--data.root", begun.data.root, "--data.block", "2"),
-        *("--generate.model", begun.generate.model, "--generate.steps", "2"),
+        *("--generate.model", begun.generate.model, "--generate.num-inference-steps", "2"),
         *("--generate.pool.batch", "5", "--segment.pool.batch", "3"),
         *("--segment.model", begun.segment.model),
         *("--output", begun.output),

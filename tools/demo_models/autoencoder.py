@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvmatch.data.schema import LABELS
-from cvmatch.generate.finetune import Average
 from cvmatch.nn import metrics
 from cvmatch.nn.backbones import normalise
+from cvmatch.training.ema import EMA
 from tools.demo_models.adversary import Adversary
 from tools.demo_models.optimise import descend, planned, turned
 
@@ -50,7 +50,7 @@ def pretrain_vae(
     vae.to(aerial.device)  # pyright: ignore
     shallow = shallow_of(features).to(aerial.device)
     adversary, plan = Adversary(steps, aerial.device), planned(vae, _RATE, steps)
-    both, mean = torch.cat([aerial, classes[:, None]], dim=1), Average(0.998)
+    both, mean = torch.cat([aerial, classes[:, None]], dim=1), EMA(0.998)
     for step in range(steps):
         shown = turned(both[torch.randint(len(aerial), (_BATCH,), device=aerial.device)])
         image, weight = scaled(shown[:, :3]), pixel_weight(shown[:, 3])

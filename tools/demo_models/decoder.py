@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cvmatch.data.schema import LABELS
-from cvmatch.generate.finetune import Average
 from cvmatch.generate.model import Generator
+from cvmatch.training.ema import EMA
 from tools.demo_models.adversary import Adversary
 from tools.demo_models.autoencoder import decode, perceptual_loss, scaled, shallow_of
 from tools.demo_models.optimise import descend, planned
@@ -79,7 +79,7 @@ def pretrain_decoder(
     trained = nn.ModuleList([vae.decoder, vae.post_quant_conv])  # pyright: ignore
     before, shallow = copy.deepcopy(vae), shallow_of(features).to(device)
     adversary, plan = Adversary(steps, device), planned(trained, _RATE, steps)
-    mean = Average(0.998)
+    mean = EMA(0.998)
     for step in range(steps):
         first, others = own.rows(_OWN), drawn.rows(_DRAWN)
         true = scaled(torch.cat([own.aerial[first], drawn.aerial[others]]))
@@ -110,10 +110,10 @@ def drawn_latents(
     """What the generator draws of the tiles' panoramas."""
     keys = torch.arange(len(panorama), device=aerial.device)
     parts = [
-        generator.latents(generator.frozen.look(part.float() / 255), key)
+        generator.sample_latents(generator.encoders.encode_panorama(part.float() / 255), key)
         for part, key in zip(panorama.split(64), keys.split(64), strict=True)
     ]
-    scale = generator.frozen.vae.config["scaling_factor"]
+    scale = generator.encoders.vae.config["scaling_factor"]
     return Latents(aerial, classes, torch.cat(parts) / scale)
 
 

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from cvmatch.generate.finetune import Average
+from cvmatch.training.ema import EMA
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def optimise(
     at = weights[0].device
     optimizer = torch.optim.AdamW(weights, rate, weight_decay=1e-4)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
-    mean = Average(decay) if decay else None
+    mean = EMA(decay) if decay else None
     recent = torch.zeros((), device=at)
     for step in range(steps):
         with torch.autocast(at.type, torch.bfloat16, enabled=bfloat16):

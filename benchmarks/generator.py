@@ -1,11 +1,10 @@
-"""What the generator is told of the panorama: pooled, tokens, tokens and geometry, side by side."""
+"""Fine-tune the generator on toy base models, and find held-out tiles by the A that it samples."""
 
 import os
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.evaluate import generation
 from cvmatch.generate.infer import generate
-from cvmatch.generate.settings import DEFAULT, Conditioning, Generate, Mode, TrainGenerator
+from cvmatch.generate.settings import DEFAULT_SAMPLING, Conditioning, Generate, TrainGenerator
 from cvmatch.generate.train import train
 from cvmatch.runtime import session
 from cvmatch.runtime.settings import Pool
@@ -36,59 +35,53 @@ SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConditioningBench(Bench):
-    """Fine-tune the toy base with each conditioning, and find held-out tiles by what it draws."""
+class GeneratorBench(Bench):
+    """Fine-tune the toy base, and find held-out tiles by what it samples."""
 
-    modes: tuple[Mode, ...] = get_args(Mode)
-    """Which."""
     data: str = ""
     """Data set with both splits and class maps; empty: a `standard` world is made for the run."""
     keep: str = ""
-    """Directory for the trained generators; empty: they are deleted."""
+    """Directory for the trained generator; empty: it is deleted."""
     pairs: int = 0
     """Training pairs; 0: 2,000, quick 480."""
     held_out: int = 0
     """Pairs of the split `val`; 0: 500, quick 100."""
     epochs: int = 0
-    """Epochs with geometry; the others get as many more as its rays cost. 0: 15, quick 2."""
-    rays: int = 0
-    """Epochs of the rays before; 0: 12, quick 6."""
+    """Epochs of the UNet. 0: 15, quick 2."""
+    bev_epochs: int = 0
+    """Epochs of the BEV network before; 0: 12, quick 6."""
     seed: int = 0
     """Seed of the world, the training and the noise."""
 
 
-def settings(asked: ConditioningBench, mode: Mode, root: str, at: str) -> TrainGenerator:
+def settings(asked: GeneratorBench, root: str, at: str) -> TrainGenerator:
     """What differs from the reference run: toy base models, larger rates, and less time.
 
     Only the cross-attention and the input convolution learn, without the image terms: with all
     weights at the same rate the UNet forgets what tiles look like.
     """
     epochs = asked.epochs or (2 if asked.quick else 15)
-    rays = asked.rays or (6 if asked.quick else 12)
-    if mode != "tokens+geometry":
-        epochs += round(rays / 2)  # an epoch of the rays costs half of one of the UNet
     return TrainGenerator(
         data=Ingest(root=root, split="train", limit=asked.pairs or (480 if asked.quick else 2000)),
         val=_held_out(asked, root),
         diffusion=base_models.DIFFUSION,
         clip=base_models.CLIP,
-        perceptual=base_models.TOWER,
-        conditioning=Conditioning(mode=mode, panorama_width=256, crops=4),
+        lpips_vgg=base_models.TOWER,
+        conditioning=Conditioning(panorama_width=256),
         train_unet="attention",
-        w_clip=0.0,
-        w_vae=0.0,
-        w_contrast=0.2,
-        w_identify=0.15,
-        ema=0.99,
+        clip_weight=0.0,
+        lpips_weight=0.0,
+        bev_nce_weight=0.2,
+        x0_nce_weight=0.15,
+        ema_decay=0.99,
         mirror=True,
         lr=3.5e-4,
-        lr_rays=2e-3,
-        pretrain_rays=rays if mode == "tokens+geometry" else 0,
-        freeze_rays=mode == "tokens+geometry",
-        judge=0,
-        encoded=f"{at}/encoded",
+        lr_conditioner=2e-3,
+        pretrain_bev=asked.bev_epochs or (6 if asked.quick else 12),
+        validation_images=0,
+        latent_cache=f"{at}/latents",
         encode_pool=Pool(size=2, batch=32),
-        output=f"{at}/{mode}",
+        output=f"{at}/generator",
         fit=TrainConfig(
             epochs=epochs,
             batch=32,
@@ -101,7 +94,7 @@ def settings(asked: ConditioningBench, mode: Mode, root: str, at: str) -> TrainG
 
 
 def trained(config: TrainGenerator) -> dict[str, float]:
-    """Train on one thread; gives CPU minutes of this process, and the last validation."""
+    """Train on one thread; returns CPU minutes of this process, and the last validation."""
     torch.set_num_threads(1)  # a second one saves a third of the time, and costs a third more CPU
     begin = time.process_time()
     metrics = train(config).metrics or {}
@@ -134,10 +127,9 @@ def painted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def row_of(mode: str, found: dict[str, float]) -> dict[str, Any]:
+def row_of(found: dict[str, float]) -> dict[str, Any]:
     """A row of the table."""
     return {
-        "conditioning": mode,
         "CPU min": found["minutes"],
         "R@1, %": interval(found, "recall@1"),
         "R@1 %, %": interval(found, "recall@1%"),
@@ -167,24 +159,21 @@ def sheet(rows: list[dict[str, Any]]) -> np.ndarray:
     return np.hstack([np.vstack(strips[:half]), np.vstack(strips[half:])])
 
 
-def figures_of(mode: str, found: dict[str, float]) -> dict[str, float]:
-    """The figures of the last line."""
-    names = {
-        "cpu_minutes": "minutes",
-        "recall@1": "recall@1",
-        "recall@1%": "recall@1%",
-        "recall@10%": "recall@10%",
-        "gap": "val/gap/0.8",
-        "miou": "miou",
-        "miou_shuffled": "miou_shuffled",
-    }
-    return {f"{mode}.{short}": found[name] for short, name in names.items()}
+FIGURES = {
+    "cpu_minutes": "minutes",
+    "recall@1": "recall@1",
+    "recall@1%": "recall@1%",
+    "recall@10%": "recall@10%",
+    "gap": "val/gap/0.8",
+    "miou": "miou",
+    "miou_shuffled": "miou_shuffled",
+}
+"""The figures of the last line, and their names here."""
 
 
-def main(asked: ConditioningBench) -> None:
-    """Train each, draw, compare."""
+def main(asked: GeneratorBench) -> None:
+    """Train, sample, compare."""
     session.start(logical_cpus=4)
-    found, bound = {}, {}
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         root = asked.data or _world(asked, f"{at}/world")
@@ -193,24 +182,20 @@ def main(asked: ConditioningBench) -> None:
         Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128, num_classes=6)).save(
             segmenter
         )
-        for mode in asked.modes:
-            config = settings(asked, mode, root, asked.keep or at)
-            numbers = trained(config)
-            rows = drawn(config.output, _held_out(asked, root), segmenter)
-            numbers |= _measure_generation(rows)
-            maps = generation.measure_segmentation(rows, num_classes=6)
-            assert maps is not None, "no row has both maps"
-            bound = bound or _measure_generation(painted(rows))
-            found[mode] = numbers | {"miou": maps.miou, "miou_shuffled": maps.miou_shuffled}
-            stamp = datetime.now(UTC).strftime("%Y-%m-%d-%H%M")
-            os.makedirs(asked.results, exist_ok=True)
-            with open(f"{asked.results}/{stamp}-conditioning-{mode}.png", "wb") as file:
-                file.write(images.encode(sheet(rows[:SHOWN])))
+        config = settings(asked, root, asked.keep or at)
+        numbers = trained(config)
+        rows = drawn(config.output, _held_out(asked, root), segmenter)
+        numbers |= _measure_generation(rows)
+        maps = generation.measure_segmentation(rows, num_classes=6)
+        assert maps is not None, "no row has both maps"
+        numbers |= {"miou": maps.miou, "miou_shuffled": maps.miou_shuffled}
+        bound = _measure_generation(painted(rows))
+        os.makedirs(asked.results, exist_ok=True)
+        with open(f"{asked.results}/generator.png", "wb") as file:
+            file.write(images.encode(sheet(rows[:SHOWN])))
     figures = {f"class_map.{name}": bound[name] for name in ("recall@1", "recall@10%")}
-    for mode, numbers in found.items():
-        figures |= figures_of(mode, numbers)
-    table = [row_of(mode, numbers) for mode, numbers in found.items()]
-    finish(asked, "Conditioning of the generator", table, figures, _notes(found, bound))
+    figures |= {short: numbers[name] for short, name in FIGURES.items()}
+    finish(asked, "Generator", [row_of(numbers)], figures, _notes(numbers, bound))
 
 
 def _measure_generation(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -219,24 +204,24 @@ def _measure_generation(rows: list[dict[str, Any]]) -> dict[str, float]:
     return dict(result.to_json())
 
 
-def _held_out(asked: ConditioningBench, root: str) -> Ingest:
+def _held_out(asked: GeneratorBench, root: str) -> Ingest:
     return Ingest(root=root, split="val", limit=asked.held_out or (100 if asked.quick else 500))
 
 
-def _world(asked: ConditioningBench, root: str) -> str:
+def _world(asked: GeneratorBench, root: str) -> str:
     train, val = (480, 100) if asked.quick else (None, None)
     train, val = asked.pairs or train, asked.held_out or val
     make_world(MakeWorld(output=root, preset="standard", train=train, val=val, seed=asked.seed))
     return root
 
 
-def _notes(found: dict[str, dict[str, float]], bound: dict[str, float]) -> tuple[str, ...]:
-    gallery = next(iter(found.values()))["gallery"]
+def _notes(found: dict[str, float], bound: dict[str, float]) -> tuple[str, ...]:
     return (
-        f"R@k: the true tile among {gallery:g} held-out ones by luminance correlation (NCC) of A "
-        "with it at 16 x 16, 95 % bootstrap intervals; chroma and gradient the same by what no "
-        "term was trained on. Class maps: S(A) against the true map, by the toy SegFormer as it "
-        f"was pre-trained. Sampler: {DEFAULT.named()}.",
+        f"R@k: the true tile among {found['gallery']:g} held-out ones by luminance "
+        "correlation (NCC) of A with it at 16 x 16, 95 % bootstrap intervals; chroma and gradient "
+        "the same by what no term was trained on. Class maps: S(A) against the true map, by the "
+        "toy SegFormer as it "
+        f"was pre-trained. Sampler: {DEFAULT_SAMPLING.describe()}.",
         "What a perfect knowledge of the classes would give: the true class map, each class in its "
         f"mean colour, finds its tile with R@1 {interval(bound, 'recall@1')} and R@10 % "
         f"{interval(bound, 'recall@10%')} (in %).",
@@ -246,4 +231,4 @@ def _notes(found: dict[str, dict[str, float]], bound: dict[str, float]) -> tuple
 
 
 if __name__ == "__main__":
-    main(flags(ConditioningBench))
+    main(flags(GeneratorBench))
