@@ -1,20 +1,17 @@
 """Write worlds as a CVUSA directory.
 
-One Ray Data read task a world writes its files; pictures never pass the driver.
+One task of Ray Data a world writes its files; pictures never pass the driver.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import ray.data
 from jaxtyping import UInt8
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
 from cvmatch.data import storage
 from cvmatch.data.images import colours_of, encode
@@ -26,15 +23,6 @@ _POLAR = (128, 512)
 """Height and width of CVUSA's polar views, in pixels."""
 _METRES = 111_320.0
 """Metres in a degree of latitude."""
-_ROWS = pa.schema(
-    [
-        ("pair_id", pa.string()),
-        ("split", pa.string()),
-        ("latitude", pa.float64()),
-        ("longitude", pa.float64()),
-    ]
-)
-
 Split = Literal["train", "val"]
 
 
@@ -72,8 +60,8 @@ def make_world(config: MakeWorld) -> dict[str, int]:
         ValueError: `train` or `val` is not positive.
     """
     places = _plan(config)
-    source = _Worlds(config, storage.absolute(config.output), places)
-    rows = ray.data.read_datasource(source, override_num_blocks=len(places))
+    write = partial(_write_world, config, storage.absolute(config.output), places)
+    rows = ray.data.range(len(places), override_num_blocks=len(places)).flat_map(write)
     total, written = sum(place.cameras for place in places), []
     with progress.watch("world", total, lambda: len(written)):
         for row in rows.iter_rows():
@@ -108,44 +96,11 @@ def _plan(config: MakeWorld) -> list[_Place]:
     return places
 
 
-class _Worlds(Datasource):
-    """One read task a world: it writes the world's files and gives a row a pair."""
-
-    def __init__(self, config: MakeWorld, root: str, places: list[_Place]) -> None:
-        super().__init__()
-        self.config = config
-        self.root = root
-        self.places = places
-
-    def get_name(self) -> str:
-        """Name in Ray's progress display."""
-        return "World"
-
-    def estimate_inmemory_data_size(self) -> int:
-        """Bytes of all rows; the pictures go to files."""
-        return sum(place.cameras for place in self.places) * 64
-
-    def get_read_tasks(
-        self,
-        parallelism: int,
-        per_task_row_limit: int | None = None,
-        data_context: ray.data.DataContext | None = None,
-    ) -> list[ReadTask]:
-        """One task a world, whatever parallelism is asked for."""
-        return [self._task(place, per_task_row_limit) for place in self.places]
-
-    def _task(self, place: _Place, limit: int | None) -> ReadTask:
-        size = BlockMetadata(
-            num_rows=place.cameras, size_bytes=place.cameras * 64, input_files=None, exec_stats=None
-        )
-        # A partial of a module's function: a bound method would carry all places to every task.
-        read: Callable[[], Iterator[pa.Table]] = partial(
-            _write_world, self.config, self.root, place
-        )
-        return ReadTask(read, size, schema=_ROWS, per_task_row_limit=limit)
-
-
-def _write_world(config: MakeWorld, root: str, place: _Place) -> Iterator[pa.Table]:
+def _write_world(
+    config: MakeWorld, root: str, places: list[_Place], row: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Write the files of the world that `row` counts; return a row for each pair."""
+    place = places[row["id"]]
     seed = world_seed(config.seed, place.index)
     south, west = _anchor(place.index)
     sizes = _PRESETS[config.preset].sizes
@@ -163,7 +118,7 @@ def _write_world(config: MakeWorld, root: str, place: _Place) -> Iterator[pa.Tab
                 "longitude": longitude,
             }
         )
-    yield pa.Table.from_pylist(rows, schema=_ROWS)
+    return rows
 
 
 def _anchor(index: int) -> tuple[float, float]:
