@@ -3,7 +3,8 @@
 import functools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import ray.data
@@ -22,14 +23,14 @@ from cvmatch.training.settings import TrainConfig
 def rows(count: int, seed: int = 0, block: int = 8) -> Dataset:
     """`count` rows of `x` (4 numbers), `y` = x @ (1, 2, 3, 4) and `key`, made when read."""
 
-    def made(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def make(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         keys = np.array([rng.row_key(f"{seed}/{index}") for index in batch["id"]])
         x = rng.normal(torch.tensor(keys), rng.fold_in(seed), 4).numpy()
         return {"x": x, "y": x @ np.arange(1, 5, dtype=np.float32), "key": keys}
 
     blocks = max(1, count // block)
     ids = ray.data.range(count, override_num_blocks=blocks)
-    return ids.map_batches(made, batch_size=block)  # pyright: ignore[reportArgumentType]
+    return ids.map_batches(make, batch_size=block)  # pyright: ignore[reportArgumentType]
 
 
 class LineTask(nn.Module):
@@ -84,6 +85,14 @@ class LineTask(nn.Module):
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         scalars = {name: value.item() for name, value in means.items() if not value.ndim}
         return scalars | {"above": means["signs"][0].item(), "signs": means["signs"].sum().item()}
+
+
+LINE = functools.partial(LineTask, 0.05, 0.1)
+
+
+def rename_run(fit: TrainConfig, name: str, **changes: Any) -> TrainConfig:
+    """The settings of another run."""
+    return replace(fit, name=name, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
