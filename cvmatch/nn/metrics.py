@@ -23,7 +23,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to mode L
 def ranks(
     score: Float[Tensor, "query gallery"], truth: Int64[Tensor, " query"]
 ) -> Int64[Tensor, " query"]:
-    """Zero-based rank of each query's true item, in [0, gallery - 1]; higher scores rank first.
+    """Rank each query's true item, zero-based, in [0, gallery - 1]; higher scores rank first.
 
     Every item that is not strictly worse ranks ahead, so ties count against the query, and so do
     NaN scores. Evaluations that count `score > own` (SAFA, Sample4Geo) give a collapsed embedding
@@ -38,12 +38,12 @@ def ranks(
 
 
 def recall_at(ks: Sequence[int], rank: Int64[Tensor, " query"]) -> dict[str, float]:
-    """Share of queries, in [0, 1], whose true item is among the k best; NaN without queries."""
+    """Return the share of queries whose true item is among the k best; NaN without queries."""
     return {f"recall@{k}": (rank < k).double().mean().item() for k in ks}
 
 
 def recall_share(share: float, rank: Int64[Tensor, " query"], gallery: int) -> tuple[float, int]:
-    """Recall among the best `share` (in (0, 1]) of the gallery, and the k that this share means.
+    """Return the recall among the best `share` (in (0, 1]) of the gallery, and the k it means.
 
     k = floor(share * gallery), at least 1: 88 for 1 % of CVUSA's 8,884. Conventions in public code
     differ by one, so a table that gives R@1% has to give this k with it.
@@ -53,7 +53,7 @@ def recall_share(share: float, rank: Int64[Tensor, " query"], gallery: int) -> t
 
 
 def median_rank(rank: Int64[Tensor, " query"]) -> float:
-    """Median of the one-based ranks, in [1, gallery]; between two middle ranks, their mean."""
+    """Return the median of the one-based ranks; between two middle ranks, their mean."""
     return rank.double().quantile(0.5).item() + 1
 
 
@@ -63,7 +63,7 @@ def one_of_ten(
     others: int = 9,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Top-1 and top-5 shares, in [0, 1], of the true item among it and `others` random ones.
+    """Return top-1 and top-5 shares, in [0, 1], of the true item among `others` random ones.
 
     The protocol of the published prototype, for comparison only: chance is 0.1 and 0.5. The others
     are drawn without replacement from the rest of the gallery, anew for each query.
@@ -107,7 +107,7 @@ def bootstrap(values: Float[Tensor, " n"], draws: int = 1000, seed: int = 0) -> 
 def confusion(
     predicted: Integer[Tensor, "*pixel"], truth: Integer[Tensor, "*pixel"], num_classes: int
 ) -> Int64[Tensor, "num_classes num_classes"]:
-    """Number of pixels by true class (row) and predicted class (column), where truth is not IGNORE.
+    """Count pixels by true class (row) and predicted class (column), where truth is not IGNORE.
 
     Raises:
         ValueError: a counted pixel has an id outside [0, num_classes), on either side.
@@ -125,7 +125,7 @@ def confusion(
 
 
 def miou(confusion: Num[Tensor, "classes classes"]) -> tuple[float, list[float]]:
-    """Mean intersection over union, in [0, 1], and the value of each class.
+    """Return the mean intersection over union, in [0, 1], and the value of each class.
 
     IoU = true positives / (true + predicted - true positives), of the pooled counts as in Pascal
     VOC. A class that is neither true nor predicted anywhere is NaN and left out of the mean; one
@@ -141,14 +141,14 @@ def miou(confusion: Num[Tensor, "classes classes"]) -> tuple[float, list[float]]
 def psnr(
     predicted: Float[Tensor, "n 3 h w"], true: Float[Tensor, "n 3 h w"]
 ) -> Float[Tensor, " n"]:
-    """Peak signal-to-noise ratio of each picture of values in [0, 1], in dB; inf where equal."""
+    """Return the peak signal-to-noise ratio of pictures in [0, 1], in dB; inf where equal."""
     return -10 * torch.log10((predicted - true).square().mean(dim=(1, 2, 3)))
 
 
 def ssim(
     predicted: Float[Tensor, "n 3 h w"], true: Float[Tensor, "n 3 h w"]
 ) -> Float[Tensor, " n"]:
-    """Structural similarity of each picture of values in [0, 1], in [-1, 1].
+    """Return the structural similarity, in [-1, 1], of pictures of values in [0, 1].
 
     Wang et al. 2004, as torchmetrics computes it: Gaussian window of 11 pixels with sigma 1.5 where
     it fits whole (sides of at least 11), C1 = 0.01^2, C2 = 0.03^2, mean over the channels. Written
@@ -170,7 +170,7 @@ def ssim(
 
 
 def ncc(predicted: Float[Tensor, "n 3 h w"], true: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-    """Correlation of each picture's luminance with its true one, in [-1, 1]; 0 if one is flat."""
+    """Correlate each picture's luminance with its true one, in [-1, 1]; 0 if one is flat."""
     return (_centred(predicted) * _centred(true)).sum(dim=1)
 
 
@@ -195,7 +195,7 @@ def planes(
 def retrieval_by_ncc(
     predicted: Float[Tensor, "row plane h w"], true: Float[Tensor, "column plane h w"]
 ) -> Float[Tensor, "row column"]:
-    """Correlation, in [-1, 1], of each predicted picture with every true one, of their `planes`.
+    """Correlate, in [-1, 1], each predicted picture with every true one, of their `planes`.
 
     Does a generated tile identify its place, with no trained model in between? Rank with
     `ranks(scores, torch.arange(n))`. Flat pictures score 0.
