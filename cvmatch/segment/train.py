@@ -39,6 +39,7 @@ def train(config: TrainSegmenter) -> TrainResult:
             model cannot be had.
     """
     launch.preflight(config.fit)
+    check_synthesized(config)
     hub.check_model(BASES.get(config.base, config.base), "--base")
     session.start()
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
@@ -77,17 +78,15 @@ def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: TrainConfig) 
     return decoded
 
 
-def read_training_rows(
-    config: TrainSegmenter, pairs: PairDataset, preprocess: Preprocess
-) -> Dataset:
-    """Read labelled rows of `config.data`, and between them those of `config.synthesized`.
+def check_synthesized(config: TrainSegmenter) -> None:
+    """Check that the rows at `config.synthesized` are of the split that is trained on.
 
     Raises:
-        FileNotFoundError: no finished output of cvmatch synthesize at `config.synthesized`.
-        ValueError: it is of another split, or no row of `config.data` has a class map.
+        FileNotFoundError: no finished output of cvmatch synthesize there.
+        ValueError: they are of another split.
     """
     if not config.synthesized:
-        return read_labelled(pairs, preprocess, config.fit)
+        return
     source = manifest.read(config.synthesized)["config"]
     split = source.get("data", {}).get("split")
     if split != config.data.split:
@@ -95,6 +94,18 @@ def read_training_rows(
             f"{config.synthesized}: expected rows of the split {config.data.split!r} that is "
             f"trained on, got {split!r}. Pass the output of cvmatch synthesize for that split."
         )
+
+
+def read_training_rows(
+    config: TrainSegmenter, pairs: PairDataset, preprocess: Preprocess
+) -> Dataset:
+    """Read labelled rows of `config.data`, and between them those of `config.synthesized`.
+
+    Raises:
+        ValueError: no row of `config.data` has a class map.
+    """
+    if not config.synthesized:
+        return read_labelled(pairs, preprocess, config.fit)
     filesystem, path = storage.resolve(config.synthesized)
     columns = [schema.PAIR_ID, schema.SYNTHETIC, schema.CLASSES, schema.ERROR]
     synthetic = ray.data.read_parquet(path, filesystem=filesystem, columns=columns)

@@ -15,7 +15,7 @@ from cvmatch.runtime import tracking
 from cvmatch.segment.batches import Preprocess
 from cvmatch.segment.infer import SegmentAerial
 from cvmatch.segment.settings import TrainSegmenter
-from cvmatch.segment.train import read_labelled, read_training_rows, train
+from cvmatch.segment.train import check_synthesized, read_labelled, read_training_rows, train
 from cvmatch.synthesize.settings import Synthesize
 from cvmatch.training.settings import TrainConfig
 from tests.helpers.segmenter import SIZE, picture, rows_of
@@ -111,7 +111,7 @@ def test_training_rows_of_another_split_are_refused(ray_session, tmp_path: os.Pa
     make_pairs(root, maps=True, count=4)
     config = TrainSegmenter(data=Ingest(root=root), synthesized=output)
     with pytest.raises(ValueError, match=r"expected rows of the split 'train'.*got 'val'"):
-        read_training_rows(config, PairDataset.open(config.data), Preprocess(size=SIZE))
+        check_synthesized(config)
 
 
 @pytest.mark.ray
