@@ -61,23 +61,23 @@ class Row:
 
 
 def find(root: str) -> Layout:
-    """The data set at `root`, or in the only directory at most two levels below that holds one.
+    """Find the data set at `root`, or in the only directory at most two levels below.
 
     Raises:
         ValueError: there is none, or more than one.
     """
     level = [storage.absolute(root).rstrip("/")]
     for depth in range(_SEARCHED + 1):
-        found = [layout for place in level if (layout := _layout_at(place))]
-        if len(found) > 1:
+        layouts = [layout for folder in level if (layout := _layout_at(folder))]
+        if len(layouts) > 1:
             raise ValueError(
-                f"{root}: expected one CVUSA data set, got {[layout.root for layout in found]}. "
+                f"{root}: expected one CVUSA data set, got {[one.root for one in layouts]}. "
                 "Pass the one you mean as the root (this job's flag that ends in .root)."
             )
-        if found:
-            return found[0]
+        if layouts:
+            return layouts[0]
         if depth < _SEARCHED:
-            level = [below for place in level for below in _directories(place)]
+            level = [below for folder in level for below in _directories(folder)]
     names = storage.names(root)
     alone = any(map(_is_picture, names))
     raise ValueError(
@@ -89,7 +89,7 @@ def find(root: str) -> Layout:
 
 
 def read_rows(table: str) -> list[Row]:
-    """The lines of a split's CSV: aerial, ground, ignored columns; a header is left out.
+    """Read a split's CSV: aerial, ground, ignored columns; a header is left out.
 
     Raises:
         ValueError: no rows, not a CSV, or an id twice; names file, ids and lines.
@@ -104,7 +104,7 @@ def read_rows(table: str) -> list[Row]:
             twice.append(f"{row.pair_id} (lines {lines[row.pair_id]} and {line})")
     if twice:
         raise ValueError(
-            f"{table}: expected each id once, got {len(twice)} again: {_some(twice)}. "
+            f"{table}: expected each id once, got {len(twice)} again: {_first(twice)}. "
             "Remove the repeated lines."
         )
     if not rows:
@@ -122,13 +122,13 @@ def check_disjoint(layout: Layout, split: str, rows: list[Row]) -> None:
         if shared:
             raise ValueError(
                 f"{layout.tables[split]} and {layout.tables[other]}: expected no id in both, got "
-                f"{len(shared)}: {_some(shared)}. Evaluation would see trained pairs; remove them "
+                f"{len(shared)}: {_first(shared)}. Evaluation would see trained pairs; remove them "
                 "from one file."
             )
 
 
 def read_positions(locations: str) -> list[tuple[float, float] | None]:
-    """(latitude, longitude) in degrees of id i + 1 at place i; None where a line is empty.
+    """Read (latitude, longitude) in degrees of id i + 1 as item i; None where a line is empty.
 
     Raises:
         ValueError: a line (but the first, a header) holds no position; names it.
@@ -136,17 +136,17 @@ def read_positions(locations: str) -> list[tuple[float, float] | None]:
     positions: list[tuple[float, float] | None] = []
     for line, cells in _read_csv(locations):
         try:
-            at = (float(cells[0]), float(cells[1])) if any(cells) else None
+            position = (float(cells[0]), float(cells[1])) if any(cells) else None
         except (ValueError, IndexError):
             if line == 1:
                 continue
-            at = (math.nan, math.nan)
-        if at and not (abs(at[0]) <= 90 and abs(at[1]) <= 180):
+            position = (math.nan, math.nan)
+        if position and not (abs(position[0]) <= 90 and abs(position[1]) <= 180):
             raise ValueError(
                 f"{locations} line {line}: expected latitude (-90 to 90) and longitude (-180 to "
                 f"180) first, got {cells[:2]}. Mend the line, or remove the file to go without."
             )
-        positions.append(at)
+        positions.append(position)
     return positions
 
 
@@ -159,7 +159,7 @@ class Listing:
         self._names: dict[str, frozenset[str]] = {}
 
     def find(self, stated: str) -> str | None:
-        """The file that `stated` means, relative to the root; None where there is none.
+        """Return the file that `stated` means, relative to the root; None where there is none.
 
         Folders may differ in case (`Streetview/`); names in extension and in the prefix `input`.
 
@@ -183,23 +183,23 @@ class Listing:
     def _folder(self, stated: str) -> str | None:
         if stated not in self._folders:
             above, name = posixpath.split(stated)
-            parent, found = self._folder(above), None
+            parent, match = self._folder(above), None
             if parent is not None:
                 names = self._list(parent)
                 alike = sorted(other for other in names if other.lower() == name.lower())
-                found = name if name in names else (alike or [None])[0]
-            self._folders[stated] = None if found is None else posixpath.join(parent or "", found)
+                match = name if name in names else (alike or [None])[0]
+            self._folders[stated] = None if match is None else posixpath.join(parent or "", match)
         return self._folders[stated]
 
     def _list(self, folder: str) -> frozenset[str]:
         if folder not in self._names:
-            place = storage.inside(self._root, folder) if folder else self._root
-            self._names[folder] = frozenset(storage.names(place))
+            location = storage.inside(self._root, folder) if folder else self._root
+            self._names[folder] = frozenset(storage.names(location))
         return self._names[folder]
 
 
 def find_files(listing: Listing, row: Row) -> list[str | None] | Reject:
-    """Aerial, ground and (or None) class map of a row, or what is wrong with it."""
+    """Return aerial, ground and (or None) class map of a row, or what is wrong with it."""
     if row.pair_id is None:
         return {"pair_id": None, "file": row.aerial, "reason": row.reason}
     files = []
@@ -219,10 +219,10 @@ def _layout_at(root: str) -> Layout | None:
     for folder in ("", alike.get("splits")):
         if folder is None:
             continue
-        place = storage.inside(root, folder) if folder else root
-        held = storage.names(place) if folder else names
+        location = storage.inside(root, folder) if folder else root
+        files = storage.names(location) if folder else names
         tables = {
-            s: storage.join(place, f"{s}-19zl.csv") for s in SPLITS if f"{s}-19zl.csv" in held
+            s: storage.join(location, f"{s}-19zl.csv") for s in SPLITS if f"{s}-19zl.csv" in files
         }
         if tables:
             return Layout(root=root, tables=tables, locations=_locations(root, alike))
@@ -236,17 +236,17 @@ def _locations(root: str, alike: dict[str, str]) -> str | None:
     return storage.join(root, "all.csv") if "all.csv" in alike.values() else None
 
 
-def _directories(place: str) -> list[str]:
-    """Directories in which a data set may lie: not hidden ones, macOS's, or those of pictures."""
+def _directories(location: str) -> list[str]:
+    """List directories that may hold a data set: not hidden ones, macOS's, or those of pictures."""
     return [
-        storage.inside(place, name)
-        for name in storage.names(place, directories=True)
+        storage.inside(location, name)
+        for name in storage.names(location, directories=True)
         if not name.startswith((".", "__MACOSX")) and name.lower() not in _PICTURES
     ]
 
 
 def _read_csv(table: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number, from 1, and stripped cells of each line; CRLF, BOM and a bare end are fine."""
+    """Yield line number, from 1, and stripped cells; CRLF, BOM and a bare end are fine."""
     try:
         text = storage.read_bytes(table).decode("utf-8-sig")
         lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
@@ -270,7 +270,7 @@ def _row(line: int, cells: list[str]) -> Row:
 
 
 def _id_of(stated: str) -> str | None:
-    """The id in a file's name, as seven digits; None for any other name, such as macOS's `._*`."""
+    """Return the id in a file's name, as seven digits; None for others, such as macOS's `._*`."""
     stem = posixpath.splitext(posixpath.basename(stated.replace("\\", "/")))[0]
     match = _NAME.fullmatch(stem)
     return f"{int(match[1]):07d}" if match else None
@@ -280,5 +280,5 @@ def _is_picture(cell: str) -> bool:
     return cell.lower().endswith(_SUFFIXES)
 
 
-def _some(items: list[str]) -> str:
+def _first(items: list[str]) -> str:
     return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")

@@ -55,13 +55,13 @@ def weights(*modules: nn.Module) -> str:
 
 
 def tensors(directory: str) -> dict[str, str]:
-    """Name, dtype, shape and hash of each tensor of all `*.safetensors` below, by its name."""
+    """Return name, dtype, shape and hash of each tensor of all `*.safetensors` below, by name."""
     paths = [path for path in _files(directory) if path.endswith(".safetensors")]
     return {name: line for path in paths for name, line in _tensors(path).items()}
 
 
 def settings(value: Any) -> Any:
-    """A model's configuration without what says where it came from or which library saved it."""
+    """Drop from a model's configuration where it came from and which library saved it."""
     if isinstance(value, dict):
         return {k: settings(v) for k, v in value.items() if k not in _VOLATILE}
     if isinstance(value, list):
@@ -75,7 +75,7 @@ def digest(plain: Any) -> str:
 
 
 def write(output: str, *, rows: int, config: Any, models: Mapping[str, str], source: str) -> None:
-    """Write `<output>/manifest.json`. Call it last: it says that the output is whole.
+    """Write `<output>/manifest.json`. Write it last: its presence marks the output as complete.
 
     `models` maps names to fingerprints; `source` is the location that the rows were made from.
     """
@@ -92,7 +92,7 @@ def write(output: str, *, rows: int, config: Any, models: Mapping[str, str], sou
 
 
 def read(output: str) -> dict[str, Any]:
-    """The manifest of an output.
+    """Read the manifest of an output.
 
     Raises:
         FileNotFoundError: none there, so the job that makes the output did not finish.

@@ -120,7 +120,7 @@ class PairDataset:
 
 
 def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(FILES)) -> pa.Table:
-    """Rows of PLAN -> rows of `schema.PAIRS`, with the bytes of the files below `root`.
+    """Read the files of rows of PLAN below `root`, as rows of `schema.PAIRS`.
 
     Of the columns in FILES only `pictures`; what is wrong with the others is not seen.
     """
@@ -139,7 +139,7 @@ def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(F
 
 
 def check_pictures(rows: pa.Table, root: str) -> pa.Table:
-    """Rows of PLAN -> as many of `pair_id`, `file`, `reason`: the first fault, or nulls."""
+    """Decode the files of rows of PLAN. Return `pair_id`, `file`, `reason`: a fault, or nulls."""
     faults: list[tuple[str | None, str | None]] = [(None, None)] * len(rows)
     for column, named in FILES.items():
         files = rows[named].to_pylist()
@@ -152,7 +152,7 @@ def check_pictures(rows: pa.Table, root: str) -> pa.Table:
 
 
 def plan(layout: cvusa.Layout, rows: Iterable[cvusa.Row]) -> tuple[pa.Table, list[cvusa.Reject]]:
-    """The rows whose files are there, as PLAN, and the others; opens no picture."""
+    """Return the rows whose files are there, as PLAN, and the others; open no picture."""
     listing = cvusa.Listing(layout.root)
     positions = cvusa.read_positions(layout.locations) if layout.locations else []
     columns: dict[str, list] = {name: [] for name in PLAN.names}
@@ -273,7 +273,7 @@ def _share(counts: dict[str, int]) -> float:
 
 
 def _cache(config: Ingest, layout: cvusa.Layout) -> str:
-    """The cache's directory for this split (and limit) of this data set."""
+    """Return the cache's directory for this split (and limit) of this data set."""
     part = f"{config.split}-{config.limit}" if config.limit else config.split
     if not config.cache:
         return storage.join(layout.root, ".cvmatch", part)
@@ -283,7 +283,7 @@ def _cache(config: Ingest, layout: cvusa.Layout) -> str:
 
 
 def _fetch(root: str, files: list[str | None]) -> list[Content]:
-    """Content of each file."""
+    """Read each file."""
     filesystem, base = storage.resolve(root)  # once: a connection, on a remote store
     with ThreadPoolExecutor(_FETCHES) as pool:
         return list(pool.map(lambda file: _read(filesystem, base, file), files))
@@ -305,7 +305,7 @@ def _read(filesystem: fs.FileSystem, base: str, file: str | None) -> Content:
 
 
 def _fault(data: bytes, column: str) -> str | None:
-    """What is wrong with a picture, or None."""
+    """Return what is wrong with a picture, or None."""
     try:
         mode = images.open_image(data).mode
     except images.BadImage as error:

@@ -36,7 +36,7 @@ PAIRS = pa.schema(
         pa.field(ERROR, pa.string()),  # why the row failed; null for a good row
     ]
 )
-"""What `ingest` gives."""
+"""Columns of `PairDataset.rows`."""
 
 SYNTHESIZED = PAIRS.insert(4, pa.field(SYNTHETIC, pa.binary())).insert(
     5, pa.field(SYNTHETIC_CLASSES, pa.binary())
@@ -61,7 +61,7 @@ IGNORE = 255
 
 
 def conform(table: pa.Table, wanted: pa.Schema = SYNTHESIZED) -> pa.Table:
-    """The columns of `wanted` in its order and types; one that is absent is null, and so is NaN.
+    """Cast a table to the columns of `wanted`; one that is absent is null, and so is NaN.
 
     A column without any value has no type in a stream: to the second stage it comes as NaN, which
     a cast would make the text "nan". Tensors of Ray become plain lists.
@@ -92,7 +92,7 @@ def read_errors(column: Any) -> list[str | None]:
 
 
 def with_nulls(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch of numpy's with None for NaN where text or bytes belong.
+    """Put None for NaN where text or bytes belong in a batch of numpy's.
 
     What an actor hands on as it came: another batch of the same block may have values there, and
     Arrow joins them with nulls, but not with numbers.
@@ -106,12 +106,12 @@ def with_nulls(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def good_rows(table: pa.Table) -> pa.Table:
-    """The rows of a table that have not failed: as `read_errors`, of millions of rows."""
+    """Return the rows of a table that have not failed; the same as `read_errors`, but fast."""
     return table.filter(pc.field(ERROR).is_null(nan_is_null=True))
 
 
 def failed_rows(table: pa.Table) -> pa.Table:
-    """The other rows."""
+    """Return the rows of a table that have failed."""
     return table.filter(~pc.field(ERROR).is_null(nan_is_null=True))
 
 

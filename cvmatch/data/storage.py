@@ -55,13 +55,13 @@ def inside(root: str, relative: str) -> str:
 
 
 def exists(location: str) -> bool:
-    """Whether a file or directory is there."""
+    """Return whether a file or directory is there."""
     filesystem, path = resolve(location)
     return filesystem.get_file_info(path).type.name != "NotFound"
 
 
 def is_directory(location: str) -> bool:
-    """Whether a directory is there."""
+    """Return whether a directory is there."""
     filesystem, path = resolve(location)
     return filesystem.get_file_info(path).type.name == "Directory"
 
@@ -76,19 +76,23 @@ def names(location: str, directories: bool = False) -> list[str]:
 
 
 def read_bytes(location: str) -> bytes:
-    """A file's content. Raises FileNotFoundError, naming it, where there is none."""
+    """Read a file.
+
+    Raises:
+        FileNotFoundError: there is none; names it.
+    """
     filesystem, path = resolve(location)
     with filesystem.open_input_stream(path) as stream:
         return stream.read()
 
 
 def read_text(location: str) -> str:
-    """A UTF-8 file's content."""
+    """Read a UTF-8 file."""
     return read_bytes(location).decode()
 
 
 def read_json(location: str) -> Any:
-    """A JSON file's content."""
+    """Read a JSON file."""
     return json.loads(read_bytes(location))
 
 
@@ -117,7 +121,7 @@ def write_json(location: str, value: Any) -> None:
 
 
 def make_directory(location: str) -> str:
-    """Create a directory and its parents; gives `location` back."""
+    """Create a directory and its parents; return `location`."""
     filesystem, path = resolve(location)
     filesystem.create_dir(path, recursive=True)
     return location

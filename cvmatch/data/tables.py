@@ -9,7 +9,7 @@ from cvmatch.data import schema, storage
 
 
 def files(location: str) -> list[str]:
-    """Names of the Parquet files of a directory, sorted.
+    """List the names of a directory's Parquet files, sorted.
 
     Raises:
         FileNotFoundError: none there.
@@ -24,17 +24,17 @@ def files(location: str) -> list[str]:
 
 
 def rows(location: str) -> list[int]:
-    """Number of rows of each of its `files`."""
+    """Return the number of rows of each of its `files`."""
     filesystem, path = storage.resolve(location)
-    found = []
+    counts = []
     for name in files(location):
         with filesystem.open_input_file(storage.join(path, name)) as file:
-            found.append(parquet.read_metadata(file).num_rows)
-    return found
+            counts.append(parquet.read_metadata(file).num_rows)
+    return counts
 
 
 def sizes(location: str) -> list[tuple[str, int]]:
-    """Name and bytes of each of its `files`: they stand for the content."""
+    """Return name and bytes of each of its `files`, which stand for the content."""
     filesystem, path = storage.resolve(location)
     names = files(location)
     infos = filesystem.get_file_info([storage.join(path, name) for name in names])
@@ -42,7 +42,7 @@ def sizes(location: str) -> list[tuple[str, int]]:
 
 
 def columns(location: str) -> list[str]:
-    """Columns of the first of its `files`."""
+    """Return the columns of the first of its `files`."""
     filesystem, path = storage.resolve(location)
     with filesystem.open_input_file(storage.join(path, files(location)[0])) as file:
         return parquet.read_schema(file).names
@@ -51,7 +51,7 @@ def columns(location: str) -> list[str]:
 def batches(
     location: str, columns: Sequence[str], size: int = 64, names: Sequence[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Tables of at most `size` rows of all Parquet files (or of `names`), in their order.
+    """Yield tables of at most `size` rows of all Parquet files (or of `names`), in their order.
 
     A column that a file lacks is null.
 

@@ -1,7 +1,6 @@
-"""A network called in batches of one size, so that the result of a row depends on that row alone.
+"""Call a network in batches of one size, so that a row's result depends on that row alone.
 
-The last bits of a result depend on the batch's size (measured on a CPU: 4e-7 of a picture's range),
-and not on the row's position in it or on its neighbours.
+The last bits of a result depend on the batch's size (docs/decisions.md#batch-size-and-last-bits).
 """
 
 import threading
@@ -17,8 +16,8 @@ Result = TypeVar("Result")
 class FixedBatch(Generic[Row, Result]):
     """Results of rows, one for each; of a row on which the network fails, the exception.
 
-    `network` takes exactly `size` rows, and may give an exception in place of a result. It runs for
-    one caller at a time, so that others decode and encode meanwhile.
+    `network` takes exactly `size` rows, and may return an exception in place of a result. It runs
+    for one caller at a time, so that others decode and encode meanwhile.
     """
 
     def __init__(
@@ -28,14 +27,14 @@ class FixedBatch(Generic[Row, Result]):
         self.lock = threading.Lock()
 
     def __call__(self, rows: Sequence[Row]) -> list[Result | Exception]:
-        """Results in the order of the rows.
+        """Return results in the order of the rows.
 
         Raises:
             Exception: the network's, if memory ran out, or if all rows of a batch fail, one by one
                 too: then the fault is not in the rows.
         """
-        starts = range(0, len(rows), self.size)
-        return [result for at in starts for result in self._batch(rows[at : at + self.size])]
+        batches = [rows[start : start + self.size] for start in range(0, len(rows), self.size)]
+        return [result for batch in batches for result in self._batch(batch)]
 
     def _batch(self, rows: Sequence[Row]) -> list[Result | Exception]:
         try:
@@ -43,13 +42,13 @@ class FixedBatch(Generic[Row, Result]):
         except torch.OutOfMemoryError:
             raise  # a row alone would be padded to as much
         except Exception:  # noqa: BLE001 (kernels raise what they like; each row tells its own)
-            results = [self._alone(row) for row in rows]
+            results = [self._single(row) for row in rows]
         failed = [result for result in results if isinstance(result, Exception)]
         if len(failed) == len(rows) > 1:
             raise failed[0]
         return results
 
-    def _alone(self, row: Row) -> Result | Exception:
+    def _single(self, row: Row) -> Result | Exception:
         try:
             return self._padded([row])[0]
         except torch.OutOfMemoryError:
@@ -64,5 +63,5 @@ class FixedBatch(Generic[Row, Result]):
 
 
 def error_line(error: Exception) -> str:
-    """An exception in one line, for the `error` of a row."""
+    """Return an exception in one line, for the `error` of a row."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]

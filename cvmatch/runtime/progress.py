@@ -64,7 +64,7 @@ def watch(
 
 
 def each(label: str, total: int, items: Iterable[T]) -> Iterator[T]:
-    """The items, showing how many of `total` were worked on by whoever takes them."""
+    """Yield the items, showing how many of `total` the consumer has worked on."""
     done = 0
     with watch(label, total, lambda: done):
         for item in items:

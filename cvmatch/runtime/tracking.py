@@ -86,8 +86,7 @@ _current: ContextVar[Run | None] = ContextVar("cvmatch_run", default=None)
 
 @contextlib.contextmanager
 def start(stage: str, config: Any, parent: Run | None = None) -> Iterator[Run]:
-    """A run of `stage` while the block lasts: FINISHED at its end, KILLED by Ctrl-C,
-    FAILED if it raises.
+    """Log a run of `stage` in the block: FINISHED at its end, KILLED by Ctrl-C, else FAILED.
 
     It is named as `config.fit.name` or `config.name` says, else after stage and time. `config`
     becomes its params (dotted names) and its file config.yaml. `parent` defaults to the
@@ -164,20 +163,20 @@ def _name_of(config: Any) -> str:
 
 def _experiment(client: "MlflowClient") -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cvmatch")
-    if found := client.get_experiment_by_name(name):
-        return found.experiment_id
-    place = None
+    if experiment := client.get_experiment_by_name(name):
+        return experiment.experiment_id
+    artifacts = None
     if client.tracking_uri.startswith("sqlite:///"):
         # The default is ./mlruns of whichever process came first, such as a Ray worker's.
         file = client.tracking_uri.removeprefix("sqlite:///")
-        place = os.path.join(os.path.dirname(os.path.abspath(file)), "mlartifacts")
+        artifacts = os.path.join(os.path.dirname(os.path.abspath(file)), "mlartifacts")
     try:
-        return client.create_experiment(name, artifact_location=place)
+        return client.create_experiment(name, artifact_location=artifacts)
     except _mlflow().exceptions.MlflowException as error:
-        found = client.get_experiment_by_name(name)  # another process was faster
-        if found is None:
+        experiment = client.get_experiment_by_name(name)  # another process was faster
+        if experiment is None:
             raise error
-        return found.experiment_id
+        return experiment.experiment_id
 
 
 def _mlflow() -> ModuleType:

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def name_of(epoch: int) -> str:
-    """Directory of the checkpoint after `epoch` epochs."""
+    """Return the name of the checkpoint after `epoch` epochs."""
     return f"epoch_{epoch:04d}"
 
 
@@ -70,7 +70,7 @@ class RunDirectory:
     """Epochs from one validation to the next, whose metrics an epoch may lack."""
 
     def entries(self) -> list[dict[str, Any]]:
-        """Metrics of the finished epochs, in their order."""
+        """Return the metrics of the finished epochs, in their order."""
         return self._ledger()["epochs"]
 
     def begin_or_resume(self, identity: Mapping[str, Any]) -> None:
@@ -101,15 +101,15 @@ class RunDirectory:
         self._write({**ledger, "epochs": [*earlier, dict(metrics)]})
 
     def checkpoint(self, epoch: int) -> Checkpoint:
-        """The checkpoint after `epoch` epochs."""
+        """Return the checkpoint after `epoch` epochs."""
         return Checkpoint(storage.join(self.location, name_of(epoch)))
 
     def model(self, epoch: int) -> str:
-        """Directory of the model in that checkpoint."""
+        """Return the directory of the model in that checkpoint."""
         return storage.join(self.checkpoint(epoch).path, MODEL)
 
     def latest(self) -> int:
-        """Epochs done, as far as their checkpoint is there; 0 for a new run."""
+        """Return the epochs done whose checkpoint is there; 0 for a new run."""
         done = [e["epoch"] for e in self.entries() if self._holds(e["epoch"])]
         return max(done, default=0)
 
@@ -166,8 +166,8 @@ class RunDirectory:
 class RunRecorder(UserCallback):
     """Enters each epoch in the ledger and in MLflow.
 
-    Ray calls it in the controller, on the driver's node, where a SQLite store can be reached. In
-    local mode Ray calls no callback at all (2.60, `LocalTorchController`), so `training` does.
+    Ray calls it in the controller, on the driver's node, where a SQLite store can be reached; in
+    a training of this process `launch.LocalBackend` does.
     """
 
     def __init__(self, directory: RunDirectory, run: tracking.Run | None) -> None:

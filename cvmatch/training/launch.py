@@ -292,14 +292,14 @@ def _check(train: Dataset, val: Dataset | None, fit: TrainConfig) -> None:
 
 
 def _steps(rows: int, fit: TrainConfig) -> int:
-    """Steps of an epoch of one worker; a last row alone makes none, nor do `rows` % workers."""
-    own = rows // max(fit.workers, 1)
-    if own < min(2, fit.share):
+    """Return the steps of an epoch of one worker; a last row alone makes none."""
+    share = rows // max(fit.workers, 1)
+    if share < min(2, fit.share):
         raise ValueError(
             f"training rows: expected at least 2 for each worker, got {rows} in all. Check the "
-            "location and --data.limit."
+            "location and the limit (this job's flag that ends in .limit)."
         )
-    return own // fit.share + (own % fit.share > 1)
+    return share // fit.share + (share % fit.share > 1)
 
 
 def _identity(

@@ -32,7 +32,7 @@ from cvmatch.training.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """What all workers of a run are told."""
+    """What each worker of a run needs to know."""
 
     build: Callable[[], Task]
     fit: TrainConfig
@@ -98,7 +98,7 @@ class RayTrainBackend:
 
 
 def starting_checkpoint(job: TrainJob) -> Checkpoint | None:
-    """The checkpoint that earlier starts of the run left."""
+    """Return the checkpoint that earlier starts of the run left."""
     if not job.resume:
         return None
     return Checkpoint(storage.join(job.directory, checkpoints.name_of(job.resume)))
@@ -116,8 +116,8 @@ def run_epochs(job: TrainJob, backend: Backend) -> None:
         metrics |= trainer.train(epoch, curve)
         pictures = {}
         if job.validate and is_validation_epoch(job.fit, epoch):
-            found, pictures = trainer.validate()
-            metrics |= found
+            validation, pictures = trainer.validate()
+            metrics |= validation
         trainer.adjust(metrics)
         with tempfile.TemporaryDirectory() as directory:
             if backend.rank == 0:
@@ -133,7 +133,7 @@ def run_epochs(job: TrainJob, backend: Backend) -> None:
 
 
 def is_validation_epoch(fit: TrainConfig, epoch: int) -> bool:
-    """Whether the epoch (from 0) ends with a validation."""
+    """Return whether the epoch (from 0) ends with a validation."""
     return (epoch + 1) % fit.validate_every == 0 or epoch + 1 == fit.epochs
 
 
@@ -159,7 +159,7 @@ class Trainer:
         self.bf16 = job.fit.precision == "bf16" or (job.fit.precision == "auto" and on_gpu)
 
     def train(self, epoch: int, curve: LossCurve) -> dict[str, float]:
-        """One epoch of steps; the row-weighted means over all workers, as `train/...`."""
+        """Train one epoch; return the row-weighted means over all workers, as `train/...`."""
         self.model.train()
         means, steps = MeanMetrics(), self.job.steps
         number = torch.tensor(epoch)
@@ -180,17 +180,17 @@ class Trainer:
             curve.tick(epoch * steps + count, losses["loss"].detach())
         if count != steps:
             raise RuntimeError(f"epoch {epoch} had {count} steps, its rows were counted as {steps}")
-        found = {f"train/{k}": v.item() for k, v in means.reduce(self.backend.world).items()}
-        if not math.isfinite(found["train/loss"]):
+        metrics = {f"train/{k}": v.item() for k, v in means.reduce(self.backend.world).items()}
+        if not math.isfinite(metrics["train/loss"]):
             raise FloatingPointError(
-                f"train/loss is {found['train/loss']} in epoch {epoch + 1}: lower the learning "
+                f"train/loss is {metrics['train/loss']} in epoch {epoch + 1}: lower the learning "
                 "rates, or set --fit.clip-norm or --fit.precision fp32."
             )
-        return found
+        return metrics
 
     @torch.no_grad()
     def validate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """The task's summary of all validation rows: scalars as `val/...`, and its pictures."""
+        """Return the task's summary of all validation rows: scalars as `val/...`, and pictures."""
         self.task.eval()
         means, number = MeanMetrics(), torch.tensor(0)
         for batch in self._batches("val", None):
@@ -227,15 +227,15 @@ class Trainer:
         torch.save(state, os.path.join(directory, checkpoints.STATE))
 
     def load(self, checkpoint: Checkpoint | None) -> int:
-        """Go on from a checkpoint; gives the epochs that are done."""
+        """Go on from a checkpoint; return the epochs that are done."""
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as directory:
             path = os.path.join(directory, checkpoints.STATE)
             state = torch.load(path, map_location="cpu", weights_only=True)
-        have = {name for name, p in self.task.named_parameters() if p.requires_grad}
-        given = self.task.load_state_dict(state["model"], strict=False)
-        wrong = sorted(have.intersection(given.missing_keys)) + given.unexpected_keys
+        trained = {name for name, p in self.task.named_parameters() if p.requires_grad}
+        keys = self.task.load_state_dict(state["model"], strict=False)
+        wrong = sorted(trained.intersection(keys.missing_keys)) + keys.unexpected_keys
         if wrong:
             raise ValueError(
                 f"{checkpoint.path} is of another model: weights {wrong[:5]} do not fit. Choose "
@@ -278,7 +278,7 @@ class Trainer:
 
 
 def parameter_groups(task: Task, module: nn.Module) -> list[dict[str, Any]]:
-    """The task's groups without frozen weights.
+    """Return the task's parameter groups without frozen weights.
 
     Raises:
         ValueError: a weight that is not frozen is in no group, so it would never move.
@@ -301,7 +301,7 @@ def parameter_groups(task: Task, module: nn.Module) -> list[dict[str, Any]]:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, fit: TrainConfig, steps: int
 ) -> LambdaLR | ReduceLROnPlateau:
-    """The learning rates' schedule; `steps` are those of one epoch."""
+    """Build the schedule of the learning rates; `steps` are those of one epoch."""
     if fit.schedule == "plateau":
         return ReduceLROnPlateau(optimizer, factor=0.1, patience=fit.patience)
     moves = math.ceil(steps / fit.accumulate) * fit.epochs
