@@ -45,6 +45,7 @@ def failed(words: list[str], capsys) -> tuple[int, str]:
     """Exit code and last line on stderr."""
     with pytest.raises(SystemExit) as caught:
         cli.main(argv=words)
+    assert isinstance(caught.value.code, int)
     return caught.value.code, capsys.readouterr().err.strip()
 
 
