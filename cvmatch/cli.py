@@ -142,7 +142,7 @@ def _train_matcher(config: Any) -> Any:
 
 
 def _train(train: Callable[[Any], Any], config: Any) -> Any:
-    return {"model": config.output, **(train(config).metrics or {})}
+    return {"model": config.output, **train(config).metrics}
 
 
 def _synthesize(config: Any) -> Any:

@@ -187,7 +187,7 @@ def _run_trial(params: dict[str, Any], search: _Search) -> None:
     with tracking.inside(search.parent), launch.report_to(listener):
         result = (search.train or search_space.load_train(search.stage))(config)
     if not (config.fit.workers or reporter.count):  # it was finished before the search was killed
-        ray.tune.report(result.metrics or {})
+        ray.tune.report(result.metrics)
 
 
 def _build_tuner(
