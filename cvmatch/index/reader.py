@@ -99,7 +99,7 @@ class Index:
     def rows_inside(self, area: geography.Area) -> Int64[np.ndarray, " row"]:
         """Return the rows of tiles in an area; one without coordinates is in none."""
         coordinates = (self.tiles[n].to_numpy() for n in (schema.LATITUDE, schema.LONGITUDE))
-        rows = np.flatnonzero(area.holds(*coordinates))
+        rows = np.flatnonzero(area.contains(*coordinates))
         return rows[~self._is_deleted(rows)]
 
     def iter_scores(
@@ -296,13 +296,15 @@ def open_version(root: str, manifest: IndexManifest) -> Index:
     arrays, tables = zip(*(shard.open_shard(folder, rereads) for folder in folders), strict=True)
     matcher_dir = os.path.join(root, "matcher", manifest.model)
     matcher = load_fusion(matcher_dir, hardware.device())
-    deleted = manifest.deleted and np.load(os.path.join(root, manifest.deleted))
+    deleted = np.empty(0, np.int64)
+    if manifest.deleted:
+        deleted = np.load(os.path.join(root, manifest.deleted))
     return Index(
         tile_proj=shard.ShardedArray(arrays),
         tiles=pa.concat_tables(tables),
         ann=[_open_part(root, info, manifest.ann.nprobe) for info in manifest.ann.parts],
         shortlist_head=load_head(os.path.join(root, "shortlist", manifest.shortlist_dir), matcher),
-        deleted=np.empty(0, np.int64) if deleted is None else deleted,
+        deleted=deleted,
         matcher=matcher,
         manifest=manifest,
         matcher_dir=matcher_dir,
