@@ -52,31 +52,31 @@ def write_segformer(directory: str) -> None:
     SegformerForSemanticSegmentation(config).save_pretrained(directory)
 
 
-def peak(device: torch.device) -> float:
+def peak_flops(device: torch.device) -> float:
     """FLOP/s of a large matrix product, the median of ten: bf16 on a GPU, else fp32."""
     size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
-    times = [seconds(lambda: torch.mm(left, right), device) for _ in range(13)]
+    times = [time_call(lambda: torch.mm(left, right), device) for _ in range(13)]
     return 2 * size**3 / statistics.median(times[3:])
 
 
-def flops(call: Callable[[], Any]) -> float:
+def count_flops(call: Callable[[], Any]) -> float:
     """FLOP of the convolutions, matrix products and attention in a call."""
     with FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
+def time_call(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, with all that it left to the device."""
-    wait(device)
+    synchronize(device)
     begin = time.perf_counter()
     call()
-    wait(device)
+    synchronize(device)
     return time.perf_counter() - begin
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -9,7 +9,7 @@ SAMPLE_S = 1.0
 """Seconds between looks."""
 
 
-class Peak:
+class PeakMemory:
     """Largest sum so far."""
 
     mib: float = 0.0
@@ -17,13 +17,16 @@ class Peak:
 
 
 @contextlib.contextmanager
-def watched(field: str = "Pss") -> Iterator[Peak]:
+def watch_memory(field: str = "Pss") -> Iterator[PeakMemory]:
     """The peak while the block runs; with "Pss_Anon" without the pages of mapped files."""
-    peak, finished = Peak(), threading.Event()
+    peak, finished = PeakMemory(), threading.Event()
 
     def look() -> None:
         while not finished.wait(SAMPLE_S):
-            peak.mib = max(peak.mib, sum(_size(pid, field) for pid in below(os.getpid())) / 1024)
+            peak.mib = max(
+                peak.mib,
+                sum(_read_size(pid, field) for pid in list_descendants(os.getpid())) / 1024,
+            )
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -34,7 +37,7 @@ def watched(field: str = "Pss") -> Iterator[Peak]:
         thread.join()
 
 
-def below(root: int) -> list[int]:
+def list_descendants(root: int) -> list[int]:
     """`root` and the processes below it."""
     children: dict[int, list[int]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -48,7 +51,7 @@ def below(root: int) -> list[int]:
     return found
 
 
-def _size(pid: int, field: str) -> int:
+def _read_size(pid: int, field: str) -> int:
     """KiB of a process; of a page that n processes map, an n-th."""
     for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
         if line.startswith(f"{field}:"):

@@ -3,7 +3,7 @@
 import os
 
 
-def links(root: str, to: str, rows: int) -> None:
+def link_rows(root: str, to: str, rows: int) -> None:
     """A training split of `rows` pairs below `to`, whose pictures are links to those at `root`."""
     folders = {"bingmap": "input{}.png", "streetview": "{}.jpg", "segmap": "output{}.png"}
     count = len(os.listdir(f"{root}/bingmap"))

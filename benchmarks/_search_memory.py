@@ -16,17 +16,17 @@ from cvmatch.index.reader import Index, rank
 from cvmatch.match.fusion import Query
 
 
-def private() -> float:
+def read_private_memory() -> float:
     """MiB of pages that are no copy of a file and no other process's: what one more takes."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         sizes = {words[0]: words[1] for words in map(str.split, file) if len(words) == 3}
     return int(sizes["Private_Dirty:"]) / 1024
 
 
-def searched(root: str, place: str) -> dict[str, float]:
+def search(root: str, place: str) -> dict[str, float]:
     """Private memory before and after the queries, and milliseconds to open the index."""
     query = Query(*torch.load(place, weights_only=True))
-    imports = private()
+    imports = read_private_memory()
     begin = time.perf_counter()
     info = versions.read_version(root)
     versions.check_files(root, info.files)
@@ -37,20 +37,20 @@ def searched(root: str, place: str) -> dict[str, float]:
     for at in range(len(query.query_proj)):
         rank(index, query.rows(slice(at, at + 1)), 10, "two-stage")
     return {
-        "private_mib": private(),
+        "private_mib": read_private_memory(),
         "imports_mib": imports,
         "open_ms": 1000 * opened,
         "check_ms": 1000 * check,
     }
 
 
-def forked(root: str, place: str) -> float:
+def search_in_fork(root: str, place: str) -> float:
     """Private MiB of a process that shares what importing the libraries wrote."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload([rank.__module__, Index.__module__])
     with forks.Pool(1) as pool:
-        return pool.apply(searched, (root, place))["private_mib"]
+        return pool.apply(search, (root, place))["private_mib"]
 
 
 if __name__ == "__main__":
-    print(json.dumps({"forked_mib": forked(*sys.argv[1:])} | searched(*sys.argv[1:])))
+    print(json.dumps({"forked_mib": search_in_fork(*sys.argv[1:])} | search(*sys.argv[1:])))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from _harness import Bench, finish, flags, sized
+from _harness import Bench, fill_sizes, parse_flags, write_results
 from index_1m import trained
 from matching import MatchingBench, Rows
 from stream import BATCHES, Stage, compared
@@ -37,7 +37,7 @@ from cvmatch.synthesize.settings import Synthesize
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromImages(Bench):
+class BuildFromImagesBench(Bench):
     """Build an index of all tiles of a world, and search it for its held-out panoramas."""
 
     tiles: int = 0
@@ -56,15 +56,15 @@ class FromImages(Bench):
     """How often both are timed, in turns; medians are reported. 0: 3, quick 1."""
 
 
-def queries_of(asked: FromImages, data: str, at: str) -> str:
+def write_queries(bench: BuildFromImagesBench, data: str, at: str) -> str:
     """Rows of the held-out panoramas, with A and S."""
-    if not asked.generator:
+    if not bench.generator:
         return f"{Rows(MatchingBench(data=data), at).true}/val"
     segmenter = f"{at}/segmenter"
     Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128, num_classes=6)).save(segmenter)
     config = Synthesize(
         data=Ingest(root=data, split="val"),
-        generate=Generate(model=asked.generator, pool=Pool(size=2, batch=32)),
+        generate=Generate(model=bench.generator, pool=Pool(size=2, batch=32)),
         segment=Segment(model=segmenter, pool=Pool(batch=32)),
         output=f"{at}/queries",
     )
@@ -72,25 +72,25 @@ def queries_of(asked: FromImages, data: str, at: str) -> str:
     return config.output
 
 
-def _pool(asked: FromImages) -> Pool:
-    return replace(GalleryConfig().pool, batch=asked.batch)
+def _make_pool(bench: BuildFromImagesBench) -> Pool:
+    return replace(GalleryConfig().pool, batch=bench.batch)
 
 
-def speeds(asked: FromImages, model: str, data: Ingest) -> tuple[float, float]:
+def measure_speeds(bench: BuildFromImagesBench, model: str, data: Ingest) -> tuple[float, float]:
     """Tiles a second of the tower in a loop, and of a pool of one in a stream."""
-    some = GalleryConfig(tiles=replace(data, limit=asked.speed))
-    pool = _pool(asked)
-    batches = read_gallery(some).iter_batches(batch_size=asked.batch, batch_format="numpy")
+    some = GalleryConfig(tiles=replace(data, limit=bench.speed))
+    pool = _make_pool(bench)
+    batches = read_gallery(some).iter_batches(batch_size=bench.batch, batch_format="numpy")
     held: list[Any] = list(batches)
     stage = Stage(
         "embed tiles",
-        lambda: EmbedTile(model, asked.batch),
+        lambda: EmbedTile(model, bench.batch),
         lambda: embed_tiles(read_gallery(some), Embed(model=model, pool=pool)),
     )
-    return compared(stage, held, asked.rounds)
+    return compared(stage, held, bench.rounds)
 
 
-def recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]:
+def measure_recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]:
     """R@k of the queries in both modes, in [0, 1]."""
     embed = EmbedQuery(index.matcher_dir, "G+A+S")
     pictures = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
@@ -112,41 +112,45 @@ def recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]:
     }
 
 
-def main(asked: FromImages) -> None:
+def main(bench: BuildFromImagesBench) -> None:
     """Make, build, search."""
     usual = (
         {"tiles": 1_600, "speed": 1_536, "rounds": 1}
-        if asked.quick
+        if bench.quick
         else {"tiles": 20_000, "speed": 3_000, "rounds": 3}
     )
-    asked = sized(asked, usual)
+    bench = fill_sizes(bench, usual)
     os.environ.setdefault("RAY_worker_niceness", "0")
     session.start(logical_cpus=4)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
-        data = asked.data or f"{at}/world"
-        if not asked.data:
-            held_out = asked.tiles // 40
-            rest = asked.tiles - held_out
+        data = bench.data or f"{at}/world"
+        if not bench.data:
+            held_out = bench.tiles // 40
+            rest = bench.tiles - held_out
             make_world(MakeWorld(output=data, preset="standard", train=rest, val=held_out))
-        model = asked.matcher or trained(f"{at}/trained")[0]
-        location = queries_of(asked, data, f"{at}/rows")
-        block = BATCHES * asked.batch
-        bare, pooled = speeds(asked, model, Ingest(root=data, cache=f"{at}/cache", block=block))
+        model = bench.matcher or trained(f"{at}/trained")[0]
+        location = write_queries(bench, data, f"{at}/rows")
+        block = BATCHES * bench.batch
+        bare, pooled = measure_speeds(
+            bench, model, Ingest(root=data, cache=f"{at}/cache", block=block)
+        )
         config = BuildIndex(
             tiles=Ingest(root=data, cache=f"{at}/whole", block=block),
             splits=("train", "val"),
             model=model,
             output=f"{at}/index",
             queries=location,
-            pool=_pool(asked),
+            pool=_make_pool(bench),
         )
         info = build(config)
-        report(asked, info, recalls(Index.open(config.output), location), bare, pooled)
+        write_report(
+            bench, info, measure_recalls(Index.open(config.output), location), bare, pooled
+        )
 
 
-def report(
-    asked: FromImages,
+def write_report(
+    bench: BuildFromImagesBench,
     info: IndexManifest,
     found: dict[Mode, dict[str, float]],
     bare: float,
@@ -167,20 +171,20 @@ def report(
     figures |= {"shortlist.top1": recall.top1, "shortlist.top10": recall.top10}
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in info.seconds.items())
     notes = (
-        f"{info.rows} tiles of a world. The tower alone, one thread, batches of {asked.batch} "
+        f"{info.rows} tiles of a world. The tower alone, one thread, batches of {bench.batch} "
         f"in memory: {bare:.1f} tiles/s; a pool of one actor in a stream, which reads and decodes "
         f"beside it, in blocks of {BATCHES} batches: {pooled:.1f} ({pooled / bare:.2f}), "
-        f"{asked.rounds} rounds in turns, medians.",
+        f"{bench.rounds} rounds in turns, medians.",
         f"Seconds of the build: {seconds}. Embedding with the start of Ray's processes, the check "
         f"of all pictures and the writing: {info.tiles_per_s['embed']:.1f} tiles/s.",
         f"Shortlist {info.ann.key} ({info.head} head) of {info.shortlist} tiles; it "
         f"holds {100 * recall.top1:.1f} % of the exact first and "
         f"{100 * recall.top10:.1f} % of the exact first ten answers. R@k of queries of "
-        f"modality G+A+S{'' if asked.generator else ' (A is the true tile)'}; two-stage and exact "
+        f"modality G+A+S{'' if bench.generator else ' (A is the true tile)'}; two-stage and exact "
         f"are apart by {100 * apart:.2f} points at most.",
     )
-    finish(asked, "An index from pictures", table, figures, notes)
+    write_results(bench, "An index from pictures", table, figures, notes)
 
 
 if __name__ == "__main__":
-    main(flags(FromImages))
+    main(parse_flags(BuildFromImagesBench))

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from _harness import Bench, finish, flags, sized
-from _memory import below
+from _harness import Bench, fill_sizes, parse_flags, write_results
+from _memory import list_descendants
 from index_1m import trained
 
 from cvmatch.data.settings import Ingest
@@ -36,7 +36,7 @@ STAGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel(Bench):
+class BuildParallelBench(Bench):
     """Build an index of the same tiles again and again."""
 
     tiles: int = 0
@@ -46,15 +46,15 @@ class Parallel(Bench):
 
 
 @contextmanager
-def killer(title: str) -> Iterator[list[int]]:
+def kill_stage(title: str) -> Iterator[list[int]]:
     """SIGKILL the first worker of Ray that does the work `title`; gives the killed process."""
     killed: list[int] = []
     finished = threading.Event()
 
     def look() -> None:
         while not finished.wait(0.002):
-            for pid in below(os.getpid()):
-                if not killed and title in _title(pid):
+            for pid in list_descendants(os.getpid()):
+                if not killed and title in _read_title(pid):
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
 
@@ -67,7 +67,7 @@ def killer(title: str) -> Iterator[list[int]]:
         thread.join()
 
 
-def _title(pid: int) -> str:
+def _read_title(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             title = file.read().decode(errors="replace")
@@ -76,21 +76,21 @@ def _title(pid: int) -> str:
     return title if title.startswith("ray::") else ""
 
 
-def files(info: IndexManifest) -> dict[str, str]:
+def read_checksums(info: IndexManifest) -> dict[str, str]:
     """Hashes of everything but what a version says of itself."""
     return {
         name: one.sha256 for name, one in info.files.items() if not name.startswith("versions/")
     }
 
 
-def main(asked: Parallel) -> None:
+def main(bench: BuildParallelBench) -> None:
     """Build all, and compare."""
-    asked = sized(asked, {"tiles": 480 if asked.quick else 4_000})
+    bench = fill_sizes(bench, {"tiles": 480 if bench.quick else 4_000})
     session.start(logical_cpus=8)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         data = f"{at}/world"
-        make_world(MakeWorld(output=data, preset="standard", train=asked.tiles, val=16))
+        make_world(MakeWorld(output=data, preset="standard", train=bench.tiles, val=16))
         model, location = trained(f"{at}/trained")
 
         def built(name: str, workers: int) -> tuple[IndexManifest, float]:
@@ -103,25 +103,25 @@ def main(asked: Parallel) -> None:
                 pool=Pool(size=workers, batch=32),
             )
             begin = time.perf_counter()
-            info = build(config, shard_rows=-(-asked.tiles // asked.shards))
+            info = build(config, shard_rows=-(-bench.tiles // bench.shards))
             return info, time.perf_counter() - begin
 
         table, wanted, same = [], {}, []
         for workers in (1, 2, 4):
             info, seconds = built(f"workers-{workers}", workers)
-            wanted = wanted or files(info)
-            same.append(files(info) == wanted)
+            wanted = wanted or read_checksums(info)
+            same.append(read_checksums(info) == wanted)
             table.append(
-                _row(f"{workers} workers", info, seconds, same[-1], f"{at}/workers-{workers}")
+                _make_row(f"{workers} workers", info, seconds, same[-1], f"{at}/workers-{workers}")
             )
         for stage, title in STAGES.items():
-            with killer(title) as killed:
+            with kill_stage(title) as killed:
                 info, seconds = built(f"killed-{stage}", 2)
             if not killed:
                 raise SystemExit(f"no worker of {stage} was seen: nothing was killed.")
-            same.append(files(info) == wanted)
+            same.append(read_checksums(info) == wanted)
             table.append(
-                _row(
+                _make_row(
                     f"2 workers, one killed in {stage}",
                     info,
                     seconds,
@@ -131,15 +131,17 @@ def main(asked: Parallel) -> None:
             )
     figures = {"same": sum(same) / len(same), "builds": len(same)}
     notes = (
-        f"{asked.tiles} tiles in {asked.shards} shards, 2 cores; a worker is a logical one. "
+        f"{bench.tiles} tiles in {bench.shards} shards, 2 cores; a worker is a logical one. "
         "Files are the shards, the empty index, the codes, and the packed index; each hash is "
         "compared with that of the first row. `verify --deep` counts the tiles and makes all codes "
         "again. A killed worker gets SIGKILL when it is first seen at its stage.",
     )
-    finish(asked, "One index, however it is built", table, figures, notes)
+    write_results(bench, "One index, however it is built", table, figures, notes)
 
 
-def _row(name: str, info: IndexManifest, seconds: float, same: bool, place: str) -> dict[str, Any]:
+def _make_row(
+    name: str, info: IndexManifest, seconds: float, same: bool, place: str
+) -> dict[str, Any]:
     found = verify(Verify(index=place, deep=True))
     ids = Index.open(place).tiles["pair_id"].to_pylist()
     return {
@@ -148,9 +150,9 @@ def _row(name: str, info: IndexManifest, seconds: float, same: bool, place: str)
         "tiles": found.tiles,
         "ids twice": len(ids) - len(set(ids)),
         "rejected": info.rejected,
-        "same files": f"{'all' if same else 'NOT ALL'} of {len(files(info))}",
+        "same files": f"{'all' if same else 'NOT ALL'} of {len(read_checksums(info))}",
     }
 
 
 if __name__ == "__main__":
-    main(flags(Parallel))
+    main(parse_flags(BuildParallelBench))

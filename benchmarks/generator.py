@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _harness import Bench, finish, flags, interval
+from _harness import Bench, format_interval, parse_flags, write_results
 
 from cvmatch.data import images, schema
 from cvmatch.data.pairs import PairDataset
@@ -31,7 +31,7 @@ BUDGET = 15.0
 """CPU minutes that each fine-tuning may take."""
 
 SHOWN = 20
-"""Pairs of the sheet: the first of the held-out ones."""
+"""Pairs of the picture: the first of the held-out ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class GeneratorBench(Bench):
     """Data set with both splits and class maps; empty: a `standard` world is made for the run."""
     keep: str = ""
     """Directory for the trained generator; empty: it is deleted."""
+    picture: str = ""
+    """JPEG of the first held-out pairs, such as docs/generated-tiles.jpg; empty: none."""
     pairs: int = 0
     """Training pairs; 0: 2,000, quick 480."""
     held_out: int = 0
@@ -54,16 +56,16 @@ class GeneratorBench(Bench):
     """Seed of the world, the training and the noise."""
 
 
-def settings(asked: GeneratorBench, root: str, at: str) -> TrainGenerator:
+def make_config(bench: GeneratorBench, root: str, at: str) -> TrainGenerator:
     """What differs from the reference run: toy base models, larger rates, and less time.
 
     Only the cross-attention and the input convolution learn, without the image terms: with all
     weights at the same rate the UNet forgets what tiles look like.
     """
-    epochs = asked.epochs or (2 if asked.quick else 15)
+    epochs = bench.epochs or (2 if bench.quick else 15)
     return TrainGenerator(
-        data=Ingest(root=root, split="train", limit=asked.pairs or (480 if asked.quick else 2000)),
-        val=_held_out(asked, root),
+        data=Ingest(root=root, split="train", limit=bench.pairs or (480 if bench.quick else 2000)),
+        val=_held_out_data(bench, root),
         diffusion=base_models.DIFFUSION,
         clip=base_models.CLIP,
         lpips_vgg=base_models.TOWER,
@@ -77,7 +79,7 @@ def settings(asked: GeneratorBench, root: str, at: str) -> TrainGenerator:
         mirror=True,
         lr=3.5e-4,
         lr_conditioner=2e-3,
-        pretrain_bev=asked.bev_epochs or (6 if asked.quick else 12),
+        pretrain_bev=bench.bev_epochs or (6 if bench.quick else 12),
         validation_images=0,
         latent_cache=f"{at}/latents",
         encode_pool=Pool(size=2, batch=32),
@@ -85,7 +87,7 @@ def settings(asked: GeneratorBench, root: str, at: str) -> TrainGenerator:
         fit=TrainConfig(
             epochs=epochs,
             batch=32,
-            seed=asked.seed,
+            seed=bench.seed,
             storage=f"{at}/runs",
             cache=True,
             validate_every=epochs,
@@ -93,7 +95,7 @@ def settings(asked: GeneratorBench, root: str, at: str) -> TrainGenerator:
     )
 
 
-def trained(config: TrainGenerator) -> dict[str, float]:
+def train_generator(config: TrainGenerator) -> dict[str, float]:
     """Train on one thread; returns CPU minutes of this process, and the last validation."""
     torch.set_num_threads(1)  # a second one saves a third of the time, and costs a third more CPU
     begin = time.process_time()
@@ -101,7 +103,7 @@ def trained(config: TrainGenerator) -> dict[str, float]:
     return {"minutes": (time.process_time() - begin) / 60, **metrics}
 
 
-def drawn(model: str, data: Ingest, segmenter: str) -> list[dict[str, Any]]:
+def generate_rows(model: str, data: Ingest, segmenter: str) -> list[dict[str, Any]]:
     """Rows with what the generator draws, at the default sampler, and its class map."""
     rows = generate(
         PairDataset.open(data).rows(), Generate(model=model, pool=Pool(size=2, batch=32))
@@ -109,7 +111,7 @@ def drawn(model: str, data: Ingest, segmenter: str) -> list[dict[str, Any]]:
     return segment(rows, Segment(model=segmenter, pool=Pool(batch=32))).take_all()
 
 
-def painted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def paint_class_maps(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with the true class map in the classes' mean colours as A.
 
     All that a perfect knowledge of the classes would tell of a tile's colours.
@@ -127,13 +129,13 @@ def painted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def row_of(found: dict[str, float]) -> dict[str, Any]:
+def make_row(found: dict[str, float]) -> dict[str, Any]:
     """A row of the table."""
     return {
         "CPU min": found["minutes"],
-        "R@1, %": interval(found, "recall@1"),
-        "R@1 %, %": interval(found, "recall@1%"),
-        "R@10 %, %": interval(found, "recall@10%"),
+        "R@1, %": format_interval(found, "recall@1"),
+        "R@1 %, %": format_interval(found, "recall@1%"),
+        "R@10 %, %": format_interval(found, "recall@10%"),
         "loss at t=800, right / shuffled": f"{found['val/loss_correct/0.8']:.3f} / "
         f"{found['val/loss_shuffled/0.8']:.3f}",
         "gap, %": 100 * found["val/gap/0.8"],
@@ -148,7 +150,7 @@ def row_of(found: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def sheet(rows: list[dict[str, Any]]) -> np.ndarray:
+def make_image_grid(rows: list[dict[str, Any]]) -> np.ndarray:
     """Panorama, what was drawn of it, and the true tile, in two columns of pairs."""
     strips = []
     for row in rows:
@@ -171,31 +173,31 @@ FIGURES = {
 """The figures of the last line, and their names here."""
 
 
-def main(asked: GeneratorBench) -> None:
+def main(bench: GeneratorBench) -> None:
     """Train, sample, compare."""
     session.start(logical_cpus=4)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
-        root = asked.data or _world(asked, f"{at}/world")
+        root = bench.data or _make_data(bench, f"{at}/world")
         # As pre-trained: on pictures of other worlds, with all six classes.
         segmenter = f"{at}/segmenter"
         Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128, num_classes=6)).save(
             segmenter
         )
-        config = settings(asked, root, asked.keep or at)
-        numbers = trained(config)
-        rows = drawn(config.output, _held_out(asked, root), segmenter)
+        config = make_config(bench, root, bench.keep or at)
+        numbers = train_generator(config)
+        rows = generate_rows(config.output, _held_out_data(bench, root), segmenter)
         numbers |= _measure_generation(rows)
         maps = generation.measure_segmentation(rows, num_classes=6)
         assert maps is not None, "no row has both maps"
         numbers |= {"miou": maps.miou, "miou_shuffled": maps.miou_shuffled}
-        bound = _measure_generation(painted(rows))
-        os.makedirs(asked.results, exist_ok=True)
-        with open(f"{asked.results}/generator.png", "wb") as file:
-            file.write(images.encode(sheet(rows[:SHOWN])))
+        bound = _measure_generation(paint_class_maps(rows))
+        if bench.picture:
+            with open(bench.picture, "wb") as file:
+                file.write(images.encode(make_image_grid(rows[:SHOWN]), "JPEG"))
     figures = {f"class_map.{name}": bound[name] for name in ("recall@1", "recall@10%")}
     figures |= {short: numbers[name] for short, name in FIGURES.items()}
-    finish(asked, "Generator", [row_of(numbers)], figures, _notes(numbers, bound))
+    write_results(bench, "Generator", [make_row(numbers)], figures, _write_notes(numbers, bound))
 
 
 def _measure_generation(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -204,18 +206,18 @@ def _measure_generation(rows: list[dict[str, Any]]) -> dict[str, float]:
     return dict(result.to_json())
 
 
-def _held_out(asked: GeneratorBench, root: str) -> Ingest:
-    return Ingest(root=root, split="val", limit=asked.held_out or (100 if asked.quick else 500))
+def _held_out_data(bench: GeneratorBench, root: str) -> Ingest:
+    return Ingest(root=root, split="val", limit=bench.held_out or (100 if bench.quick else 500))
 
 
-def _world(asked: GeneratorBench, root: str) -> str:
-    train, val = (480, 100) if asked.quick else (None, None)
-    train, val = asked.pairs or train, asked.held_out or val
-    make_world(MakeWorld(output=root, preset="standard", train=train, val=val, seed=asked.seed))
+def _make_data(bench: GeneratorBench, root: str) -> str:
+    train, val = (480, 100) if bench.quick else (None, None)
+    train, val = bench.pairs or train, bench.held_out or val
+    make_world(MakeWorld(output=root, preset="standard", train=train, val=val, seed=bench.seed))
     return root
 
 
-def _notes(found: dict[str, float], bound: dict[str, float]) -> tuple[str, ...]:
+def _write_notes(found: dict[str, float], bound: dict[str, float]) -> tuple[str, ...]:
     return (
         f"R@k: the true tile among {found['gallery']:g} held-out ones by luminance "
         "correlation (NCC) of A with it at 16 x 16, 95 % bootstrap intervals; chroma and gradient "
@@ -223,12 +225,12 @@ def _notes(found: dict[str, float], bound: dict[str, float]) -> tuple[str, ...]:
         "toy SegFormer as it "
         f"was pre-trained. Sampler: {DEFAULT_SAMPLING.describe()}.",
         "What a perfect knowledge of the classes would give: the true class map, each class in its "
-        f"mean colour, finds its tile with R@1 {interval(bound, 'recall@1')} and R@10 % "
-        f"{interval(bound, 'recall@10%')} (in %).",
+        f"mean colour, finds its tile with R@1 {format_interval(bound, 'recall@1')} and R@10 % "
+        f"{format_interval(bound, 'recall@10%')} (in %).",
         "CPU min: of this process from the start of the training to its end, of at most "
         f"{BUDGET:g}; what Ray's processes do (decoding, encoding once) is not in it.",
     )
 
 
 if __name__ == "__main__":
-    main(flags(GeneratorBench))
+    main(parse_flags(GeneratorBench))

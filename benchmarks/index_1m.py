@@ -15,9 +15,9 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import torch
-from _harness import Bench, finish, flags, sized
+from _harness import Bench, fill_sizes, parse_flags, write_results
 from jaxtyping import Float16
-from matching import MatchingBench, Rows, settings
+from matching import MatchingBench, Rows, make_config
 from pyarrow import parquet
 
 from cvmatch.data import schema, tables
@@ -35,7 +35,7 @@ from cvmatch.runtime import pools, progress, session
 
 
 @dataclass(frozen=True, kw_only=True)
-class Million(Bench):
+class MillionTilesBench(Bench):
     """Build time, bytes, milliseconds and recall of the exact joint's answers."""
 
     tiles: int = 0
@@ -46,7 +46,7 @@ class Million(Bench):
     """Synthesized rows (of its held-out places) for it; empty: those of that training."""
     more: str = ""
     """More such rows, whose tiles are a base for the synthetic ones too."""
-    asked: int = 0
+    bench: int = 0
     """Queries that are measured; 0: 100, quick 40."""
     shortlist: int = 0
     """Tiles that are scored again; 0: the index's own number."""
@@ -66,16 +66,16 @@ class Contender:
     near: Callable[[Query], np.ndarray]
 
 
-def trained(at: str) -> tuple[str, str]:
+def train_matcher(at: str) -> tuple[str, str]:
     """A joint matcher after some epochs on few pairs, and its held-out rows."""
-    asked = MatchingBench(quick=True, pairs=240, held_out=120, epochs=3)
-    rows = Rows(asked, at)
-    config = settings(asked, rows.true, {}, at)
+    bench = MatchingBench(quick=True, pairs=240, held_out=120, epochs=3)
+    rows = Rows(bench, at)
+    config = make_config(bench, rows.true, {}, at)
     train(config)
     return config.output, f"{rows.true}/val"
 
 
-def real(model: str, locations: list[str]) -> Float16[np.ndarray, "tile hidden"]:
+def embed_real_tiles(model: str, locations: list[str]) -> Float16[np.ndarray, "tile hidden"]:
     """tile_proj of the tiles of synthesized rows."""
     embed, found = EmbedTile(model, 32), []
     columns = [schema.PAIR_ID, schema.AERIAL, schema.ERROR]
@@ -85,7 +85,7 @@ def real(model: str, locations: list[str]) -> Float16[np.ndarray, "tile hidden"]
     return np.concatenate(found)
 
 
-def synthetic(
+def make_synthetic_tiles(
     base: Float16[np.ndarray, "tile hidden"], count: int, seed: int, step: int = 50_000
 ) -> Iterator[Float16[np.ndarray, "_ hidden"]]:
     """First the real ones; then mixtures of two of them (the first weighs a half to one), about
@@ -125,12 +125,12 @@ def write_parts(chunks: Iterator[np.ndarray], location: str) -> str:
     return location
 
 
-def faiss_size(index: faiss.Index) -> int:
+def measure_faiss_size(index: faiss.Index) -> int:
     """Bytes of an index on disk."""
     return len(faiss.serialize_index(index))
 
 
-def rivals(index: Index, count: int) -> Iterator[Contender]:
+def list_contenders(index: Index, count: int) -> Iterator[Contender]:
     """HNSW32 and IVF-Flat over the same vectors, one after the other."""
     tile = np.concatenate(
         [compute_vectors(index.shortlist_head, part) for part in index.tile_proj.chunks()]
@@ -155,13 +155,13 @@ def rivals(index: Index, count: int) -> Iterator[Contender]:
         def near(query: Query, made: faiss.Index = made) -> np.ndarray:
             return made.search(index.shortlist_head.query(query).numpy(), count)[1]
 
-        yield Contender(name, seconds, faiss_size(made), near)
+        yield Contender(name, seconds, measure_faiss_size(made), near)
         del made
         gc.collect()
 
 
 @torch.inference_mode()
-def ranked(index: Index, query: Query, near: np.ndarray) -> np.ndarray:
+def rerank(index: Index, query: Query, near: np.ndarray) -> np.ndarray:
     """The ten best of a shortlist, by exact scores."""
     own = near[0][near[0] >= 0]
     best = index.score_rows(query, own)[0].topk(min(10, len(own))).indices
@@ -169,7 +169,7 @@ def ranked(index: Index, query: Query, near: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def measured(
+def measure(
     index: Index, queries: Query, exact: np.ndarray, search: Callable[[Query], np.ndarray]
 ) -> dict[str, float]:
     """Milliseconds of one query at a time with the second stage, and what it keeps of the exact."""
@@ -189,7 +189,7 @@ def measured(
     }
 
 
-def per_second(index: Index, queries: Query, mode: Mode) -> float:
+def measure_throughput(index: Index, queries: Query, mode: Mode) -> float:
     """Queries a second, all in one call."""
     some = queries.rows(slice(16)) if mode == "exact" else queries
     begin = time.perf_counter()
@@ -197,7 +197,7 @@ def per_second(index: Index, queries: Query, mode: Mode) -> float:
     return len(some.query_proj) / (time.perf_counter() - begin)
 
 
-def private_mib(root: str, queries: Query, at: str) -> dict[str, float]:
+def measure_private_memory(root: str, queries: Query, at: str) -> dict[str, float]:
     """Private memory of a process that opens the index and answers, and its opening in ms."""
     place = f"{at}/queries.pt"
     torch.save(tuple(queries), place)
@@ -206,39 +206,39 @@ def private_mib(root: str, queries: Query, at: str) -> dict[str, float]:
     return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
 
 
-def main(asked: Million) -> None:
+def main(bench: MillionTilesBench) -> None:
     """Build, measure, and compare."""
-    sizes = {"tiles": 110_000, "asked": 40} if asked.quick else {"tiles": 1_000_000, "asked": 100}
-    asked = sized(asked, sizes)
+    sizes = {"tiles": 110_000, "bench": 40} if bench.quick else {"tiles": 1_000_000, "bench": 100}
+    bench = fill_sizes(bench, sizes)
     session.start(logical_cpus=2)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         model, location = (
-            (asked.matcher, asked.queries) if asked.matcher else trained(f"{at}/trained")
+            (bench.matcher, bench.queries) if bench.matcher else train_matcher(f"{at}/trained")
         )
-        base = real(model, [one for one in (location, asked.more) if one])
-        parts = write_parts(synthetic(base, asked.tiles, seed=0), f"{at}/parts")
-        embedding.RECALL_QUERIES = asked.asked  # the others may train the head
+        base = embed_real_tiles(model, [one for one in (location, bench.more) if one])
+        parts = write_parts(make_synthetic_tiles(base, bench.tiles, seed=0), f"{at}/parts")
+        embedding.RECALL_QUERIES = bench.bench  # the others may train the head
         config = BuildIndex(
             model=model,
             output=f"{at}/index",
             queries=location,
-            shortlist=asked.shortlist,
+            shortlist=bench.shortlist,
         )
-        with _memory.watched("Pss_Anon") as whole:
+        with _memory.watch_memory("Pss_Anon") as whole:
             info = publish(parts, config, pools.map_tasks)
-        few = write_parts(synthetic(base, asked.tiles // 10, seed=0), f"{at}/few")
-        with _memory.watched("Pss_Anon") as tenth:
+        few = write_parts(make_synthetic_tiles(base, bench.tiles // 10, seed=0), f"{at}/few")
+        with _memory.watch_memory("Pss_Anon") as tenth:
             publish(few, replace(config, output=f"{at}/tenth"), pools.map_tasks)
         peaks = tenth.mib, whole.mib
         index = Index.open(f"{at}/index")
-        queries = split_queries(location, model, 0, asked.asked)
+        queries = split_queries(location, model, 0, bench.bench)
         assert queries
-        report(asked, index, info, queries.measure, len(base), peaks, at)
+        write_report(bench, index, info, queries.measure, len(base), peaks, at)
 
 
-def report(
-    asked: Million,
+def write_report(
+    bench: MillionTilesBench,
     index: Index,
     info: IndexManifest,
     query: Query,
@@ -261,7 +261,7 @@ def report(
     own_s = stages["train"] + stages["codes"] + stages["merge"]
     found = {
         "ours": {"build_s": own_s, "bytes_per_tile": info.bytes_per_tile.ann}
-        | measured(index, query, exact, lambda one: rank(index, one, 10, "two-stage").rows[0]),
+        | measure(index, query, exact, lambda one: rank(index, one, 10, "two-stage").rows[0]),
         "exact": {
             "build_s": 0.0,
             "bytes_per_tile": 0.0,
@@ -271,14 +271,14 @@ def report(
             "recall_joint_top10": 1.0,
         },
     }
-    speeds = {mode: per_second(index, query, mode) for mode in ("two-stage", "exact")}
-    memory = private_mib(f"{at}/index", query, at)
-    for rival in rivals(index, count):
+    speeds = {mode: measure_throughput(index, query, mode) for mode in ("two-stage", "exact")}
+    memory = measure_private_memory(f"{at}/index", query, at)
+    for rival in list_contenders(index, count):
         found[rival.name] = {
             "build_s": rival.build_s,
-            "bytes_per_tile": rival.size / asked.tiles,
-        } | measured(
-            index, query, exact, lambda one, rival=rival: ranked(index, one, rival.near(one))
+            "bytes_per_tile": rival.size / bench.tiles,
+        } | measure(
+            index, query, exact, lambda one, rival=rival: rerank(index, one, rival.near(one))
         )
     table = [{"shortlist": name, **values} for name, values in found.items()]
     figures = {f"{n}.{key}": value for n, row in found.items() for key, value in row.items()}
@@ -292,7 +292,7 @@ def report(
         figures["times_faster_to_build"] = hnsw["build_s"] / ours["build_s"]
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
     notes = (
-        f"{asked.tiles} tiles: {base} real ones, the rest mixtures of two of them about their mean "
+        f"{bench.tiles} tiles: {base} real ones, the rest mixtures of two of them about their mean "
         f"with the spread that these have; tile_proj of {info.hidden} numbers in half precision "
         f"(beside the shortlist, {2 * info.hidden} bytes a tile). "
         f"{len(query.query_proj)} queries of modality G+A+S whose tiles are "
@@ -314,8 +314,8 @@ def report(
         "what importing the libraries writes. One forked from a process that has imported them, "
         f"as those of a service are: {memory['forked_mib']:.0f} MiB.",
     )
-    finish(asked, "A million tiles", table, figures, notes)
+    write_results(bench, "A million tiles", table, figures, notes)
 
 
 if __name__ == "__main__":
-    main(flags(Million))
+    main(parse_flags(MillionTilesBench))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from _harness import Bench, finish, flags, interval, sized
+from _harness import Bench, fill_sizes, format_interval, parse_flags, write_results
 from generator import GeneratorBench
-from generator import settings as generator_settings
+from generator import make_config as generator_settings
 from pyarrow import parquet
 
 from cvmatch.data import images, manifest, schema
@@ -65,11 +65,11 @@ class MatchingBench(Bench):
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table: which rows it learns from, how, and how it is asked."""
+    """A row of the table: which rows it learns from, how, and how it is evaluated."""
 
     rows: str
     changes: dict[str, Any]
-    asked: dict[str, Any]
+    evaluate: dict[str, Any]
 
 
 ALONE = {"joint_weight": 0.0, "direct_weight": 1.0}
@@ -97,15 +97,15 @@ CONTENDERS = {
 
 
 class Rows:
-    """Places of rows, made when first asked for."""
+    """Places of rows, made when first bench for."""
 
-    def __init__(self, asked: MatchingBench, at: str) -> None:
-        self.asked, self.at = asked, at
+    def __init__(self, bench: MatchingBench, at: str) -> None:
+        self.bench, self.at = bench, at
 
     @functools.cached_property
     def root(self) -> str:
         """The data set."""
-        return self.asked.data or self._world("world", Difficulty())
+        return self.bench.data or self._world("world", Difficulty())
 
     @functools.cached_property
     def plain(self) -> str:
@@ -154,8 +154,8 @@ class Rows:
 
     def split(self, split: Any, root: str = "") -> Ingest:
         """Pairs of a split."""
-        asked = self.asked
-        sizes = {"train": asked.pairs, "val": asked.held_out}
+        bench = self.bench
+        sizes = {"train": bench.pairs, "val": bench.held_out}
         return Ingest(root=root or self.root, split=split, limit=sizes[split])
 
     def gallery(self, rows: str) -> str:
@@ -167,10 +167,10 @@ class Rows:
             MakeWorld(
                 output=f"{self.at}/{name}",
                 preset="standard",
-                train=self.asked.pairs,
-                val=self.asked.held_out,
+                train=self.bench.pairs,
+                val=self.bench.held_out,
                 difficulty=difficulty,
-                seed=self.asked.seed,
+                seed=self.bench.seed,
             )
         )
         return f"{self.at}/{name}"
@@ -184,28 +184,28 @@ class Rows:
             place = f"{self.at}/{name}/{split}"
             os.makedirs(place)
             parquet.write_table(table, f"{place}/part-0.parquet")
-            manifest.write(place, rows=len(table), config=self.asked, models={}, source=root)
+            manifest.write(place, rows=len(table), config=self.bench, models={}, source=root)
         return f"{self.at}/{name}"
 
     def _generator(self) -> str:
-        if self.asked.generator:
-            return self.asked.generator
+        if self.bench.generator:
+            return self.bench.generator
         return self._trained
 
     @functools.cached_property
     def _trained(self) -> str:
-        asked = GeneratorBench(
-            quick=self.asked.quick,
-            pairs=self.asked.pairs,
-            held_out=self.asked.held_out,
-            seed=self.asked.seed,
+        bench = GeneratorBench(
+            quick=self.bench.quick,
+            pairs=self.bench.pairs,
+            held_out=self.bench.held_out,
+            seed=self.bench.seed,
         )
-        config = generator_settings(asked, self.root, f"{self.at}/generator")
+        config = generator_settings(bench, self.root, f"{self.at}/generator")
         train_generator(replace(config, val=None))
         return config.output
 
 
-def settings(asked: MatchingBench, rows: str, changes: dict[str, Any], at: str) -> TrainMatcher:
+def make_config(bench: MatchingBench, rows: str, changes: dict[str, Any], at: str) -> TrainMatcher:
     """What differs from the reference run: the toy tower, its rates, and less time."""
     config = TrainMatcher(
         pairs=f"{rows}/train",
@@ -217,16 +217,16 @@ def settings(asked: MatchingBench, rows: str, changes: dict[str, Any], at: str) 
         lr_heads=1e-3,
         output=f"{at}/matcher",
         fit=TrainConfig(
-            epochs=asked.epochs, batch=32, seed=asked.seed, storage=f"{at}/runs", cache=True
+            epochs=bench.epochs, batch=32, seed=bench.seed, storage=f"{at}/runs", cache=True
         ),
     )
     return replace(config, **changes)
 
 
-def measured(asked: MatchingBench, rows: Rows, contender: Contender) -> dict[str, Any]:
+def measure(bench: MatchingBench, rows: Rows, contender: Contender) -> dict[str, Any]:
     """Train on one thread, index the held-out tiles, and evaluate: results.json and CPU minutes."""
     with tempfile.TemporaryDirectory() as at:
-        config = settings(asked, getattr(rows, contender.rows), contender.changes, at)
+        config = make_config(bench, getattr(rows, contender.rows), contender.changes, at)
         torch.set_num_threads(1)
         begin = time.process_time()
         train(config)
@@ -235,7 +235,7 @@ def measured(asked: MatchingBench, rows: Rows, contender: Contender) -> dict[str
         build(BuildIndex(rows=gallery, model=config.output, output=f"{at}/index"))
         found = evaluate(
             Evaluate(
-                **{"modalities": ("G",), **contender.asked},
+                **{"modalities": ("G",), **contender.evaluate},
                 queries=gallery,
                 index=f"{at}/index",
                 modes=("exact",),
@@ -246,7 +246,7 @@ def measured(asked: MatchingBench, rows: Rows, contender: Contender) -> dict[str
     return {**found.to_json(), "minutes": minutes}
 
 
-def rows_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+def make_rows(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table: one for each modality, of the view that it was trained for."""
     view, modalities = list(found["retrieval"].items())[-1]
     return [
@@ -255,9 +255,9 @@ def rows_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
             "view": view,
             "modality": modality,
             "CPU min": found["minutes"],
-            "R@1, %": interval(numbers, "recall@1"),
-            "R@5 (R@1 %), %": interval(numbers, "recall@5"),
-            "R@10, %": interval(numbers, "recall@10"),
+            "R@1, %": format_interval(numbers, "recall@1"),
+            "R@5 (R@1 %), %": format_interval(numbers, "recall@5"),
+            "R@10, %": format_interval(numbers, "recall@10"),
             "R@1 of one world, %": 100 * numbers.get("near_recall@1", float("nan")),
             "one of ten, top 1, %": 100 * numbers["one_of_ten_top1"],
             "median rank": numbers["median_rank"],
@@ -266,44 +266,44 @@ def rows_of(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def main(asked: MatchingBench) -> None:
+def main(bench: MatchingBench) -> None:
     """Train and measure each."""
     sizes = (
         {"pairs": 160, "held_out": 48, "epochs": 2}
-        if asked.quick
+        if bench.quick
         else {"pairs": 2000, "held_out": 500, "epochs": 10}
     )
-    asked = sized(asked, sizes)
+    bench = fill_sizes(bench, sizes)
     session.start(logical_cpus=4)
     hardware.keep_freed_memory()
     chosen = [
-        name for name in CONTENDERS if not asked.only or any(word in name for word in asked.only)
+        name for name in CONTENDERS if not bench.only or any(word in name for word in bench.only)
     ]
     table, figures = [], {}
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
-        rows = Rows(asked, at)
+        rows = Rows(bench, at)
         with progress.watch(
             "matchers", len(chosen), lambda: len({row["matcher"] for row in table})
         ):
             for name in chosen:
-                found = measured(asked, rows, CONTENDERS[name])
-                table += rows_of(name, found)
+                found = measure(bench, rows, CONTENDERS[name])
+                table += make_rows(name, found)
                 modalities = list(found["retrieval"].values())[-1]
                 for modality, numbers in modalities.items():
                     for key in ("recall@1", "recall@10"):
                         figures[f"{name}.{modality}.{key}"] = numbers[key]
     notes = (
-        f"{asked.pairs} pairs, {asked.held_out} held-out ones of other worlds (the gallery), seed "
-        f"{asked.seed}, {asked.epochs} epochs, batches of 32; toy towers (4 convolutions), polar "
+        f"{bench.pairs} pairs, {bench.held_out} held-out ones of other worlds (the gallery), seed "
+        f"{bench.seed}, {bench.epochs} epochs, batches of 32; toy towers (4 convolutions), polar "
         "views and panoramas of 64 x 256 pixels, InfoNCE where nothing else is said. R@k with 95 % "
         "bootstrap intervals, ties against the query. One of ten is for comparison only.",
         "CPU min: of this process from the start of the training to its end, of at most "
         f"{BUDGET:g}; what Ray's processes do (decoding, mining's embedding) is not in it. The "
         "joint rows share one training.",
     )
-    finish(asked, "Matching", table, figures, notes)
+    write_results(bench, "Matching", table, figures, notes)
 
 
 if __name__ == "__main__":
-    main(flags(MatchingBench))
+    main(parse_flags(MatchingBench))

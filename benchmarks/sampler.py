@@ -10,7 +10,7 @@ from typing import Any
 
 import _full_size
 import torch
-from _harness import Bench, finish, flags, interval
+from _harness import Bench, format_interval, parse_flags, write_results
 from diffusers import DDIMScheduler
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -54,19 +54,19 @@ class SamplerBench(Bench):
     """Data set whose split `val` is drawn; empty: a world is made for the run."""
     generator: str = ""
     """Trained generator (toy sizes); empty: an untrained one, whose pictures find nothing."""
-    held_out: int = 0
+    read_held_out: int = 0
     """Pairs that the batched sampler draws; 0: 500, quick 96."""
     one_by_one: int = 0
     """Pairs that the loop draws, one by one; 0: 500, quick 24."""
     batch: int = 32
     """Pictures a call of the batched sampler."""
-    full_size: bool = False
+    measure_full_size: bool = False
     """Only speed: the published architectures with random weights, on noise as panoramas."""
     base: str = ""
     """Directory of these, written where it is not there; empty: they are deleted."""
 
 
-def ddim(model: Generator, guidance: float) -> Draw:
+def build_ddim(model: Generator, guidance: float) -> Draw:
     """What the prototype does for a picture, with our conditioning: DDIM, two passes a step."""
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ def ddim(model: Generator, guidance: float) -> Draw:
     return draw
 
 
-def measured(
+def measure(
     name: str, draw: Draw, pairs: dict[str, Tensor], batch: int
 ) -> tuple[dict[str, Any], float]:
     """A row of the table, and pictures a second."""
@@ -108,14 +108,14 @@ def measured(
         "sampler": name,
         "pictures": len(true),
         "pictures/s": speed,
-        **{f"{at.replace('recall', 'R')}, %": interval(found, at) for at in RECALLS},
+        **{f"{at.replace('recall', 'R')}, %": format_interval(found, at) for at in RECALLS},
         "NCC": metrics.ncc(pictures, true).mean().item(),
         "SSIM": metrics.ssim(pictures, true).mean().item(),
         "contrast": pictures.std(dim=(2, 3)).mean().item(),
     }, speed
 
 
-def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
+def read_held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
     """Decoded pairs; pictures in [0, 1]."""
     sizes = ImageSizes(model.panorama_size, model.tile_size, model.latent_shape[1])
     rows = PairDataset.open(Ingest(root=root, split="val", limit=count)).rows()
@@ -125,30 +125,30 @@ def held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
     return {name: value.to(model.device) for name, value in tensors.items()}
 
 
-def main(asked: SamplerBench) -> None:
-    """What is asked."""
-    if asked.generator and not asked.data:
+def main(bench: SamplerBench) -> None:
+    """Measure, and write the table."""
+    if bench.generator and not bench.data:
         raise SystemExit(
             "sampler: --generator needs the --data that it was trained on: another world may hold "
             "the same places in its split val."
         )
-    (full_size if asked.full_size else grid)(asked)
+    (measure_full_size if bench.full_size else measure_grid)(bench)
 
 
-def full_size(asked: SamplerBench) -> None:
+def measure_full_size(bench: SamplerBench) -> None:
     """The loop and the batched sampler in several forms; no picture means anything."""
     device = hardware.device()
-    top = _full_size.peak(device)
+    top = _full_size.peak_flops(device)
     with tempfile.TemporaryDirectory() as at:
-        base = asked.base or f"{at}/full"
+        base = bench.base or f"{at}/full"
         _full_size.write_diffusion(base)
         model = Generator.base(base, f"{base}/clip").to(device).eval()
     rows = []
-    for name, draw, batch in forms(model, asked.batch):
+    for name, draw, batch in list_samplers(model, bench.batch):
         panorama = torch.rand(batch, 3, *model.panorama_size, device=device)
         keys = torch.arange(batch, device=device)
-        needed = _full_size.flops(lambda d=draw, p=panorama, k=keys: d(p, k)) / batch
-        times = [_full_size.seconds(lambda: draw(panorama, keys), device) for _ in range(4)]  # noqa: B023
+        needed = _full_size.count_flops(lambda d=draw, p=panorama, k=keys: d(p, k)) / batch
+        times = [_full_size.time_call(lambda: draw(panorama, keys), device) for _ in range(4)]  # noqa: B023
         speed = batch / statistics.median(times[1:])
         rows.append(
             {
@@ -169,10 +169,10 @@ def full_size(asked: SamplerBench) -> None:
         "The loop is in fp32, the batched sampler in bf16 on a GPU. Medians of three calls.",
         f"The device's peak by a large matrix product: {top / 1e12:.3g} TFLOP/s.",
     )
-    finish(asked, "Sampler at full size", rows, figures, notes)
+    write_results(bench, "Sampler at full size", rows, figures, notes)
 
 
-def forms(model: Generator, batch: int) -> Iterator[tuple[str, Draw, int]]:
+def list_samplers(model: Generator, batch: int) -> Iterator[tuple[str, Draw, int]]:
     """Name, sampler and pictures a call; the last form changes the model."""
 
     def batched(steps: int) -> Draw:
@@ -181,7 +181,7 @@ def forms(model: Generator, batch: int) -> Iterator[tuple[str, Draw, int]]:
 
     yield (
         f"one picture at a time, {PROTOTYPE} DDIM steps, fp32",
-        ddim(model, DEFAULT.guidance_scale),
+        build_ddim(model, DEFAULT.guidance_scale),
         1,
     )
     for size in (batch, 1, 4 * batch):
@@ -200,25 +200,25 @@ def forms(model: Generator, batch: int) -> Iterator[tuple[str, Draw, int]]:
     )
 
 
-def grid(asked: SamplerBench) -> None:
+def measure_grid(bench: SamplerBench) -> None:
     """The loop, then steps and guidance of the batched sampler."""
-    count = asked.held_out or (96 if asked.quick else 500)
-    few = asked.one_by_one or (24 if asked.quick else 500)
+    count = bench.held_out or (96 if bench.quick else 500)
+    few = bench.one_by_one or (24 if bench.quick else 500)
     session.start(logical_cpus=4)
     with tempfile.TemporaryDirectory() as at:
-        root = asked.data or f"{at}/world"
-        if not asked.data:
+        root = bench.data or f"{at}/world"
+        if not bench.data:
             make_world(MakeWorld(output=root, preset="standard", train=16, val=count))
-        if asked.generator:
-            model = Generator.load(asked.generator, hardware.device())
+        if bench.generator:
+            model = Generator.load(bench.generator, hardware.device())
         else:
             model = Generator.base(
                 base_models.DIFFUSION, base_models.CLIP, Conditioning(panorama_width=256)
             )
-        pairs = held_out(root, count, model.eval())
+        pairs = read_held_out(root, count, model.eval())
     some = {name: values[:few] for name, values in pairs.items()}
     name = f"one picture at a time, {PROTOTYPE} DDIM steps, guidance {DEFAULT.guidance_scale:g}"
-    row, slow = measured(name, ddim(model, DEFAULT.guidance_scale), some, 1)
+    row, slow = measure(name, build_ddim(model, DEFAULT.guidance_scale), some, 1)
     rows, figures = [row], {"loop.pictures_per_s": slow}
     samplers = [
         Sampling(num_inference_steps=s, guidance_scale=g, guidance_interval=i) for s, g, i in GRID
@@ -228,20 +228,20 @@ def grid(asked: SamplerBench) -> None:
         def draw(ground: Tensor, key: Tensor, how: Sampling = sampling) -> Tensor:
             return model.sample(ground, key, how)
 
-        row, speed = measured(sampling.describe(), draw, pairs, asked.batch)
+        row, speed = measure(sampling.describe(), draw, pairs, bench.batch)
         rows.append(row)
         if sampling == DEFAULT:
             row["sampler"] += " (default)"
             figures |= {"default.pictures_per_s": speed, "default.ratio": speed / slow}
     notes = (
-        f"One process, {torch.get_num_threads()} threads, fp32, batches of {asked.batch} (of 1 in "
+        f"One process, {torch.get_num_threads()} threads, fp32, batches of {bench.batch} (of 1 in "
         "the loop); DPM-Solver++ of second order, where there is guidance both conditions in one "
         "pass of the UNet. The loop's DDIM asks the UNet twice in every step. Both follow the "
         "BEV map's low frequencies. Contrast: deviation over a picture's pixels.",
-        "" if asked.generator else "The generator is untrained: only the speeds mean something.",
+        "" if bench.generator else "The generator is untrained: only the speeds mean something.",
     )
-    finish(asked, "Sampler", rows, figures, [note for note in notes if note])
+    write_results(bench, "Sampler", rows, figures, [note for note in notes if note])
 
 
 if __name__ == "__main__":
-    main(flags(SamplerBench))
+    main(parse_flags(SamplerBench))

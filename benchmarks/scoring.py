@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from _harness import Bench, finish, flags, sized
+from _harness import Bench, fill_sizes, parse_flags, write_results
 from torch import Tensor, nn
 
 from cvmatch.match.fusion import Query
@@ -24,7 +24,7 @@ class ScoringBench(Bench):
     """Tiles of the split form; 0: 100,000, quick 20,000."""
     queries: int = 0
     """Queries. 0: 8, quick 2."""
-    unsplit: int = 0
+    score_unsplit: int = 0
     """Tiles of the unsplit layer; 0: 4,000, quick 1,000."""
     pairs: int = 0
     """Pairs for which all towers run; 0: 6, quick 2."""
@@ -34,14 +34,16 @@ class ScoringBench(Bench):
     """How often each runs, in turns; medians are reported. 0: 5, quick 3."""
 
 
-def features(rows: int, width: int, seed: int) -> Tensor:
+def make_features(rows: int, width: int, seed: int) -> Tensor:
     """Of the towers' kind: standardised."""
     random = torch.Generator().manual_seed(seed)
     return nn.functional.layer_norm(torch.randn(rows, width, generator=random), (width,))
 
 
 @torch.no_grad()
-def unsplit(model: Matcher, embedding: Tensor, a: Tensor, c: Tensor, chunk: int = 512) -> Tensor:
+def score_unsplit(
+    model: Matcher, embedding: Tensor, a: Tensor, c: Tensor, chunk: int = 512
+) -> Tensor:
     """Scores by FFN_C's first layer on [a; c] of each pair, from stored tower features."""
     weight = torch.cat([model.query_aerial_linear.weight, model.tile_linear.weight], dim=1)
     rows = []
@@ -56,7 +58,7 @@ def unsplit(model: Matcher, embedding: Tensor, a: Tensor, c: Tensor, chunk: int 
 
 
 @torch.no_grad()
-def all_towers(model: Matcher, pairs: int) -> Tensor:
+def score_with_all_towers(model: Matcher, pairs: int) -> Tensor:
     """Scores as the prototype's evaluation has them: every tower, once more for every pair."""
     side = model.config.tile_size
     scores = []
@@ -70,7 +72,7 @@ def all_towers(model: Matcher, pairs: int) -> Tensor:
     return torch.cat(scores)
 
 
-def products(hidden: int, pairs: int, dtype: torch.dtype) -> None:
+def run_products(hidden: int, pairs: int, dtype: torch.dtype) -> None:
     """The two matrix products of the split form, alone."""
     x, weight = (
         torch.zeros(CHUNK["cpu"], hidden, dtype=dtype),
@@ -81,63 +83,71 @@ def products(hidden: int, pairs: int, dtype: torch.dtype) -> None:
         torch.mm(x, weight, out=out)
 
 
-def seconds(work: Callable[[], object]) -> float:
+def measure_seconds(work: Callable[[], object]) -> float:
     """Wall time."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
-def filled(asked: ScoringBench) -> ScoringBench:
-    """The sizes that were asked for, or the usual ones."""
+def set_sizes(bench: ScoringBench) -> ScoringBench:
+    """The sizes that were bench for, or the usual ones."""
     usual = {"tiles": 100_000, "queries": 8, "unsplit": 4000, "pairs": 6, "rounds": 5}
-    if asked.quick:
+    if bench.quick:
         usual = {"tiles": 20_000, "queries": 2, "unsplit": 1000, "pairs": 2, "rounds": 3}
-    return sized(asked, usual)
+    return fill_sizes(bench, usual)
 
 
-def main(asked: ScoringBench) -> None:
+def main(bench: ScoringBench) -> None:
     """All ways in turns; then whether they agree."""
-    asked = filled(asked)
+    bench = set_sizes(bench)
     hardware.keep_freed_memory()
     torch.manual_seed(0)
-    model = Matcher(MatcherConfig(hidden=asked.hidden)).eval()
+    model = Matcher(MatcherConfig(hidden=bench.hidden)).eval()
     width = model.aerial_tower.dim
-    c, a = features(asked.unsplit, width, 1), features(asked.queries, width, 2)
+    c, a = make_features(bench.unsplit, width, 1), make_features(bench.queries, width, 2)
     with torch.no_grad():
-        query = model.fuse(features(asked.queries, width, 3), a, features(asked.queries, width, 4))
+        query = model.fuse(
+            make_features(bench.queries, width, 3), a, make_features(bench.queries, width, 4)
+        )
         tile_proj = model.tile_linear(c)
-    many = tile_proj.repeat(-(-asked.tiles // len(tile_proj)), 1)[: asked.tiles].half()
+    many = tile_proj.repeat(-(-bench.tiles // len(tile_proj)), 1)[: bench.tiles].half()
     quick = fastest_dtype(torch.device("cpu"))
-    pairs = asked.queries * asked.tiles
+    pairs = bench.queries * bench.tiles
     ways: dict[str, tuple[int, Callable[[], object]]] = {
-        "all towers for each pair": (asked.pairs, lambda: all_towers(model, asked.pairs)),
+        "all towers for each pair": (
+            bench.pairs,
+            lambda: score_with_all_towers(model, bench.pairs),
+        ),
         "stored features, unsplit layer": (
-            asked.queries * asked.unsplit,
-            lambda: unsplit(model, query.embedding, a, c),
+            bench.queries * bench.unsplit,
+            lambda: score_unsplit(model, query.embedding, a, c),
         ),
         "split, fp32": (pairs, lambda: joint_scores(model, query, many)),
         "split, bf16": (pairs, lambda: joint_scores(model, query, many, torch.bfloat16)),
-        "products alone, fp32": (pairs, lambda: products(asked.hidden, pairs, torch.float32)),
-        "products alone, bf16": (pairs, lambda: products(asked.hidden, pairs, torch.bfloat16)),
+        "products alone, fp32": (pairs, lambda: run_products(bench.hidden, pairs, torch.float32)),
+        "products alone, bf16": (pairs, lambda: run_products(bench.hidden, pairs, torch.bfloat16)),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
-    with progress.watch("scoring", asked.rounds, lambda: len(times["products alone, bf16"])):
+    with progress.watch("scoring", bench.rounds, lambda: len(times["products alone, bf16"])):
         for name, (_, work) in ways.items():
-            seconds(work)
-            for _ in range(asked.rounds if name == "all towers for each pair" else 0):
-                times[name].append(seconds(work))
-        for _ in range(asked.rounds):
+            measure_seconds(work)
+            for _ in range(bench.rounds if name == "all towers for each pair" else 0):
+                times[name].append(measure_seconds(work))
+        for _ in range(bench.rounds):
             for name, (_, work) in list(ways.items())[1:]:
-                times[name].append(seconds(work))
+                times[name].append(measure_seconds(work))
     rate = {name: ways[name][0] / statistics.median(found) for name, found in times.items()}
-    exact, split = unsplit(model, query.embedding, a, c), joint_scores(model, query, tile_proj)
+    exact, split = (
+        score_unsplit(model, query.embedding, a, c),
+        joint_scores(model, query, tile_proj),
+    )
     half = joint_scores(model, query, tile_proj.half(), torch.bfloat16)
-    report(asked, rate, exact, {"fp32": split, "bf16": half}, quick, query)
+    write_report(bench, rate, exact, {"fp32": split, "bf16": half}, quick, query)
 
 
-def report(
-    asked: ScoringBench,
+def write_report(
+    bench: ScoringBench,
     rate: dict[str, float],
     exact: Tensor,
     found: dict[str, Tensor],
@@ -162,9 +172,9 @@ def report(
     ]
     gemm = {kind: rate[f"split, {kind}"] / rate[f"products alone, {kind}"] for kind in found}
     notes = (
-        f"VGG16 towers with random weights, heads {asked.hidden} wide, "
+        f"VGG16 towers with random weights, heads {bench.hidden} wide, "
         f"{len(query.query_proj)} queries, {torch.get_num_threads()} threads; medians of "
-        f"{asked.rounds} rounds. tile_proj is stored in half precision. "
+        f"{bench.rounds} rounds. tile_proj is stored in half precision. "
         f"This CPU scores fastest in {str(quick).removeprefix('torch.')}.",
         f"Against the unsplit layer over {len(every)} tiles: largest error {error['fp32']:.1e} in "
         f"fp32 and {error['bf16']:.1e} in bf16 (tile_proj in half precision); equal ranks in "
@@ -181,8 +191,8 @@ def report(
         "max_error": error["fp32"],
         "equal_ranks": same["fp32"],
     }
-    finish(asked, "Exact scoring", table, figures, notes)
+    write_results(bench, "Exact scoring", table, figures, notes)
 
 
 if __name__ == "__main__":
-    main(flags(ScoringBench))
+    main(parse_flags(ScoringBench))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _harness import Bench, finish, flags
+from _harness import Bench, parse_flags, write_results
 from ray.data import Dataset
 
 from cvmatch.data import schema
@@ -53,7 +53,7 @@ class SegmenterBench(Bench):
     """Seed of the world and of the training."""
 
 
-def settings(root: str, pairs: int, epochs: int, seed: int, at: str) -> TrainSegmenter:
+def make_config(root: str, pairs: int, epochs: int, seed: int, at: str) -> TrainSegmenter:
     """What differs from the reference run: a model and pictures for a laptop, no validation."""
     return TrainSegmenter(
         data=Ingest(root=root, split="train", limit=pairs),
@@ -67,7 +67,7 @@ def settings(root: str, pairs: int, epochs: int, seed: int, at: str) -> TrainSeg
     )
 
 
-def minutes_of(config: TrainSegmenter) -> float:
+def train_timed(config: TrainSegmenter) -> float:
     """Train; gives the CPU minutes of this process, on one thread as a Ray actor has."""
     torch.set_num_threads(1)
     begin = time.process_time()
@@ -75,7 +75,7 @@ def minutes_of(config: TrainSegmenter) -> float:
     return (time.process_time() - begin) / 60
 
 
-def measured(name: str, rows: Dataset, count: int) -> SegmentationResult:
+def measure(name: str, rows: Dataset, count: int) -> SegmentationResult:
     """`generation.measure_segmentation` of segmented rows."""
     seen = []
 
@@ -90,7 +90,7 @@ def measured(name: str, rows: Dataset, count: int) -> SegmentationResult:
     return scores
 
 
-def compared(held_out: Ingest, model: str, generator: str) -> dict[str, SegmentationResult]:
+def compare(held_out: Ingest, model: str, generator: str) -> dict[str, SegmentationResult]:
     """Scores of the maps of true aerials, without and with flip, and of synthetic ones."""
     rows = PairDataset.open(held_out).rows()
     count = PairDataset.open(held_out).count
@@ -98,16 +98,16 @@ def compared(held_out: Ingest, model: str, generator: str) -> dict[str, Segmenta
     for flip in (False, True):
         true = Segment(model=model, source="aerial", flip=flip, pool=Pool(batch=32))
         name = f"true aerials{', flip' if flip else ''}"
-        found[name] = measured(name, segment(rows, true), count)
+        found[name] = measure(name, segment(rows, true), count)
     if generator:
         drawn = generate(rows, Generate(model=generator))
-        found["synthetic aerials"] = measured(
+        found["synthetic aerials"] = measure(
             "synthetic aerials", segment(drawn, Segment(model=model)), count
         )
     return found
 
 
-def row_of(name: str, scores: SegmentationResult) -> dict[str, Any]:
+def make_row(name: str, scores: SegmentationResult) -> dict[str, Any]:
     """A row of the table."""
     return {
         "pictures": name,
@@ -119,7 +119,7 @@ def row_of(name: str, scores: SegmentationResult) -> dict[str, Any]:
     }
 
 
-def figures_of(minutes: float, found: dict[str, SegmentationResult]) -> dict[str, float]:
+def make_figures(minutes: float, found: dict[str, SegmentationResult]) -> dict[str, float]:
     """The figures of the last line."""
     true = found["true aerials"]
     figures = {"cpu_minutes": minutes, "miou": true.miou, "accuracy": true.accuracy}
@@ -131,23 +131,23 @@ def figures_of(minutes: float, found: dict[str, SegmentationResult]) -> dict[str
     return figures
 
 
-def main(asked: SegmenterBench) -> None:
+def main(bench: SegmenterBench) -> None:
     """Make a world where none is given, train, compare."""
-    pairs = asked.pairs or (480 if asked.quick else 2000)
-    count = asked.held_out or (160 if asked.quick else 500)
-    epochs = asked.epochs or (8 if asked.quick else 12)
+    pairs = bench.pairs or (480 if bench.quick else 2000)
+    count = bench.held_out or (160 if bench.quick else 500)
+    epochs = bench.epochs or (8 if bench.quick else 12)
     session.start(logical_cpus=4)
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
-        root = asked.data or f"{at}/world"
-        if not asked.data:
+        root = bench.data or f"{at}/world"
+        if not bench.data:
             make_world(
-                MakeWorld(output=root, preset="standard", train=pairs, val=count, seed=asked.seed)
+                MakeWorld(output=root, preset="standard", train=pairs, val=count, seed=bench.seed)
             )
-        config = settings(root, pairs, epochs, asked.seed, at)
-        minutes = minutes_of(config)
+        config = make_config(root, pairs, epochs, bench.seed, at)
+        minutes = train_timed(config)
         held_out = Ingest(root=root, split="val", limit=count)
-        found = compared(held_out, config.output, asked.generator)
+        found = compare(held_out, config.output, bench.generator)
     notes = (
         f"{pairs} training and {count} held-out pairs (tiles 128 x 128), {epochs} epochs in "
         f"batches of {config.fit.batch} of the toy SegFormer: {minutes:.1f} CPU minutes of the "
@@ -156,12 +156,14 @@ def main(asked: SegmenterBench) -> None:
         f"Required: mIoU of at least {REQUIRED:.2f} on true aerials. Shuffled: against the true "
         "map of another pair. `ignored`: pixels without class (cars), which nothing counts.",
         "Synthetic aerials: S(A) against the true map."
-        if asked.generator
+        if bench.generator
         else "Synthetic aerials are left out: pass --generator DIR, a trained generator.",
     )
-    rows = [row_of(name, scores) for name, scores in found.items()]
-    finish(asked, "Segmenter within ten CPU minutes", rows, figures_of(minutes, found), notes)
+    rows = [make_row(name, scores) for name, scores in found.items()]
+    write_results(
+        bench, "Segmenter within ten CPU minutes", rows, make_figures(minutes, found), notes
+    )
 
 
 if __name__ == "__main__":
-    main(flags(SegmenterBench))
+    main(parse_flags(SegmenterBench))

@@ -15,7 +15,7 @@ import _memory
 import _repeat
 import numpy as np
 import torch
-from _harness import Bench, finish, flags
+from _harness import Bench, parse_flags, write_results
 from ray.data import Dataset
 
 from cvmatch.data.pairs import PairDataset
@@ -45,7 +45,7 @@ BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream(Bench):
+class StreamBench(Bench):
     """Rows a second of one actor in a Ray Data stream, and of the same actor called in a loop."""
 
     pairs: int = 0
@@ -58,7 +58,7 @@ class Stream(Bench):
     """The published architectures with random weights, on pictures of CVUSA's sizes."""
     base: str = ""
     """Directory of these, written where it is not there; empty: they are deleted."""
-    memory: bool = False
+    measure_memory: bool = False
     """Compare the memory of long and short runs, and no speeds. 1,000 rows, quick 100, and ten
     times as many; or `pairs`."""
 
@@ -72,7 +72,7 @@ class Stage:
     stream: Callable[[], Dataset]
 
 
-def bare(stage: Stage, batches: Sequence[Batch]) -> float:
+def run_loop(stage: Stage, batches: Sequence[Batch]) -> float:
     """Rows a second of the actor in this process, on one thread as Ray gives an actor."""
     actor = stage.actor()
     torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def bare(stage: Stage, batches: Sequence[Batch]) -> float:
     return sum(len(batch["pair_id"]) for batch in rest) / (time.perf_counter() - begin)
 
 
-def pooled(stage: Stage) -> float:
+def run_pool(stage: Stage) -> float:
     """Rows a second of the stream, from its second block to its last but one.
 
     Ray hands on a block when the next one is there, so the last comes together with the one before.
@@ -96,20 +96,20 @@ def pooled(stage: Stage) -> float:
     return rows / (arrived[-2][0] - arrived[WARM - 1][0])
 
 
-def compared(stage: Stage, batches: Sequence[Batch], rounds: int) -> tuple[float, float]:
+def compare(stage: Stage, batches: Sequence[Batch], rounds: int) -> tuple[float, float]:
     """Median rows a second of the loop and of the pool, which run in turns."""
     loops, pools = [], []
     with progress.watch(stage.name, 2 * rounds, lambda: len(loops) + len(pools)):
         for _ in range(rounds):
-            loops.append(bare(stage, batches))
-            pools.append(pooled(stage))
+            loops.append(run_loop(stage, batches))
+            pools.append(run_pool(stage))
     return statistics.median(loops), statistics.median(pools)
 
 
-def models(asked: Stream, at: str) -> None:
+def write_models(bench: StreamBench, at: str) -> None:
     """Models of random new weights: speed and memory need no more."""
-    if asked.full_size:
-        base = asked.base or f"{at}/full"
+    if bench.full_size:
+        base = bench.base or f"{at}/full"
         _full_size.write_diffusion(base)
         _full_size.write_segformer(f"{at}/segformer")
         Generator.base(base, f"{base}/clip").save(f"{at}/generator")
@@ -122,7 +122,7 @@ def models(asked: Stream, at: str) -> None:
         Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128)).save(f"{at}/segmenter")
 
 
-def stages(at: str, data: Ingest, batch: int) -> list[Stage]:
+def list_stages(at: str, data: Ingest, batch: int) -> list[Stage]:
     """Generation and segmentation, each on a GPU where there is one."""
     gpus = min(1, torch.cuda.device_count())
     pool = Pool(batch=batch, calls=1 + gpus, gpus=gpus)
@@ -142,17 +142,17 @@ def stages(at: str, data: Ingest, batch: int) -> list[Stage]:
     ]
 
 
-def speed(asked: Stream, at: str) -> None:
+def measure_speed(bench: StreamBench, at: str) -> None:
     """Both ways, in turns."""
-    pairs = asked.pairs or (448 if asked.quick else 640)
-    rounds = asked.rounds or (1 if asked.quick else 3)
-    root = world(asked, at, pairs)
-    data = Ingest(root=root, block=BATCHES * asked.batch)
+    pairs = bench.pairs or (448 if bench.quick else 640)
+    rounds = bench.rounds or (1 if bench.quick else 3)
+    root = make_data(bench, at, pairs)
+    data = Ingest(root=root, block=BATCHES * bench.batch)
     batches: list = list(
-        PairDataset.open(data).rows().iter_batches(batch_size=asked.batch, batch_format="numpy")
+        PairDataset.open(data).rows().iter_batches(batch_size=bench.batch, batch_format="numpy")
     )
-    plan = stages(at, data, asked.batch)
-    speeds = [(stage.name, *compared(stage, batches, rounds)) for stage in plan]
+    plan = list_stages(at, data, bench.batch)
+    speeds = [(stage.name, *compare(stage, batches, rounds)) for stage in plan]
     rows = [
         {
             "stage": name,
@@ -166,36 +166,36 @@ def speed(asked: Stream, at: str) -> None:
     for name, loop, pool in speeds:
         figures |= {f"{name}.bare": loop, f"{name}.pool": pool, f"{name}.ratio": pool / loop}
     notes = (
-        f"{pairs} pairs, batches of {asked.batch} in blocks of {BATCHES * asked.batch}, {rounds} "
+        f"{pairs} pairs, batches of {bench.batch} in blocks of {BATCHES * bench.batch}, {rounds} "
         "rounds in turns, medians. 3 sampling steps with guidance. "
         + (
             "Stable Diffusion v1-4, CLIP ViT-B/32 and SegFormer B3; tiles 370 x 370, drawn and "
             "segmented at 256 and 512, panoramas 224 x 1232."
-            if asked.full_size
+            if bench.full_size
             else "Toy models; tiles 128 x 128, panoramas 64 x 256."
         ),
         "One actor, one thread, in both; on a GPU the pool's actor decodes and encodes in a second "
         "one. The loop has its batches in memory; the pool reads, schedules and hands on its "
         "blocks in other processes meanwhile. Its start is not counted.",
     )
-    finish(asked, "Actor pool against bare loop", rows, figures, notes)
+    write_results(bench, "Actor pool against bare loop", rows, figures, notes)
 
 
-def world(asked: Stream, at: str, pairs: int) -> str:
+def make_data(bench: StreamBench, at: str, pairs: int) -> str:
     """A data set of so many pairs; at full size few places over and over."""
-    if not asked.full_size:
+    if not bench.full_size:
         make_world(MakeWorld(output=f"{at}/world", train=pairs, val=16))
         return f"{at}/world"
     make_world(MakeWorld(output=f"{at}/world", preset="large", train=min(pairs, 128), val=16))
-    _repeat.links(f"{at}/world", f"{at}/many", pairs)
+    _repeat.link_rows(f"{at}/world", f"{at}/many", pairs)
     return f"{at}/many"
 
 
-def memory(asked: Stream, at: str) -> None:
+def measure_memory(bench: StreamBench, at: str) -> None:
     """Peaks of `synthesize` over few and many rows, after a run that warms Ray up."""
-    few = asked.pairs or (100 if asked.quick else 1000)
+    few = bench.pairs or (100 if bench.quick else 1000)
     make_world(MakeWorld(output=f"{at}/world", preset="tiny"))
-    _repeat.links(f"{at}/world", f"{at}/many", 10 * few)
+    _repeat.link_rows(f"{at}/world", f"{at}/many", 10 * few)
     rows = []
     for name, count in (("warm", few), ("few", few), ("many", 10 * few)):
         config = Synthesize(
@@ -204,7 +204,7 @@ def memory(asked: Stream, at: str) -> None:
             segment=Segment(model=f"{at}/segmenter", pool=Pool(batch=32)),
             output=f"{at}/{name}",
         )
-        with _memory.watched() as peak:
+        with _memory.watch_memory() as peak:
             synthesize(config)
         if name != "warm":
             rows.append({"rows": count, "peak, MiB": peak.mib})
@@ -215,19 +215,19 @@ def memory(asked: Stream, at: str) -> None:
         "The rows are 36 pairs over and over (tiles 64 x 64); toy models, 1 sampling step.",
     )
     figures = {"few": first, "many": last, "ratio": last / first}
-    finish(asked, "Memory of a long stream", rows, figures, notes)
+    write_results(bench, "Memory of a long stream", rows, figures, notes)
 
 
-def main(asked: Stream) -> None:
-    """What is asked."""
+def main(bench: StreamBench) -> None:
+    """Measure, and write the table."""
     # Ray's workers yield to other processes, which on a busy machine the loop would not.
     os.environ.setdefault("RAY_worker_niceness", "0")
     session.start(logical_cpus=max(4, os.cpu_count() or 4))
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
-        models(asked, at)
-        (memory if asked.memory else speed)(asked, at)
+        write_models(bench, at)
+        (measure_memory if bench.memory else measure_speed)(bench, at)
 
 
 if __name__ == "__main__":
-    main(flags(Stream))
+    main(parse_flags(StreamBench))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import _full_size
 import torch
-from _harness import Bench, finish, flags
+from _harness import Bench, parse_flags, write_results
 
 from cvmatch.match.model import MatcherConfig
 from cvmatch.nn import backbones
@@ -25,7 +25,7 @@ class TowersBench(Bench):
     """Pictures a step; 0: on a GPU 128, else 4, quick 1."""
 
 
-def trained(name: str, batch: int, top: float) -> dict[str, float | str]:
+def measure_training(name: str, batch: int, top: float) -> dict[str, float | str]:
     """A row of the table. `top`: FLOP/s of the device."""
     device = hardware.device()
     tower = backbones.load_tower(name, backbones.RANDOM).to(device).train()
@@ -39,9 +39,9 @@ def trained(name: str, batch: int, top: float) -> dict[str, float | str]:
 
     # On the way back torch counts depthwise convolutions as dense ones: for ConvNeXt three times
     # too much.
-    needed = 3 * _full_size.flops(lambda: tower(pictures)) / batch
+    needed = 3 * _full_size.count_flops(lambda: tower(pictures)) / batch
     step()
-    speed = batch / statistics.median(_full_size.seconds(step, device) for _ in range(ROUNDS))
+    speed = batch / statistics.median(_full_size.time_call(step, device) for _ in range(ROUNDS))
     return {
         "tower": name,
         "batch": batch,
@@ -51,12 +51,12 @@ def trained(name: str, batch: int, top: float) -> dict[str, float | str]:
     }
 
 
-def main(asked: TowersBench) -> None:
+def main(bench: TowersBench) -> None:
     """Each in turn."""
     on_gpu = hardware.device().type == "cuda"
-    batch = asked.batch or (128 if on_gpu else 1 if asked.quick else 4)
-    top = _full_size.peak(hardware.device())
-    rows = [trained(name, batch, top) for name in asked.names]
+    batch = bench.batch or (128 if on_gpu else 1 if bench.quick else 4)
+    top = _full_size.peak_flops(hardware.device())
+    rows = [measure_training(name, batch, top) for name in bench.names]
     figures = {"peak.tflops": top / 1e12}
     figures |= {f"{row['tower']}.samples_per_s": float(row["samples/s"]) for row in rows}
     height, width = MatcherConfig().panorama
@@ -65,8 +65,8 @@ def main(asked: TowersBench) -> None:
         f"without an optimizer step, medians of {ROUNDS}. The device's peak by a large matrix "
         f"product: {top / 1e12:.3g} TFLOP/s.",
     )
-    finish(asked, "Towers at full size", rows, figures, notes)
+    write_results(bench, "Towers at full size", rows, figures, notes)
 
 
 if __name__ == "__main__":
-    main(flags(TowersBench))
+    main(parse_flags(TowersBench))

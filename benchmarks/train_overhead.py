@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from _harness import Bench, finish, flags
-from matching import ALONE, MatchingBench, Rows, settings
+from _harness import Bench, parse_flags, write_results
+from matching import ALONE, MatchingBench, Rows, make_config
 from ray.data import Dataset
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class OverheadBench(Bench):
     """Steps of the two loss curves; 0: 20, quick 6."""
 
 
-class Timed(MatcherTask):
+class TimedMatcherTask(MatcherTask):
     """Notes when its training steps begin."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,31 +55,31 @@ class Timed(MatcherTask):
         storage.write_json(os.path.join(directory, TIMES), {"times": self.times})
 
 
-def pairs_of(config: TrainMatcher) -> Dataset:
+def decode_pairs(config: TrainMatcher) -> Dataset:
     """The decoded training pairs."""
     return decode(read_pairs(config.pairs, joint=False), config.panorama, config.tile_size)
 
 
-def timed(config: TrainMatcher) -> Timed:
+def build_timed_task(config: TrainMatcher) -> TimedMatcherTask:
     """The task of `build_task`, with a clock."""
     task = build_task(config)
-    return Timed(task.model, config, (), config.fit.seed)
+    return TimedMatcherTask(task.model, config, (), config.fit.seed)
 
 
-def rate(times: list[float], batch: int) -> float:
+def compute_rate(times: list[float], batch: int) -> float:
     """Samples a second from the first step that counts to the start of the last."""
     return batch * (len(times) - 1 - WARM) / (times[-1] - times[WARM])
 
 
-def plain(config: TrainMatcher) -> float:
+def run_loop(config: TrainMatcher) -> float:
     """Samples a second of a loop over batches in memory: no Ray, no stream."""
     batches = [
         {**batch, "epoch": torch.tensor(0)}
-        for batch in pairs_of(config).iter_torch_batches(
+        for batch in decode_pairs(config).iter_torch_batches(
             batch_size=config.fit.batch, collate_fn=to_tensors, drop_last=True
         )
     ]
-    task = timed(config).train()
+    task = build_timed_task(config).train()
     weights = list(task.parameters())
     optimizer = torch.optim.AdamW(task.groups(), weight_decay=config.fit.weight_decay)
     for batch in batches:
@@ -87,32 +87,34 @@ def plain(config: TrainMatcher) -> float:
         nn.utils.clip_grad_norm_(weights, config.fit.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return rate(task.times, config.fit.batch)
+    return compute_rate(task.times, config.fit.batch)
 
 
-def fitted(config: TrainMatcher, workers: int) -> float:
+def run_train(config: TrainMatcher, workers: int) -> float:
     """Samples a second of `launch.train`."""
     fit = replace(config.fit, workers=workers)
-    result = launch.train(functools.partial(timed, config), pairs_of(config), None, fit)
+    result = launch.train(
+        functools.partial(build_timed_task, config), decode_pairs(config), None, fit
+    )
     assert result.checkpoint is not None
     with open(os.path.join(result.checkpoint, "model", TIMES)) as file:
-        return rate(json.load(file)["times"], config.fit.batch)
+        return compute_rate(json.load(file)["times"], config.fit.batch)
 
 
-def curve(config: TrainMatcher, workers: int, steps: int) -> list[float]:
+def read_loss_curve(config: TrainMatcher, workers: int, steps: int) -> list[float]:
     """Losses of steps that all see the same pairs: a global batch is the whole data."""
     fit = replace(config.fit, workers=workers, epochs=steps)
-    rows = pairs_of(config).limit(fit.batch)
+    rows = decode_pairs(config).limit(fit.batch)
     result = launch.train(functools.partial(build_task, config), rows, None, fit)
     table = result.history
     return [] if table is None else table["train/loss"].tolist()
 
 
-def main(asked: OverheadBench) -> None:
+def main(bench: OverheadBench) -> None:
     """All three in turns, then the two curves."""
-    pairs = asked.pairs or (320 if asked.quick else 960)
-    rounds = asked.rounds or (1 if asked.quick else 3)
-    steps = asked.steps or (6 if asked.quick else 20)
+    pairs = bench.pairs or (320 if bench.quick else 960)
+    rounds = bench.rounds or (1 if bench.quick else 3)
+    steps = bench.steps or (6 if bench.quick else 20)
     session.start(logical_cpus=6)
     hardware.keep_freed_memory()
     torch.set_num_threads(1)  # as a worker has
@@ -120,13 +122,13 @@ def main(asked: OverheadBench) -> None:
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         bench = MatchingBench(pairs=pairs, held_out=16, epochs=1)
-        config = settings(bench, Rows(bench, at).plain, ALONE, at)
+        config = make_config(bench, Rows(bench, at).plain, ALONE, at)
         with progress.watch("training", 3 * rounds, lambda: sum(map(len, found.values()))):
             for _ in range(rounds):
-                found["plain"].append(plain(config))
-                found["here"].append(fitted(config, workers=0))
-                found["train"].append(fitted(config, workers=1))
-        one, two = (curve(config, workers, steps) for workers in (1, 2))
+                found["plain"].append(run_loop(config))
+                found["here"].append(run_train(config, workers=0))
+                found["train"].append(run_train(config, workers=1))
+        one, two = (read_loss_curve(config, workers, steps) for workers in (1, 2))
     rates = {name: statistics.median(values) for name, values in found.items()}
     apart = max(abs(a - b) / a for a, b in zip(one, two, strict=True))
     names = {
@@ -147,8 +149,10 @@ def main(asked: OverheadBench) -> None:
     )
     figures = {f"samples_per_s.{name}": value for name, value in rates.items()}
     figures |= {name: rates[name] / rates["plain"] for name in ("here", "train")}
-    finish(asked, "Overhead of training on Ray", table, figures | {"curve_apart": apart}, notes)
+    write_results(
+        bench, "Overhead of training on Ray", table, figures | {"curve_apart": apart}, notes
+    )
 
 
 if __name__ == "__main__":
-    main(flags(OverheadBench))
+    main(parse_flags(OverheadBench))
