@@ -103,7 +103,7 @@ def to_npy(arrays: np.ndarray) -> np.ndarray:
     return files
 
 
-def pair_batch(batch: dict[str, Tensor]) -> PairBatch:
+def to_pair_batch(batch: dict[str, Tensor]) -> PairBatch:
     """Return the pairs of a training batch as they are."""
     view, tile = batch[GROUND_VIEW].float() / 255, batch[AERIAL].float() / 255
     return PairBatch(
@@ -113,7 +113,7 @@ def pair_batch(batch: dict[str, Tensor]) -> PairBatch:
 
 def augment(batch: dict[str, Tensor], mirror: bool, seed: int) -> PairBatch:
     """Return the pairs of a training batch; with `mirror`, half of them mirrored at random."""
-    pairs = pair_batch(batch)
+    pairs = to_pair_batch(batch)
     if not mirror:
         return pairs
     stream = rng.fold_in(seed, int(batch["epoch"]), "variant")

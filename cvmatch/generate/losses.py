@@ -227,7 +227,7 @@ class LPIPS(nn.Module):
         network = ("vgg16", name) if os.path.isfile(name) else (name, "")
         features = backbones.load_vgg_features(*network)
         published = [_stage_width(stage) for stage in _split_stages(features)] == _VGG16
-        return cls(features, published_weights() if published else None)
+        return cls(features, load_lpips_weights() if published else None)
 
     def train(self, mode: bool = True) -> "LPIPS":
         """Stay in evaluation mode: batch norms and dropout of a frozen network do not move."""
@@ -249,7 +249,7 @@ class LPIPS(nn.Module):
         return total
 
 
-def published_weights() -> list[Tensor]:
+def load_lpips_weights() -> list[Tensor]:
     """Return the linear weights of LPIPS for VGG16, from the file that torchmetrics ships."""
     state = torch.load(internals.lpips_weights_file(), map_location="cpu", weights_only=True)
     return [state[f"lin{index}.model.1.weight"].flatten() for index in range(len(_VGG16))]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cvmatch.data.color import color_jitter
 from cvmatch.evaluate import generation
 from cvmatch.generate import losses
-from cvmatch.generate.batches import CLIP_TOKENS, LATENT, PairBatch, augment, pair_batch
+from cvmatch.generate.batches import CLIP_TOKENS, LATENT, PairBatch, augment, to_pair_batch
 from cvmatch.generate.conditioning import Condition, PanoramaFeatures, PolarToBEV
 from cvmatch.generate.losses import LPIPS, NegativeQueue, Negatives
 from cvmatch.generate.model import Generator, merge_lora, set_trainable
@@ -74,10 +74,10 @@ class GeneratorTask(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a batch's losses; in evaluation mode those of `_validate`."""
         if not self.training:
-            pairs = pair_batch(batch)
-            return self._validate(*_encoded(batch, pairs), pairs, batch["key"])
+            pairs = to_pair_batch(batch)
+            return self._validate(*_select_encodings(batch, pairs), pairs, batch["key"])
         pairs = augment(batch, self.config.mirror, self.seed)
-        latent, features = _encoded(batch, pairs)
+        latent, features = _select_encodings(batch, pairs)
         self._update_ema()
         condition = self.generator.condition(features)
         negatives = self.queue.negatives(batch["key"])
@@ -113,7 +113,7 @@ class GeneratorTask(nn.Module):
 
     def save(self, directory: str) -> None:
         """Write the directory that `Generator.load` reads."""
-        merge_lora(self.published()).save(directory)
+        merge_lora(self.eval_model()).save(directory)
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float | np.ndarray]:
         """Return the validation's means and an image of samples.
@@ -146,7 +146,7 @@ class GeneratorTask(nn.Module):
             summary["samples"] = image_grid(*grid)
         return summary
 
-    def published(self) -> Generator:
+    def eval_model(self) -> Generator:
         """Return what is validated and saved: the generator, or a copy with averaged weights."""
         if self.ema is None:
             return self.generator
@@ -212,7 +212,7 @@ class GeneratorTask(nn.Module):
         The published weights are validated, at VALIDATION_LEVELS. `compared` is the share of rows
         that have a neighbour. The first rows are also sampled.
         """
-        model = self.published()
+        model = self.eval_model()
         condition = model.condition(features)
         totals = {"loss_correct": latent.new_zeros(()), "loss_shuffled": latent.new_zeros(())}
         for level in VALIDATION_LEVELS:
@@ -261,7 +261,7 @@ class BEVTask(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the BEV losses of a batch."""
         if not self.training:
-            return self._losses(pair_batch(batch))
+            return self._losses(to_pair_batch(batch))
         pairs = augment(batch, self.config.mirror, self.seed)
         negatives = self.queue.negatives(batch["key"])
         # Panorama and tile were taken at different times of day (docs/decisions.md).
@@ -308,7 +308,9 @@ def image_grid(
     return (grid.clamp(0, 1) * 255).round().byte().cpu().numpy()
 
 
-def _encoded(batch: dict[str, Tensor], pairs: PairBatch) -> tuple[Tensor, PanoramaFeatures]:
+def _select_encodings(
+    batch: dict[str, Tensor], pairs: PairBatch
+) -> tuple[Tensor, PanoramaFeatures]:
     """Return cached latents and panorama features of pairs as they are or mirrored."""
     row = torch.arange(len(pairs.mirrored), device=pairs.mirrored.device)
     variant = pairs.mirrored.long()

@@ -9,7 +9,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from cvmatch.data import schema
 from cvmatch.generate import losses
 from cvmatch.generate.conditioning import PolarToBEV
-from cvmatch.generate.losses import LPIPS, NegativeQueue, published_weights, tile_info_nce
+from cvmatch.generate.losses import LPIPS, NegativeQueue, load_lpips_weights, tile_info_nce
 from tests.helpers.generator import raw_batch
 
 
@@ -99,7 +99,7 @@ def test_lpips_equals_torchmetrics_with_the_same_random_weights():
     theirs.net.load_state_dict(
         {long: features.state_dict()[short] for short, long in numbered.items()}
     )
-    ours = LPIPS(features, published_weights())
+    ours = LPIPS(features, load_lpips_weights())
     first, second = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
     expected = theirs(first, second, normalize=True).flatten()
     assert expected.min() > 0

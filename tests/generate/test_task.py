@@ -135,7 +135,7 @@ def test_average_is_what_is_validated_and_saved_and_survives_a_resume(
     torch.testing.assert_close(saved, mean)
     again = GeneratorTask(generator, task.config)
     again.load_state_dict(task.state_dict())
-    torch.testing.assert_close(again.published().unet.conv_out.weight, mean)
+    torch.testing.assert_close(again.eval_model().unet.conv_out.weight, mean)
     assert torch.equal(generator.unet.conv_out.weight, task.generator.unet.conv_out.weight)
 
 
@@ -148,7 +148,7 @@ def test_average_counts_weights_once_however_many_steps_make_a_move(generator: G
     trainer.train(0, LossCurve(str(tmp_path), steps=6, epochs=1, writes=False))
     assert len(seen) == 2  # of four steps, and of two
     assert (seen[1] - seen[0]).abs().max() > 1e-3
-    torch.testing.assert_close(task.published().unet.conv_out.weight, _running_mean(seen))
+    torch.testing.assert_close(task.eval_model().unet.conv_out.weight, _running_mean(seen))
 
 
 def test_state_holds_every_trained_weight_and_no_frozen_one(
