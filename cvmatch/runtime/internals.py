@@ -46,10 +46,6 @@ def set_ray_flags(logical_cpus: int) -> None:
 # restarted gets an object as an argument. Ray Data starts all its actors so (ray issue 53727).
 
 
-class _Unstarted(list):
-    """An actor that takes an argument."""
-
-
 def spend_restart_warning() -> None:
     """Have Ray write that error now, while nobody listens; for a local Ray.
 
@@ -58,12 +54,15 @@ def spend_restart_warning() -> None:
     """
     import ray
 
+    class Unstarted(list):  # a new one each time: Ray changes a class that it makes an actor of
+        """An actor that takes an argument."""
+
     options = {"num_cpus": 0, "max_restarts": -1, "resources": {"no_such_resource": 1}}
     sys.stderr.flush()
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        ray.kill(ray.remote(_Unstarted).options(**options).remote(ray.put(None)))
+        ray.kill(ray.remote(Unstarted).options(**options).remote(ray.put(None)))
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
