@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import ray
 from mlflow import MlflowClient
-from ray._private import state as ray_state
 
 from cvmatch.data import images, schema, tables
 from cvmatch.data.pairs import PairDataset
@@ -213,19 +212,35 @@ def test_synthesize_with_a_killed_replica_makes_the_same_rows(undisturbed, confi
     with ThreadPoolExecutor() as threads:
         killed = threads.submit(_kill_a_replica, actor, other)
         synthesize(other)
-        actor_id, parts = killed.result()
+        parts = killed.result()
     assert parts < len(_parts(other)), "it was killed when all was done"
-    assert ray_state.actors(actor_id)["NumRestarts"] == 1
     assert rows(other.output) == undisturbed[1]
 
 
-def _kill_a_replica(actor: str, config: Synthesize) -> tuple[str, int]:
-    """Kill a replica when parts are there; gives its id and the number of parts."""
+def _kill_a_replica(actor: str, config: Synthesize) -> int:
+    """Kill the replica when parts are there, and wait for another; returns the number of parts."""
     _wait(lambda: len(_parts(config)) >= 2)
-    actors = ray_state.actors().values()
-    (alive,) = (one for one in actors if actor in one["ActorClassName"] and one["State"] == "ALIVE")
-    os.kill(alive["Pid"], signal.SIGKILL)
-    return alive["ActorID"], len(_parts(config))
+    (killed,) = _replicas(actor)
+    parts = len(_parts(config))
+    os.kill(killed, signal.SIGKILL)
+    _wait(lambda: _replicas(actor) - {killed})
+    return parts
+
+
+def _replicas(actor: str) -> set[int]:
+    """Processes of this Ray that run an actor, which Ray names in their command lines."""
+    session = f"RAY_TMPDIR={os.environ['RAY_TMPDIR']}".encode()
+    pids = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (process / "cmdline").read_text(errors="replace")
+            if not (title.startswith("ray::") and actor in title):
+                continue
+            if session in (process / "environ").read_bytes().split(b"\0"):
+                pids.add(int(process.name))
+        except OSError:  # it has just ended
+            continue
+    return pids
 
 
 def _parts(config: Synthesize) -> list[Path]:
