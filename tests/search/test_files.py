@@ -120,7 +120,7 @@ def test_search_files_flags_repeat_and_name_what_is_missing():
     assert configs.parse(SearchFiles, ["--panorama", "a.jpg", "--generator", "g"]).modality == "G+A"
     with pytest.raises(ValueError, match="at least one --panorama"):
         SearchFiles()
-    with pytest.raises(ValueError, match="give --generator too"):
+    with pytest.raises(ValueError, match="pass --generator too"):
         SearchFiles(panorama=("a.jpg",), segmenter="models/segmenter")
 
 
