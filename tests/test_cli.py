@@ -201,16 +201,20 @@ def test_training_that_the_machine_cannot_hold_is_refused_before_anything_is_rea
 
 
 @pytest.mark.parametrize(
-    ("words", "flag"),
+    ("command", "parts"),
     [
-        (["train-segmenter", "--base", "/nowhere/b3"], "--base /nowhere/b3"),
-        (["train-matcher", "--tower", "/nowhere/vgg"], "tower '/nowhere/vgg'"),
+        ("train-segmenter", ["--base /nowhere/b3"]),
+        ("train-matcher", ["--tower /nowhere/vgg"]),
+        (
+            "train-generator",
+            ["--diffusion /nowhere/sd", "--clip /nowhere/clip", "--lpips-vgg /nowhere/vgg"],
+        ),
     ],
 )
-def test_training_without_its_base_model_is_refused_before_anything_is_read(
-    words, flag, monkeypatch, capsys
+def test_training_without_its_base_models_is_refused_before_anything_is_read(
+    command, parts, monkeypatch, capsys
 ):
     monkeypatch.setattr(session, "start", lambda **_: pytest.fail("Ray was started"))
-    code, message = failed(words, capsys)
+    code, message = failed([command, *" ".join(parts).split()], capsys)
     assert code == cli.WRONG_INPUT
-    assert flag in message
+    assert all(part in message for part in parts), message

@@ -9,14 +9,14 @@ from ray.data import Dataset
 from cvmatch.data import manifest, storage
 from cvmatch.data.pairs import PairDataset
 from cvmatch.generate.batches import read_latents
-from cvmatch.generate.encoders import read_sizes
+from cvmatch.generate.encoders import read_sizes, split_revision
 from cvmatch.generate.latent_cache import cache_latents
 from cvmatch.generate.losses import LPIPS
 from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import TrainGenerator
 from cvmatch.generate.task import BEVTask, GeneratorTask, load_bev
 from cvmatch.nn import hub
-from cvmatch.runtime import tracking
+from cvmatch.runtime import session, tracking
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
 
@@ -29,6 +29,8 @@ def train(config: TrainGenerator) -> TrainResult:
     """
     launch.preflight(config.fit)
     config = with_absolute_paths(config)
+    _check_base_models(config)
+    session.start()
     with tracking.start("generate", config) as run:
         pairs = PairDataset.open(config.data)
         held_out = config.val and PairDataset.open(config.val)
@@ -66,6 +68,25 @@ def with_absolute_paths(config: TrainGenerator) -> TrainGenerator:
         clip=hub.absolute_or_hub_id(config.clip),
         lpips_vgg=vgg if os.path.exists(vgg) else config.lpips_vgg,
     )
+
+
+def _check_base_models(config: TrainGenerator) -> None:
+    """Check that all base models can be had, before Ray starts and pairs are read."""
+    name, revision = split_revision(config.diffusion)
+    hub.check_all(
+        lambda: hub.check_model(name, "--diffusion", "unet", "vae", revision=revision),
+        lambda: hub.check_model(config.clip, "--clip"),
+        lambda: _check_lpips(config),
+    )
+
+
+def _check_lpips(config: TrainGenerator) -> None:
+    if not config.lpips_weight:
+        return
+    try:
+        LPIPS.load(config.lpips_vgg)
+    except ValueError as error:
+        raise ValueError(f"--lpips-vgg {config.lpips_vgg}: {error}") from error
 
 
 def _pretrain_bev(

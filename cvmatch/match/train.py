@@ -30,7 +30,7 @@ def train(config: TrainMatcher) -> TrainResult:
     """
     launch.preflight(config.fit)
     config = with_absolute_paths(config)
-    backbones.load_tower(config.tower, config.weights, config.grid)  # before rows are read
+    _check_tower(config)
     session.start()
     rows = read_pairs(config.pairs, config.joint)
     val = _decode(config, read_pairs(config.val, config.joint)) if config.val else None
@@ -55,6 +55,14 @@ def with_absolute_paths(config: TrainMatcher) -> TrainMatcher:
     """Make local paths of the backbone absolute: workers have another directory."""
     name, weights = backbones.resolve_paths(config.tower, config.weights)
     return dataclasses.replace(config, tower=name, weights=weights)
+
+
+def _check_tower(config: TrainMatcher) -> None:
+    """Check that the backbone can be had, before Ray starts and rows are read."""
+    try:
+        backbones.load_tower(config.tower, config.weights, config.grid)
+    except ValueError as error:
+        raise ValueError(f"--tower {config.tower}: {error}") from error
 
 
 def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:

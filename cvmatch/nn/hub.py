@@ -61,20 +61,21 @@ def check_all(*checks: Callable[[], Any]) -> None:
         raise ValueError("\n".join(messages))
 
 
-def check_model(name: str, flag: str, *folders: str) -> None:
+def check_model(name: str, flag: str, *folders: str, revision: str = "main") -> None:
     """Check that a base model can be had, without loading its weights.
 
     Args:
         name: Hub id or directory of the model.
         flag: As in `from_pretrained_kwargs`.
         folders: Those of its parts, such as unet and vae, if it has several.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         ValueError: as in `from_pretrained_kwargs`.
     """
     for folder in folders or ("",):
         with from_pretrained_kwargs(name, flag):
-            cached_file(name, "config.json", subfolder=folder)
+            cached_file(name, "config.json", subfolder=folder, revision=revision)
             local = os.path.join(name, folder)
             if os.path.isdir(local) and not glob.glob("*.safetensors", root_dir=local):
                 raise OSError(f"there are no *.safetensors in {local}.")
