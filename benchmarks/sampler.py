@@ -54,13 +54,13 @@ class SamplerBench(Bench):
     """Data set whose split `val` is drawn; empty: a world is made for the run."""
     generator: str = ""
     """Trained generator (toy sizes); empty: an untrained one, whose pictures find nothing."""
-    read_held_out: int = 0
+    held_out: int = 0
     """Pairs that the batched sampler draws; 0: 500, quick 96."""
     one_by_one: int = 0
     """Pairs that the loop draws, one by one; 0: 500, quick 24."""
     batch: int = 32
     """Pictures a call of the batched sampler."""
-    measure_full_size: bool = False
+    full_size: bool = False
     """Only speed: the published architectures with random weights, on noise as panoramas."""
     base: str = ""
     """Directory of these, written where it is not there; empty: they are deleted."""

@@ -24,7 +24,7 @@ class ScoringBench(Bench):
     """Tiles of the split form; 0: 100,000, quick 20,000."""
     queries: int = 0
     """Queries. 0: 8, quick 2."""
-    score_unsplit: int = 0
+    unsplit: int = 0
     """Tiles of the unsplit layer; 0: 4,000, quick 1,000."""
     pairs: int = 0
     """Pairs for which all towers run; 0: 6, quick 2."""

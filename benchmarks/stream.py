@@ -58,7 +58,7 @@ class StreamBench(Bench):
     """The published architectures with random weights, on pictures of CVUSA's sizes."""
     base: str = ""
     """Directory of these, written where it is not there; empty: they are deleted."""
-    measure_memory: bool = False
+    memory: bool = False
     """Compare the memory of long and short runs, and no speeds. 1,000 rows, quick 100, and ten
     times as many; or `pairs`."""
 

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from cvmatch.demo.procedural.pairs import Sizes, pairs, world_seed
-from cvmatch.demo.procedural.pairs import tiles as world_tiles
+from cvmatch.demo.procedural.pairs import Sizes, render_pairs, render_tiles, world_seed
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ CAMERAS = 24
 """Pairs of a world."""
 
 
-class Places(NamedTuple):
+class PairArrays(NamedTuple):
     """Pairs as arrays, RGB in [0, 255]; classes are ids 0 to 5."""
 
     aerial: UInt8[np.ndarray, "pair 128 128 3"]
@@ -31,27 +30,27 @@ class Places(NamedTuple):
     panorama: UInt8[np.ndarray, "pair 64 256 3"]
 
 
-class Tiles(NamedTuple):
+class TileArrays(NamedTuple):
     """Tiles alone as arrays, RGB in [0, 255]; classes are ids 0 to 5."""
 
     aerial: UInt8[np.ndarray, "tile side side 3"]
     classes: UInt8[np.ndarray, "tile side side"]
 
 
-def places(worlds: int, seed: int) -> Places:
-    """All pairs of `worlds` worlds that no data set contains (70 ms of one core a pair)."""
-    return Places(*_rendered(partial(_places, seed), worlds, "places"))
+def render_places(worlds: int, seed: int) -> PairArrays:
+    """Render all pairs of `worlds` worlds that no data set contains (70 ms of one core a pair)."""
+    return PairArrays(*_render_worlds(partial(_render_places, seed), worlds, "places"))
 
 
-def tiles(worlds: int, seed: int, side: int) -> Tiles:
-    """The tiles of those places alone, `side` pixels wide (20 ms of one core a tile)."""
-    return Tiles(*_rendered(partial(_tiles, seed, side), worlds, "tiles"))
+def render_tile_arrays(worlds: int, seed: int, side: int) -> TileArrays:
+    """Render their tiles alone, `side` pixels wide (20 ms of one core a tile)."""
+    return TileArrays(*_render_worlds(partial(_render_tiles, seed, side), worlds, "tiles"))
 
 
-def _rendered(
+def _render_worlds(
     render: Callable[[int], tuple[np.ndarray, ...]], worlds: int, name: str
 ) -> Iterator[np.ndarray]:
-    """What all cores render of the worlds, in order, each array in one piece."""
+    """Render the worlds on all cores; returns each array of all of them, in order."""
     spawn = multiprocessing.get_context("spawn")
     parts = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
@@ -62,15 +61,15 @@ def _rendered(
     return (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
-def _places(seed: int, index: int) -> Places:
-    found = list(pairs(world_seed(seed, index, "pretrain"), CAMERAS, SIZES))
-    return Places(
+def _render_places(seed: int, index: int) -> PairArrays:
+    found = list(render_pairs(world_seed(seed, index, "pretrain"), CAMERAS, SIZES))
+    return PairArrays(
         np.stack([pair.aerial for pair in found]),
         np.stack([pair.classes for pair in found]),
         np.stack([pair.panorama for pair in found]),
     )
 
 
-def _tiles(seed: int, side: int, index: int) -> Tiles:
-    found = world_tiles(world_seed(seed, index, "pretrain"), CAMERAS, side)
-    return Tiles(*(np.stack(arrays) for arrays in zip(*found, strict=True)))
+def _render_tiles(seed: int, side: int, index: int) -> TileArrays:
+    found = render_tiles(world_seed(seed, index, "pretrain"), CAMERAS, side)
+    return TileArrays(*(np.stack(arrays) for arrays in zip(*found, strict=True)))

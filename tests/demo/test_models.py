@@ -11,7 +11,7 @@ from transformers import SegformerForSemanticSegmentation
 
 from cvmatch.data.schema import LABELS
 from cvmatch.demo import models as base_models
-from cvmatch.demo.procedural.pairs import pairs, world_seed
+from cvmatch.demo.procedural.pairs import render_pairs, world_seed
 from cvmatch.demo.samples import SIZES
 from cvmatch.generate.conditioning import Condition
 from cvmatch.generate.model import Generator
@@ -22,9 +22,9 @@ from cvmatch.segment.batches import Preprocess
 from cvmatch.segment.model import Segmenter
 from tools.demo_models import pretrain, untrained
 from tools.demo_models.__main__ import Pretrain
-from tools.demo_models.adversary import Adversary, Discriminator, balanced
-from tools.demo_models.autoencoder import encode, pretrain_vae, scaled
-from tools.demo_models.decoder import Latents, drawn_latents, pretrain_decoder
+from tools.demo_models.adversary import Adversary, Discriminator, balance
+from tools.demo_models.autoencoder import encode, pretrain_vae, scale_pixels
+from tools.demo_models.decoder import Latents, pretrain_decoder, sample_latents
 from tools.demo_models.optimise import optimise
 
 MEGABYTE = 1e6
@@ -33,7 +33,7 @@ MEGABYTE = 1e6
 @pytest.fixture(scope="module")
 def place():
     """Pairs of one world that neither the models nor the demo saw: tiles, classes, small tiles."""
-    found = list(pairs(world_seed(987, 0), 8, SIZES))
+    found = list(render_pairs(world_seed(987, 0), 8, SIZES))
     tiles = torch.from_numpy(np.stack([p.aerial for p in found])).permute(0, 3, 1, 2)
     classes = torch.from_numpy(np.stack([p.classes for p in found]))
     return tiles, classes, F.avg_pool2d(tiles.float(), 2).round().byte()
@@ -74,7 +74,7 @@ def test_toy_vae_keeps_a_tile(generator, place):
 
 def test_toy_vae_keeps_few_nats_of_a_tile(generator, place):
     with torch.no_grad():
-        latent = generator.encoders.vae.encode(scaled(place[2])).latent_dist
+        latent = generator.encoders.vae.encode(scale_pixels(place[2])).latent_dist
     assert latent.kl().mean() < 500  # with an eighth of that weight on nats: 1,400
 
 
@@ -129,7 +129,7 @@ def test_toy_segformer_gets_a_new_head_for_five_classes():
 
 
 def test_discriminator_learns_to_tell_blurred_tiles(place):
-    true = scaled(place[2])
+    true = scale_pixels(place[2])
     blurred = F.interpolate(F.avg_pool2d(true, 4), scale_factor=4)
     torch.manual_seed(0)
     adversary = Adversary(100, true.device)
@@ -140,7 +140,7 @@ def test_discriminator_learns_to_tell_blurred_tiles(place):
 
 
 def test_adversary_leads_up_its_score_and_counts_more_when_it_can_tell(place):
-    true = scaled(place[2])
+    true = scale_pixels(place[2])
     blurred = F.interpolate(F.avg_pool2d(true, 4), scale_factor=4).requires_grad_()
     torch.manual_seed(0)
     adversary = Adversary(100, true.device)
@@ -170,7 +170,7 @@ def test_discriminator_scores_patches_of_36_pixels():
 
 def test_adversarial_gradient_is_a_share_of_the_errors():
     drawn = torch.ones(1, 3, 64, 64, requires_grad=True)
-    balanced((2 * drawn).sum(), (8 * drawn[:, 0]).sum(), drawn, share=0.5).backward()
+    balance((2 * drawn).sum(), (8 * drawn[:, 0]).sum(), drawn, share=0.5).backward()
     assert drawn.grad is not None
     adverse = drawn.grad - 2
     torch.testing.assert_close(adverse.norm(), 0.5 * torch.full_like(drawn, 2).norm())
@@ -181,7 +181,7 @@ def test_adversarial_gradient_is_a_share_of_the_errors():
 def test_vae_training_starts_from_random_weights_and_sets_the_scale(place):
     _, classes, tiles = place
     torch.manual_seed(0)
-    vae = untrained.new_vae()
+    vae = untrained.build_vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     pretrain_vae(vae, tiles, classes[:, ::2, ::2], load_vgg_features(base_models.TOWER), steps=4)
     same = {name for name, value in vae.state_dict().items() if torch.equal(value, before[name])}
@@ -197,7 +197,7 @@ def test_decoder_training_leaves_the_encoder(generator, place):
     classes, panoramas = classes[:, ::2, ::2], torch.zeros(8, 3, 64, 256, dtype=torch.uint8)
     torch.manual_seed(0)
     own = Latents(tiles, classes, encode(vae, tiles))
-    drawn = drawn_latents(generator, panoramas, tiles, classes)
+    drawn = sample_latents(generator, panoramas, tiles, classes)
     assert drawn.latent.shape == own.latent.shape
     pretrain_decoder(vae, own, drawn, load_vgg_features(base_models.TOWER), steps=2)
     changed = {n for n, value in vae.state_dict().items() if not torch.equal(value, before[n])}

@@ -9,9 +9,9 @@ from PIL import Image
 
 from cvmatch.data.images import classes_of, colours_of
 from cvmatch.data.schema import IGNORE, PALETTE
-from cvmatch.demo.procedural import place
 from cvmatch.demo.procedural.paints import PLANTS, ROAD, SKY
-from cvmatch.demo.procedural.pairs import Sizes, pairs, tiles, world_seed
+from cvmatch.demo.procedural.pairs import Sizes, render_pairs, render_tiles, world_seed
+from cvmatch.demo.procedural.world import EDGE, SPACING, build_world, place_cameras
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import Difficulty, MakeWorld
 
@@ -24,7 +24,7 @@ SEEDS = (world_seed(0, 0), world_seed(0, 1), world_seed(0, 2))
 @pytest.fixture(scope="module")
 def worlds():
     """The pairs of three worlds."""
-    return [list(pairs(seed, CAMERAS, SMALL)) for seed in SEEDS]
+    return [list(render_pairs(seed, CAMERAS, SMALL)) for seed in SEEDS]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def same(a, b):
 
 
 def test_pairs_same_seed_gives_the_same_pictures_whatever_the_number_of_cameras(worlds):
-    again = list(pairs(SEEDS[0], 3, SMALL))
+    again = list(render_pairs(SEEDS[0], 3, SMALL))
     assert len(again) == 3
     assert all(same(a, b) for a, b in zip(again, worlds[0], strict=False))
 
@@ -51,36 +51,36 @@ def test_pairs_other_seed_gives_other_pictures(worlds):
 
 def test_tiles_alone_are_those_of_the_pairs():
     seed, sizes = world_seed(31, 0), Sizes(aerial=64, panorama=(16, 64))
-    alone = list(tiles(seed, 3, sizes.aerial))
+    alone = list(render_tiles(seed, 3, sizes.aerial))
     assert len(alone) == 3
-    for (tile, classes), pair in zip(alone, pairs(seed, 3, sizes), strict=True):
+    for (tile, classes), pair in zip(alone, render_pairs(seed, 3, sizes), strict=True):
         np.testing.assert_array_equal(tile, pair.aerial)
         np.testing.assert_array_equal(classes, pair.classes)
 
 
 def test_pairs_more_cameras_than_fit_apart_still_gives_as_many_as_asked():
     cameras = 40  # about 25 discs of 62 m fit where cameras may stand
-    found = list(pairs(SEEDS[0], cameras, TINY))
+    found = list(render_pairs(SEEDS[0], cameras, TINY))
     assert len(found) == cameras
     assert len({(pair.east, pair.north) for pair in found}) == cameras
 
 
 def test_cameras_of_many_worlds_keep_the_margin_and_stand_on_roads():
     for seed in range(6):
-        world = place.build(seed)
-        where = np.array(list(itertools.islice(place.cameras(world), 60)))
+        world = build_world(seed)
+        where = np.array(list(itertools.islice(place_cameras(world), 60)))
         assert where.shape == (60, 2)
-        assert where.min() >= place.EDGE
-        assert where.max() <= 512 - place.EDGE
+        assert where.min() >= EDGE
+        assert where.max() <= 512 - EDGE
         col, row = (where / 0.5).astype(int).T
         on_road = world.paints.ground[world.paint[row, col]] == ROAD
         assert on_road.mean() > 0.95
 
 
 def test_cameras_first_ones_keep_the_wanted_spacing():
-    where = np.array(list(itertools.islice(place.cameras(place.build(SEEDS[0])), 5)))
+    where = np.array(list(itertools.islice(place_cameras(build_world(SEEDS[0])), 5)))
     apart = np.hypot(*(where[:, None] - where[None]).transpose(2, 0, 1))
-    assert apart[np.triu_indices(5, 1)].min() >= place.SPACING
+    assert apart[np.triu_indices(5, 1)].min() >= SPACING
 
 
 def test_pair_position_moves_with_its_tile(worlds):
@@ -157,7 +157,7 @@ def test_class_shares_are_those_of_the_specification(every):
 
 
 def test_heading_noise_turns_the_panorama_and_leaves_the_tile(worlds):
-    noisy = list(pairs(SEEDS[0], 3, SMALL, Difficulty(heading_noise=30.0)))
+    noisy = list(render_pairs(SEEDS[0], 3, SMALL, Difficulty(heading_noise=30.0)))
     shifts = []
     for clean, turned in zip(worlds[0], noisy, strict=False):
         assert np.array_equal(clean.aerial, turned.aerial)
@@ -172,14 +172,14 @@ def test_heading_noise_turns_the_panorama_and_leaves_the_tile(worlds):
 
 
 def test_camera_offset_moves_the_panorama_and_leaves_the_tile(worlds):
-    moved = next(pairs(SEEDS[0], 1, SMALL, Difficulty(camera_offset=4.0)))
+    moved = next(render_pairs(SEEDS[0], 1, SMALL, Difficulty(camera_offset=4.0)))
     assert np.array_equal(moved.classes, worlds[0][0].classes)
     assert not np.array_equal(moved.annotation, worlds[0][0].annotation)
     assert (moved.east, moved.north) == (worlds[0][0].east, worlds[0][0].north)
 
 
 def test_native_sizes_are_those_of_cvusa():
-    pair = next(pairs(SEEDS[1], 1, Sizes()))
+    pair = next(render_pairs(SEEDS[1], 1, Sizes()))
     assert pair.aerial.shape == (370, 370, 3)
     assert pair.classes.shape == (370, 370)
     assert pair.panorama.shape == (224, 1232, 3)
@@ -245,7 +245,7 @@ def test_subset_lists_have_the_quirks_of_the_published_ones(subset):
 def test_subset_files_hold_the_pairs_of_their_world(subset):
     root, _ = subset
     sizes = Sizes(aerial=64, panorama=(64, 256))
-    for number, pair in enumerate(pairs(world_seed(0, 2), 6, sizes), start=13):
+    for number, pair in enumerate(render_pairs(world_seed(0, 2), 6, sizes), start=13):
         name = f"{number:07d}"
         tile = Image.open(root / f"bingmap/input{name}.png")
         assert np.array_equal(np.asarray(tile), pair.aerial)
@@ -281,7 +281,7 @@ def test_locations_are_near_within_a_world_and_far_between_worlds(subset):
     assert apart[together].max() < 800
     assert apart[~together].min() > 2000
     # Row i is id i + 1: distances agree with the cameras' own metres.
-    own = [(p.east, p.north) for p in pairs(world_seed(0, 0), 6, TINY)]
+    own = [(p.east, p.north) for p in render_pairs(world_seed(0, 0), 6, TINY)]
     expected = np.hypot(own[4][0] - own[1][0], own[4][1] - own[1][1])
     assert apart[4, 1] == pytest.approx(expected, rel=1e-2)
 

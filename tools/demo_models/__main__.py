@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessor
 
 from cvmatch.config import parse
 from cvmatch.demo.models import CLIP, DIFFUSION, MODELS, SEGFORMER, TOWER
-from cvmatch.demo.samples import SIZES, Places, places, tiles
+from cvmatch.demo.samples import SIZES, PairArrays, render_places, render_tile_arrays
 from cvmatch.generate.model import Generator
 from cvmatch.nn import backbones
 from cvmatch.runtime import hardware
@@ -85,7 +85,7 @@ class Pretrain:
 
 
 @dataclass(frozen=True)
-class Maker:
+class ModelMaker:
     """Each method makes one model and saves it as soon as it is done."""
 
     config: Pretrain
@@ -100,10 +100,13 @@ class Maker:
     def vae(self, steps: int) -> None:
         """From tiles, their classes and the tower."""
         stack = backbones.load_vgg_features(self.at(TOWER)).float()
-        vae = self.begun("vae", untrained.new_vae())
+        vae = self.begun("vae", untrained.build_vae())
         aerial, classes = self.tiles
         autoencoder.pretrain_vae(vae, aerial[:-HELD_OUT], classes[:-HELD_OUT], stack, steps)
-        log.info("vae: %.1f dB on held-out tiles", autoencoder.kept(vae, aerial[-HELD_OUT:]))
+        log.info(
+            "vae: %.1f dB on held-out tiles",
+            autoencoder.measure_reconstruction(vae, aerial[-HELD_OUT:]),
+        )
         _save(vae, self.part("vae"))
 
     def unet(self, steps: int) -> None:
@@ -113,10 +116,10 @@ class Maker:
         both = [aerial, aerial.flip(-1)]
         turned = [torch.rot90(tiles, turns, (-2, -1)) for tiles in both for turns in range(4)]
         latents = torch.cat([autoencoder.encode(vae, part) for part in turned])
-        unet = self.begun("unet", untrained.new_unet(latents.shape[1]))
+        unet = self.begun("unet", untrained.build_unet(latents.shape[1]))
         diffusion.pretrain_unet(unet, latents, vae.config["scaling_factor"], steps)
         _save(unet, self.part("unet"))
-        untrained.noise_schedule().save_pretrained(self.part("scheduler"))
+        untrained.build_noise_scheduler().save_pretrained(self.part("scheduler"))
 
     def decoder(self, steps: int) -> None:
         """The VAE's, on: from tiles, the tower, pairs and a generator."""
@@ -127,7 +130,7 @@ class Maker:
         own = decoder.Latents(aerial, tile_classes, autoencoder.encode(vae, aerial))
         classes = torch.from_numpy(self.pairs.classes)[:, ::2, ::2]  # of twice a small tile's side
         pairs = (_planes(self.pairs.panorama), self.small, classes)
-        drawn = decoder.drawn_latents(generator, *(part.to(self.device) for part in pairs))
+        drawn = decoder.sample_latents(generator, *(part.to(self.device) for part in pairs))
         decoder.pretrain_decoder(vae, own, drawn, stack, steps)
         _save(vae, self.part("vae"))
 
@@ -150,9 +153,9 @@ class Maker:
         _save(pretrain.pretrain_segformer(tiles, classes, steps), self.at(SEGFORMER))
 
     @functools.cached_property
-    def pairs(self) -> Places:
+    def pairs(self) -> PairArrays:
         """Pairs of `worlds` worlds."""
-        return places(self.config.worlds, self.config.seed)
+        return render_places(self.config.worlds, self.config.seed)
 
     @functools.cached_property
     def small(self) -> Tensor:
@@ -168,7 +171,9 @@ class Maker:
     @functools.cached_property
     def tiles(self) -> tuple[Tensor, Tensor]:
         """Tiles of `tile_worlds` worlds, as planes of bytes, and their class ids."""
-        aerial, classes = tiles(self.config.tile_worlds, self.config.seed, untrained.TILE)
+        aerial, classes = render_tile_arrays(
+            self.config.tile_worlds, self.config.seed, untrained.TILE
+        )
         return _planes(aerial).to(self.device), torch.from_numpy(classes).to(self.device)
 
     def begun(self, part: str, model: M) -> M:
@@ -189,7 +194,7 @@ class Maker:
 
 def main(config: Pretrain) -> None:
     """Train the models one after the other."""
-    maker = Maker(config, hardware.device())
+    maker = ModelMaker(config, hardware.device())
     for name in config.models:
         torch.manual_seed(config.seed)
         log.info("%s: pre-training", name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from tools.demo_models.optimise import descend, planned
+from tools.demo_models.optimise import descend, make_schedule
 
 _RATE = 1e-3
 """The discriminator's learning rate, five times and more a decoder's."""
@@ -48,7 +48,7 @@ class Adversary:
     def __init__(self, steps: int, device: torch.device) -> None:
         self.discriminator = Discriminator().to(device)
         self.recent = _BLIND
-        self._plan = planned(self.discriminator, _RATE, steps)
+        self._plan = make_schedule(self.discriminator, _RATE, steps)
 
     def joined(
         self,
@@ -63,20 +63,20 @@ class Adversary:
         """
         trust = min(1.0, max(0.1, (_BLIND - self.recent) / (_BLIND - _SURE)))
         with torch.autocast(drawn.device.type, torch.bfloat16):
-            adversarial = preference(self.discriminator, drawn, true)
-        return balanced(error, adversarial, drawn, share * trust)
+            adversarial = relativistic_loss(self.discriminator, drawn, true)
+        return balance(error, adversarial, drawn, share * trust)
 
     def learn(
         self, drawn: Float[Tensor, "row 3 64 64"], true: Float[Tensor, "row 3 64 64"]
     ) -> None:
         """A step of the discriminator."""
         with torch.autocast(drawn.device.type, torch.bfloat16):
-            loss = preference(self.discriminator, true, drawn.detach())
+            loss = relativistic_loss(self.discriminator, true, drawn.detach())
         descend(self._plan, loss)
         self.recent += 0.03 * (loss.item() - self.recent)
 
 
-def preference(
+def relativistic_loss(
     discriminator: nn.Module,
     better: Float[Tensor, "row 3 64 64"],
     worse: Float[Tensor, "row 3 64 64"],
@@ -89,7 +89,7 @@ def preference(
     return F.softplus(discriminator(worse) - discriminator(better)).mean()
 
 
-def balanced(
+def balance(
     error: Float[Tensor, ""],
     adversarial: Float[Tensor, ""],
     drawn: Float[Tensor, "row 3 64 64"],

@@ -19,7 +19,7 @@ from cvmatch.nn import metrics
 from cvmatch.nn.backbones import normalise
 from cvmatch.training.ema import EMA
 from tools.demo_models.adversary import Adversary
-from tools.demo_models.optimise import descend, planned, turned
+from tools.demo_models.optimise import descend, make_schedule, rotate_at_random
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ def pretrain_vae(
 ) -> None:
     """Train to give tiles back (`reconstruction_loss`) from few nats, and pictures like tiles."""
     vae.to(aerial.device)  # pyright: ignore
-    shallow = shallow_of(features).to(aerial.device)
-    adversary, plan = Adversary(steps, aerial.device), planned(vae, _RATE, steps)
+    shallow = cut_shallow(features).to(aerial.device)
+    adversary, plan = Adversary(steps, aerial.device), make_schedule(vae, _RATE, steps)
     both, mean = torch.cat([aerial, classes[:, None]], dim=1), EMA(0.998)
     for step in range(steps):
-        shown = turned(both[torch.randint(len(aerial), (_BATCH,), device=aerial.device)])
-        image, weight = scaled(shown[:, :3]), pixel_weight(shown[:, 3])
+        shown = rotate_at_random(both[torch.randint(len(aerial), (_BATCH,), device=aerial.device)])
+        image, weight = scale_pixels(shown[:, :3]), pixel_weight(shown[:, 3])
         with torch.autocast(aerial.device.type, torch.bfloat16):
             latent = vae.encode(image).latent_dist  # pyright: ignore
             z = _seen(latent)
@@ -106,12 +106,12 @@ def pixel_weight(classes: UInt8[Tensor, "tile 64 64"]) -> Float[Tensor, "tile 1 
     return 1.0 + 4 * (classes == LABELS.index("building"))[:, None]
 
 
-def scaled(tile: UInt8[Tensor, "*batch 64 64"]) -> Float[Tensor, "*batch 64 64"]:
+def scale_pixels(tile: UInt8[Tensor, "*batch 64 64"]) -> Float[Tensor, "*batch 64 64"]:
     """Bytes as the VAE takes them, in [-1, 1]."""
     return tile.float() / 127.5 - 1
 
 
-def shallow_of(features: nn.Module) -> nn.Module:
+def cut_shallow(features: nn.Module) -> nn.Module:
     """The first layers of a tower's convolutions, fixed: what `reconstruction_loss` compares by."""
     return nn.Sequential(*list(features.children())[:7]).requires_grad_(False)
 
@@ -122,7 +122,7 @@ def encode(
 ) -> Float[Tensor, "tile channel 16 16"]:
     """Latent means, not scaled, in half precision."""
     parts = [
-        vae.encode(scaled(part)).latent_dist.mode().half()  # pyright: ignore
+        vae.encode(scale_pixels(part)).latent_dist.mode().half()  # pyright: ignore
         for part in aerial.split(256)
     ]
     return torch.cat(parts)
@@ -136,7 +136,7 @@ def decode(
 
 
 @torch.inference_mode()
-def kept(vae: AutoencoderKL, aerial: UInt8[Tensor, "tile 3 64 64"]) -> float:
+def measure_reconstruction(vae: AutoencoderKL, aerial: UInt8[Tensor, "tile 3 64 64"]) -> float:
     """Mean PSNR in dB of tiles that went through the VAE and back."""
     image = aerial.float() / 255
     again = decode(vae, encode(vae, aerial).float()) / 2 + 0.5

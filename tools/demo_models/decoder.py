@@ -20,8 +20,8 @@ from cvmatch.data.schema import LABELS
 from cvmatch.generate.model import Generator
 from cvmatch.training.ema import EMA
 from tools.demo_models.adversary import Adversary
-from tools.demo_models.autoencoder import decode, perceptual_loss, scaled, shallow_of
-from tools.demo_models.optimise import descend, planned
+from tools.demo_models.autoencoder import cut_shallow, decode, perceptual_loss, scale_pixels
+from tools.demo_models.optimise import descend, make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +77,12 @@ def pretrain_decoder(
     device = own.latent.device
     vae.to(device)  # pyright: ignore
     trained = nn.ModuleList([vae.decoder, vae.post_quant_conv])  # pyright: ignore
-    before, shallow = copy.deepcopy(vae), shallow_of(features).to(device)
-    adversary, plan = Adversary(steps, device), planned(trained, _RATE, steps)
+    before, shallow = copy.deepcopy(vae), cut_shallow(features).to(device)
+    adversary, plan = Adversary(steps, device), make_schedule(trained, _RATE, steps)
     mean = EMA(0.998)
     for step in range(steps):
         first, others = own.rows(_OWN), drawn.rows(_DRAWN)
-        true = scaled(torch.cat([own.aerial[first], drawn.aerial[others]]))
+        true = scale_pixels(torch.cat([own.aerial[first], drawn.aerial[others]]))
         latent = torch.cat([own.latent[first], drawn.latent[others]]).float()
         with torch.autocast(device.type, torch.bfloat16):
             again = decode(vae, latent)
@@ -101,7 +101,7 @@ def pretrain_decoder(
 
 
 @torch.inference_mode()
-def drawn_latents(
+def sample_latents(
     generator: Generator,
     panorama: UInt8[Tensor, "pair 3 64 256"],
     aerial: UInt8[Tensor, "pair 3 64 64"],

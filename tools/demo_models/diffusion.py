@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tools.demo_models.optimise import optimise
-from tools.demo_models.untrained import noise_schedule
+from tools.demo_models.untrained import build_noise_scheduler
 
 
 def pretrain_unet(
@@ -18,7 +18,7 @@ def pretrain_unet(
 ) -> None:
     """Train to denoise latents of tiles without condition (its tokens are zero)."""
     unet.to(latents.device, memory_format=torch.channels_last)  # pyright: ignore
-    scheduler = noise_schedule()
+    scheduler = build_noise_scheduler()
     nothing = latents.new_zeros(1, 4, unet.config["cross_attention_dim"], dtype=torch.float32)
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:

@@ -47,7 +47,7 @@ def optimise(
         mean.copy_to(weights)
 
 
-def planned(model: nn.Module, rate: float, steps: int) -> LambdaLR:
+def make_schedule(model: nn.Module, rate: float, steps: int) -> LambdaLR:
     """Adam with a short memory, a warm-up of 50 steps, and a rate that ends at zero."""
     adam = torch.optim.Adam(model.parameters(), rate, betas=(0.5, 0.9))
     return LambdaLR(adam, lambda n: min(1, (n + 1) / 50, 3 * (1 - n / steps)))
@@ -64,7 +64,7 @@ def descend(plan: LRScheduler, loss: Tensor) -> None:
     plan.step()
 
 
-def turned(
+def rotate_at_random(
     tile: UInt8[Tensor, "batch channel size size"],
 ) -> UInt8[Tensor, "batch channel size size"]:
     """The batch turned by quarters and mirrored at random: north is no direction of its own."""

@@ -19,7 +19,7 @@ from transformers import (
 from cvmatch.data import geometry
 from cvmatch.data.schema import LABELS
 from cvmatch.nn.backbones import Tower, TowerSpec, normalise
-from tools.demo_models.optimise import optimise, turned
+from tools.demo_models.optimise import optimise, rotate_at_random
 from tools.demo_models.untrained import TILE
 
 SECTORS = 32
@@ -83,7 +83,7 @@ def pretrain_clip(
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
         crop = int(torch.randint(CROPS, ()))
-        pictures = torch.cat([turned(aerial[rows]), crops[rows, crop]]).float() / 255
+        pictures = torch.cat([rotate_at_random(aerial[rows]), crops[rows, crop]]).float() / 255
         told = head(clip(normalise(_tinted(pictures))).pooler_output)
         target = torch.cat([shares[rows].mean(dim=2), by_crop[rows, :, crop]])
         return _soft_entropy(told.unflatten(1, (RINGS, -1)), target)
@@ -108,7 +108,7 @@ def pretrain_segformer(
 
     def loss(rows: Int64[Tensor, " batch"]) -> Tensor:
         both = torch.cat([aerial[rows], classes[rows][:, None]], dim=1)
-        shown = turned(both)
+        shown = rotate_at_random(both)
         logits = model(normalise(_tinted(shown[:, :3].float() / 255))).logits
         whole = F.interpolate(logits, shown.shape[-2:], mode="bilinear")
         return F.cross_entropy(whole, shown[:, 3].long())

@@ -6,7 +6,7 @@ TILE = 64
 """Side of the tiles that the VAE, the UNet and CLIP see, in pixels."""
 
 
-def new_vae() -> AutoencoderKL:
+def build_vae() -> AutoencoderKL:
     """An AutoencoderKL of factor 4 with random weights.
 
     Layers and attention as Stable Diffusion's: a decoder of one layer a block draws grids where a
@@ -24,7 +24,7 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def new_unet(latent_channels: int) -> UNet2DConditionModel:
+def build_unet(latent_channels: int) -> UNet2DConditionModel:
     """A UNet for those latents with random weights."""
     return UNet2DConditionModel(
         sample_size=TILE // 4,
@@ -40,7 +40,7 @@ def new_unet(latent_channels: int) -> UNet2DConditionModel:
     )
 
 
-def noise_schedule() -> DDPMScheduler:
+def build_noise_scheduler() -> DDPMScheduler:
     """Stable Diffusion's betas, and v-prediction."""
     return DDPMScheduler(
         beta_start=0.00085,

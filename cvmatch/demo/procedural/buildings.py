@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Float, UInt8, UInt16
 
 from cvmatch.demo.procedural.paints import BUILDINGS, FACADES, ROOFS, Paint
-from cvmatch.demo.procedural.roads import CELL, CELLS, SPAN, Road, patch
+from cvmatch.demo.procedural.roads import CELL, CELLS, SPAN, Road, cut_patch
 
-_HOMES, _TRADE, _FIELD = 0, 1, 3  # numbers of cvmatch.demo.procedural.place's uses of land
+_HOMES, _TRADE, _FIELD = 0, 1, 3  # numbers of cvmatch.demo.procedural.world's uses of land
 
 
 _CHANCE = {_HOMES: 0.9, _FIELD: 0.06}
@@ -75,7 +75,7 @@ class _Town:
     stalls: list[np.ndarray] = field(default_factory=list)
 
 
-def settle(
+def place_buildings(
     rng: np.random.Generator, site: Site, network: list[Road]
 ) -> tuple[Houses, Float[np.ndarray, "stall 4"]]:
     """Build along the roads; gives the buildings, and stalls (east, south, heading, chance)."""
@@ -107,7 +107,7 @@ def _street(rng: np.random.Generator, town: _Town, road: Road, side: int) -> Non
             continue
         gap, setback, house = box
         away = road.half + road.walk + setback + house.half[1]
-        house = _moved(house, place + normal * away, axis)
+        house = _move(house, place + normal * away, axis)
         if not _fits(site, house.centre, axis, house.half):
             continue
         _raise(town, house)
@@ -142,7 +142,7 @@ def _draw(
     return None
 
 
-def _moved(box: _Box, centre: np.ndarray, axis: np.ndarray) -> _Box:
+def _move(box: _Box, centre: np.ndarray, axis: np.ndarray) -> _Box:
     return _Box(
         centre=centre, axis=axis, half=box.half, walls=box.walls, roof=box.roof, shop=box.shop,
         look=box.look,
@@ -172,7 +172,7 @@ def _local(
 ) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
     """Cells around a box, and their coordinates along and across it."""
     spread = np.abs(axis) * half[0] + np.abs(axis[::-1]) * half[1]
-    box, east, south = patch(centre - spread, centre + spread)
+    box, east, south = cut_patch(centre - spread, centre + spread)
     x, y = east - np.float32(centre[0]), south - np.float32(centre[1])
     ux, uy = np.float32(axis[0]), np.float32(axis[1])
     return box, x * ux + y * uy, y * ux - x * uy

@@ -98,7 +98,9 @@ class Paints:
     """Standard deviation of the relative brightness within the paint."""
 
 
-def mix(rng: np.random.Generator, roofs: Float[np.ndarray, "building 3"], leafy: float) -> Paints:
+def mix_paints(
+    rng: np.random.Generator, roofs: Float[np.ndarray, "building 3"], leafy: float
+) -> Paints:
     """Tables of a world with these roofs; `leafy` is the share of broad-leaved crowns, 0 to 1."""
     crops = np.array(_CROPS)[rng.integers(len(_CROPS), size=12)] * rng.normal(1, 0.08, (12, 3))
     kinds = rng.random(16) < leafy

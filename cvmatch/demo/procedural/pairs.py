@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from cvmatch.demo.procedural import place
-from cvmatch.demo.procedural.aerial import aerial
-from cvmatch.demo.procedural.panorama import panorama
+from cvmatch.demo.procedural.aerial import render_aerial
+from cvmatch.demo.procedural.panorama import render_panorama
 from cvmatch.demo.procedural.roads import SPAN
+from cvmatch.demo.procedural.world import build_world, place_cameras
 from cvmatch.demo.settings import Difficulty
 
 _FAMILIES = ("data", "pretrain")
@@ -46,41 +46,41 @@ class Pair:
 
 
 def world_seed(seed: int, index: int, family: Literal["data", "pretrain"] = "data") -> int:
-    """Seed of the index-th world of a data set; the last bit keeps the two families apart."""
+    """Return the seed of the index-th world of a data set; its last bit tells the families."""
     number = _FAMILIES.index(family)
     state = np.random.SeedSequence([seed, index, number]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1)) * 2 + number
 
 
-def pairs(
+def render_pairs(
     seed: int, cameras: int, sizes: Sizes, difficulty: Difficulty | None = None
 ) -> Iterator[Pair]:
-    """The first `cameras` pairs of a world: exactly that many, each independent of how many.
+    """Render the first `cameras` pairs of a world, each independent of how many there are.
 
     A pure function of its arguments. Cameras stand 62 m apart while they fit, then closer.
     """
     difficulty = difficulty or Difficulty()
-    world = place.build(seed)
-    for index, at in enumerate(itertools.islice(place.cameras(world), cameras)):
-        above, street, error = _streams(seed, index)
-        tile, classes = aerial(above, world, at, sizes.aerial)
+    world = build_world(seed)
+    for index, at in enumerate(itertools.islice(place_cameras(world), cameras)):
+        above, street, error = _make_generators(seed, index)
+        tile, classes = render_aerial(above, world, at, sizes.aerial)
         turn = error.normal(0, 1) * difficulty.heading_noise
         shift = np.clip(error.normal(0, 1, 2), -3, 3) * difficulty.camera_offset
         stand = np.clip(at + shift, 1, SPAN - 1)
-        view, annotation = panorama(street, world, stand, sizes.panorama, turn)
+        view, annotation = render_panorama(street, world, stand, sizes.panorama, turn)
         yield Pair(tile, classes, view, annotation, float(at[0]), SPAN - float(at[1]))
 
 
-def tiles(
+def render_tiles(
     seed: int, cameras: int, size: int
 ) -> Iterator[tuple[UInt8[np.ndarray, "{size} {size} 3"], UInt8[np.ndarray, "{size} {size}"]]]:
-    """The tiles of `pairs` and their class ids, in an eighth of the time."""
-    world = place.build(seed)
-    for index, at in enumerate(itertools.islice(place.cameras(world), cameras)):
-        above, _, _ = _streams(seed, index)
-        yield aerial(above, world, at, size)
+    """Render the tiles of `render_pairs` and their class ids, in an eighth of the time."""
+    world = build_world(seed)
+    for index, at in enumerate(itertools.islice(place_cameras(world), cameras)):
+        above, _, _ = _make_generators(seed, index)
+        yield render_aerial(above, world, at, size)
 
 
-def _streams(seed: int, index: int) -> tuple[np.random.Generator, ...]:
+def _make_generators(seed: int, index: int) -> tuple[np.random.Generator, ...]:
     """Three streams, so that neither view's draws depend on the other's size or settings."""
     return tuple(np.random.default_rng([seed, 2, index, stream]) for stream in range(3))

@@ -7,18 +7,18 @@ from jaxtyping import Bool, Float, Int, UInt8, UInt16
 from PIL import Image
 
 from cvmatch.demo.procedural.paints import BUILDINGS, CARS, PLANTS, SKY
-from cvmatch.demo.procedural.place import World, noise
 from cvmatch.demo.procedural.roads import CELL
 from cvmatch.demo.procedural.view import (
     Photometry,
     Window,
+    add_crowns,
+    apply_light,
+    cut_window,
     develop,
-    light,
-    lit,
-    sunlit,
-    window,
-    with_crowns,
+    sample_photometry,
+    trace_sunlight,
 )
+from cvmatch.demo.procedural.world import World, make_noise
 
 VERTICAL_FOV = 224 / 616 * 180
 """Vertical field of view of CVUSA's panoramas, in degrees (65.45)."""
@@ -57,7 +57,7 @@ class _Hits:
     distance: Float[np.ndarray, "column row"]
 
 
-def panorama(
+def render_panorama(
     rng: np.random.Generator,
     world: World,
     at: Float[np.ndarray, "2"],
@@ -69,15 +69,15 @@ def panorama(
     The middle column looks `turn` degrees clockwise of north. `size` is (height, width).
     """
     height, width = size
-    photometry = light(rng)
-    view = window(rng, world, at, REACH + 1, photometry, clear=5.0)
+    photometry = sample_photometry(rng)
+    view = cut_window(rng, world, at, REACH + 1, photometry, clear=5.0)
     rays = _cast(rng, view, at, width, turn)
     # Slopes of the rows from the bottom up, so that they ascend.
     rise = (np.arange(height) + 0.5) / height - 0.5
     slope = np.tan(np.radians(rise * VERTICAL_FOV)).astype(np.float32)
-    hits = _first_hits(rays, slope)
-    crown = _crown_hits(rng, rays, hits, slope)
-    sunlight = _sunlight(view, rays, photometry)
+    hits = _find_first_hits(rays, slope)
+    crown = _find_crown_hits(rng, rays, hits, slope)
+    sunlight = _trace_sunlight(view, rays, photometry)
     colour, ground = _solid(rng, world, rays, hits, slope, photometry, sunlight)
     _paint_crowns(rng, rays, hits, crown, slope, photometry, (colour, ground))
     sky = (hits.step == len(rays.distance)) & (crown < 0)
@@ -105,7 +105,7 @@ def _cast(rng: np.random.Generator, view: Window, at: np.ndarray, width: int, tu
     return _Rays(view, eye, east, south, distance, row * np.int32(view.top.shape[1]) + col)
 
 
-def _first_hits(rays: _Rays, slope: Float[np.ndarray, " row"]) -> _Hits:
+def _find_first_hits(rays: _Rays, slope: Float[np.ndarray, " row"]) -> _Hits:
     """First hits of all pixels by one binary search in the running maximum of slope along rays."""
     top = rays.view.top.ravel()[rays.cell]
     seen = np.maximum.accumulate((top - rays.eye[2]) / rays.distance, axis=1)
@@ -131,7 +131,7 @@ def _first_hits(rays: _Rays, slope: Float[np.ndarray, " row"]) -> _Hits:
     return _Hits(step, wall, np.where(wall, far, exact).astype(np.float32))
 
 
-def _crown_hits(
+def _find_crown_hits(
     rng: np.random.Generator, rays: _Rays, hits: _Hits, slope: Float[np.ndarray, " row"]
 ) -> Int[np.ndarray, "column row"]:
     """Step at which each pixel meets a crown before the solid surface; -1 for none.
@@ -157,14 +157,14 @@ def _crown_hits(
     return found
 
 
-def _sunlight(view: Window, rays: _Rays, photometry: Photometry) -> Float[np.ndarray, "s e"]:
+def _trace_sunlight(view: Window, rays: _Rays, photometry: Photometry) -> Float[np.ndarray, "s e"]:
     """Shadows around the camera, worked out in cells of 1 m; beyond _SHADOWS all is lit."""
-    surface = with_crowns(view)[0]
+    surface = add_crowns(view)[0]
     lightness = np.ones(surface.shape, np.float32)
     col, row = (rays.eye[:2] / CELL).astype(int)
     reach = round(_SHADOWS / CELL)
     box = (slice(max(row - reach, 0), row + reach), slice(max(col - reach, 0), col + reach))
-    coarse = Image.fromarray(sunlit(surface[box][::2, ::2], photometry.sun, 2 * CELL, 26.0))
+    coarse = Image.fromarray(trace_sunlight(surface[box][::2, ::2], photometry.sun, 2 * CELL, 26.0))
     full = surface[box].shape
     lightness[box] = np.asarray(coarse.resize((full[1], full[0]), Image.Resampling.BILINEAR))
     return lightness
@@ -208,7 +208,7 @@ def _solid(
     colour[cars & (above > 0.88) & (above < 1.32)] = (0.12, 0.15, 0.18)  # windows
     bright[hits.wall & (paint < BUILDINGS)] *= 0.75
     colour *= rng.normal(1, 0.03, (*hits.step.shape, 1)).astype(np.float32)
-    return lit(colour, bright, photometry), ground
+    return apply_light(colour, bright, photometry), ground
 
 
 def _smooth(
@@ -302,12 +302,12 @@ def _paint_crowns(
     sun = photometry.sun
     behind = -(rays.east[column, 0] * sun[0] + rays.south[column, 0] * sun[1])
     bright = (0.25 + 0.65 * depth) * (1 + 0.5 * behind)
-    leaves = noise(rng, 96, 128)[
+    leaves = make_noise(rng, 96, 128)[
         (column * 128 // crown.shape[0]) % 128, row * 128 // crown.shape[1]
     ]
     mottle = np.clip(1 + 0.16 * leaves + 0.16 * rng.standard_normal(len(row)), 0.35, 1.8)
     albedo = rays.view.albedo[rays.view.crown.ravel()[cell]] * mottle[:, None].astype(np.float32)
-    colour[column, row] = lit(albedo, bright.astype(np.float32), photometry)
+    colour[column, row] = apply_light(albedo, bright.astype(np.float32), photometry)
     ground[column, row] = PLANTS
 
 
@@ -329,7 +329,7 @@ def _air(
     blue = np.array([0.36, 0.56, 0.86], np.float32) * rng.uniform(0.8, 1.1)
     heaven = haze + (blue - haze) * np.sqrt(height)
     cover = rng.uniform(-0.9, 1.2)
-    clouds = Image.fromarray(noise(rng, 12, 64) + 0.5 * noise(rng, 30, 64))
+    clouds = Image.fromarray(make_noise(rng, 12, 64) + 0.5 * make_noise(rng, 30, 64))
     clouds = np.asarray(clouds.resize((rows, columns), Image.Resampling.BICUBIC))
     veil = np.clip((clouds + cover) * 0.7, 0, 0.92)[..., None] * np.clip(height * 5, 0, 1)
     heaven = heaven + (np.float32(rng.uniform(0.82, 0.97)) - heaven) * veil

@@ -10,19 +10,19 @@ from cvmatch.demo.procedural.paints import BUILDINGS, CROWNS, Paint
 from cvmatch.demo.procedural.roads import CELL, CELLS, SPAN, Road
 
 _CHANCE = np.array([0.16, 0.04, 0.92, 0.003, 0.20, 0.0, 0.015], np.float32)
-"""Chance of a tree at a node of a 6 m grid, by use of land (cvmatch.demo.procedural.place)."""
+"""Chance of a tree at a node of a 6 m grid, by use of land (cvmatch.demo.procedural.world)."""
 
 Layer = Float[np.ndarray, "south east"]
 
 
-def grow(
+def place_trees(
     rng: np.random.Generator, site: Site, network: list[Road]
 ) -> tuple[Layer, Layer, UInt8[np.ndarray, "south east"]]:
     """Plant woods, gardens and streets; gives the crowns' top, bottom and paint."""
     top = np.full((CELLS, CELLS), -1000, np.float32)
     bottom = np.full((CELLS, CELLS), 1000, np.float32)
     paint = np.zeros((CELLS, CELLS), np.uint8)
-    places = np.concatenate([_scattered(rng, site), *_avenues(rng, network)])
+    places = np.concatenate([_scatter(rng, site), *_avenues(rng, network)])
     places = places[((places > 6) & (places < SPAN - 6)).all(axis=1)]
     col, row = (places / CELL).astype(int).T
     old = site.paint[row, col]
@@ -32,7 +32,7 @@ def grow(
     return top, bottom, paint
 
 
-def _scattered(rng: np.random.Generator, site: Site) -> Float[np.ndarray, "tree 2"]:
+def _scatter(rng: np.random.Generator, site: Site) -> Float[np.ndarray, "tree 2"]:
     nodes = np.arange(3.0, SPAN, 6.0)
     places = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
     places = places + rng.uniform(-2.6, 2.6, places.shape)

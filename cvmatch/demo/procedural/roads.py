@@ -66,7 +66,7 @@ class RoadField:
     """Index of the road; -1 elsewhere."""
 
 
-def lay(rng: np.random.Generator, style: str) -> list[Road]:
+def lay_roads(rng: np.random.Generator, style: str) -> list[Road]:
     """Draw the roads of a world: a turned grid in towns, free curves in the country."""
     angle = rng.uniform(0, np.pi)
     if style == "urban":
@@ -119,7 +119,7 @@ def _profile(rng: np.random.Generator, style: str, points: Points) -> Road:
     )
 
 
-def measure(roads: list[Road]) -> RoadField:
+def measure_roads(roads: list[Road]) -> RoadField:
     """Distances to the roads; each piece of road touches only the cells of its own band."""
     shape = (CELLS, CELLS)
     field = RoadField(
@@ -137,7 +137,7 @@ def measure(roads: list[Road]) -> RoadField:
     return field
 
 
-def patch(
+def cut_patch(
     low: np.ndarray, high: np.ndarray
 ) -> tuple[tuple[slice, slice], Float[np.ndarray, "1 east"], Float[np.ndarray, "south 1"]]:
     """Cells of a box (metres, clipped to the world) and the coordinates of their centres."""
@@ -152,7 +152,7 @@ def _measure_piece(
     field: RoadField, index: int, half: float, a: np.ndarray, b: np.ndarray, start: float
 ) -> None:
     reach = half + REACH
-    box, east, south = patch(np.minimum(a, b) - reach, np.maximum(a, b) + reach)
+    box, east, south = cut_patch(np.minimum(a, b) - reach, np.maximum(a, b) + reach)
     edge = field.edge[box]
     if edge.size == 0:
         return
@@ -173,7 +173,7 @@ def _measure_piece(
     field.road[box][nearer] = index
 
 
-def surfaces(roads: list[Road], field: RoadField) -> Iterator[tuple[np.ndarray, Paint]]:
+def list_surfaces(roads: list[Road], field: RoadField) -> Iterator[tuple[np.ndarray, Paint]]:
     """Flat indices of cells, and the paint that the road gives them; later ones win."""
     cells = np.flatnonzero(field.edge < 2.6)
     edge, other = field.edge.ravel()[cells], field.other.ravel()[cells]

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8, UInt16
 
 from cvmatch.demo.procedural.paints import CARS, Paint, Season
-from cvmatch.demo.procedural.place import World
 from cvmatch.demo.procedural.roads import CELL, CELLS
+from cvmatch.demo.procedural.world import World
 
 Layer = Float[np.ndarray, "south east"]
 Colour = Float[np.ndarray, "... 3"]
@@ -33,7 +33,7 @@ class Photometry:
     """1 keeps the colours, 0 makes grey."""
 
 
-def light(rng: np.random.Generator) -> Photometry:
+def sample_photometry(rng: np.random.Generator) -> Photometry:
     """Draw a view's photometry. The sun is always in the southern half of the sky."""
     azimuth, height = np.radians(rng.uniform(105, 255)), np.radians(rng.uniform(25, 62))
     sun = [np.sin(azimuth) * np.cos(height), -np.cos(azimuth) * np.cos(height), np.sin(height)]
@@ -87,7 +87,7 @@ class Window:
     """North-west corner, in metres east and south."""
 
 
-def window(
+def cut_window(
     rng: np.random.Generator,
     world: World,
     at: Float[np.ndarray, "2"],
@@ -150,7 +150,7 @@ def _park(rng: np.random.Generator, view: Window, slots: Float[np.ndarray, "car 
     view.top[row, col] = view.floor[row, col] + height.astype(np.float32)
 
 
-def sunlit(surface: Layer, sun: Float[np.ndarray, "3"], cell: float, reach: float) -> Layer:
+def trace_sunlight(surface: Layer, sun: Float[np.ndarray, "3"], cell: float, reach: float) -> Layer:
     """1 where the sun reaches a surface, 0 in shadow, soft between; cells of `cell` metres.
 
     Looks up to `reach` metres toward the sun.
@@ -170,7 +170,7 @@ def sunlit(surface: Layer, sun: Float[np.ndarray, "3"], cell: float, reach: floa
     return np.clip(1 - (blocked - surface - 0.05) * 2.5, 0, 1)
 
 
-def slope_light(surface: Layer, sun: Float[np.ndarray, "3"], cell: float) -> Layer:
+def shade_slopes(surface: Layer, sun: Float[np.ndarray, "3"], cell: float) -> Layer:
     """Cosine between the surface's normal and the sun, 0 to 1."""
     east = np.empty_like(surface)
     south = np.empty_like(surface)
@@ -185,14 +185,16 @@ def slope_light(surface: Layer, sun: Float[np.ndarray, "3"], cell: float) -> Lay
     return np.maximum(cosine, 0, out=cosine)
 
 
-def lit(albedo: Colour, sunlight: Float[np.ndarray, "..."], photometry: Photometry) -> Colour:
+def apply_light(
+    albedo: Colour, sunlight: Float[np.ndarray, "..."], photometry: Photometry
+) -> Colour:
     """Colour under sky and sun; `sunlight` is 0 in shadow, 1 on flat ground in the sun."""
     sky = np.array([0.86, 0.95, 1.14], np.float32) * np.float32(1 - photometry.direct)
     sun = np.array([1.34, 1.25, 1.08], np.float32) * np.float32(photometry.direct)
     return albedo * (sky + sun * sunlight[..., None])
 
 
-def with_crowns(view: Window) -> tuple[Layer, Bool[np.ndarray, "south east"]]:
+def add_crowns(view: Window) -> tuple[Layer, Bool[np.ndarray, "south east"]]:
     """The surface that the sky sees, and where it is a crown."""
     crown = view.crown_top > view.top
     return np.where(crown, view.crown_top, view.top), crown

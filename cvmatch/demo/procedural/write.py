@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from cvmatch.data import storage
 from cvmatch.data.images import colours_of, encode
-from cvmatch.demo.procedural.pairs import Pair, Sizes, pairs, world_seed
+from cvmatch.demo.procedural.pairs import Pair, Sizes, render_pairs, world_seed
 from cvmatch.demo.settings import MakeWorld
 from cvmatch.runtime import progress
 
@@ -44,7 +44,7 @@ _PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class _WorldPlan:
     """One world of a data set."""
 
     index: int
@@ -54,12 +54,12 @@ class _Place:
 
 
 def make_world(config: MakeWorld) -> dict[str, int]:
-    """Write the data set; gives the number of pairs by split. Writing again gives the same bytes.
+    """Write the data set; returns the number of pairs by split. The same config, the same bytes.
 
     Raises:
         ValueError: `train` or `val` is not positive.
     """
-    places = _plan(config)
+    places = _plan_worlds(config)
     write = partial(_write_world, config, storage.absolute(config.output), places)
     rows = ray.data.range(len(places), override_num_blocks=len(places)).flat_map(write)
     total, written = sum(place.cameras for place in places), []
@@ -69,12 +69,12 @@ def make_world(config: MakeWorld) -> dict[str, int]:
     counts = {"train": 0, "val": 0}
     for _, split, _, _ in written:
         counts[split] += 1
-    assert len(written) == total, "a world gave too few pairs"
+    assert len(written) == total, "a world has too few pairs"
     _write_lists(config, sorted(written))
     return counts
 
 
-def _plan(config: MakeWorld) -> list[_Place]:
+def _plan_worlds(config: MakeWorld) -> list[_WorldPlan]:
     preset = _PRESETS[config.preset]
     train = preset.train if config.train is None else config.train
     val = preset.val if config.val is None else config.val
@@ -91,13 +91,13 @@ def _plan(config: MakeWorld) -> list[_Place]:
     )
     for split, count, cameras in wanted:
         for _ in range(math.ceil(count / cameras)):
-            places.append(_Place(index=len(places), split=split, first=first, cameras=cameras))
+            places.append(_WorldPlan(index=len(places), split=split, first=first, cameras=cameras))
             first += cameras
     return places
 
 
 def _write_world(
-    config: MakeWorld, root: str, places: list[_Place], row: dict[str, Any]
+    config: MakeWorld, root: str, places: list[_WorldPlan], row: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Write the files of the world that `row` counts; return a row for each pair."""
     place = places[row["id"]]
@@ -105,9 +105,9 @@ def _write_world(
     south, west = _anchor(place.index)
     sizes = _PRESETS[config.preset].sizes
     rows = []
-    for camera, pair in enumerate(pairs(seed, place.cameras, sizes, config.difficulty)):
+    for camera, pair in enumerate(render_pairs(seed, place.cameras, sizes, config.difficulty)):
         name = f"{place.first + camera:07d}"
-        for path, data in _files(config, name, pair):
+        for path, data in _encode_files(config, name, pair):
             storage.write_bytes(storage.join(root, path), data)
         longitude = west + pair.east / (_METRES * math.cos(math.radians(south)))
         rows.append(
@@ -130,7 +130,7 @@ def _anchor(index: int) -> tuple[float, float]:
     return 20.0 + 0.05 * row, -45.0 + 0.05 * column
 
 
-def _files(config: MakeWorld, name: str, pair: Pair) -> Iterator[tuple[str, bytes]]:
+def _encode_files(config: MakeWorld, name: str, pair: Pair) -> Iterator[tuple[str, bytes]]:
     """Relative path and content of each file of a pair."""
     colours = colours_of(pair.classes)
     yield f"segmap/output{name}.png", encode(colours)

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8, UInt16
 from PIL import Image
 
 from cvmatch.demo.procedural import buildings, plants, roads
-from cvmatch.demo.procedural.paints import FIELDS, Paint, Paints, mix
+from cvmatch.demo.procedural.paints import FIELDS, Paint, Paints, mix_paints
 from cvmatch.demo.procedural.roads import CELL, CELLS, SPAN
 
 EDGE = 112.0
@@ -54,23 +54,23 @@ class World:
     """The seed that made it."""
 
 
-def build(seed: int) -> World:
+def build_world(seed: int) -> World:
     """Make the world of a seed; a pure function, about 0.4 CPU seconds."""
     rng = np.random.default_rng([seed, 0])
     style = str(rng.choice(["urban", "suburban", "rural"], p=[0.3, 0.4, 0.3]))
     ground = _ground(rng)
     use, paint, rows = _land(rng, style)
-    network = roads.lay(rng, style)
-    field = roads.measure(network)
-    for cells, kind in roads.surfaces(network, field):
+    network = roads.lay_roads(rng, style)
+    field = roads.measure_roads(network)
+    for cells, kind in roads.list_surfaces(network, field):
         paint.ravel()[cells] = kind
     top = ground.copy()
     site = buildings.Site(
         ground=ground, top=top, paint=paint, use=use, edge=field.edge, style=style
     )
-    houses, stalls = buildings.settle(rng, site, network)
-    crown_top, crown_bottom, crown = plants.grow(rng, site, network)
-    paints = mix(rng, houses.roof, leafy=rng.uniform(0.3, 1.0))
+    houses, stalls = buildings.place_buildings(rng, site, network)
+    crown_top, crown_bottom, crown = plants.place_trees(rng, site, network)
+    paints = mix_paints(rng, houses.roof, leafy=rng.uniform(0.3, 1.0))
     return World(
         top=top,
         paint=paint,
@@ -86,14 +86,14 @@ def build(seed: int) -> World:
     )
 
 
-def noise(rng: np.random.Generator, nodes: int, size: int) -> Float[np.ndarray, "size size"]:
+def make_noise(rng: np.random.Generator, nodes: int, size: int) -> Float[np.ndarray, "size size"]:
     """Smooth noise of unit variance at its `nodes` x `nodes` control points."""
     coarse = rng.standard_normal((nodes, nodes), dtype=np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _ground(rng: np.random.Generator) -> Float[np.ndarray, "south east"]:
-    relief = noise(rng, 6, CELLS) + 0.25 * noise(rng, 14, CELLS)
+    relief = make_noise(rng, 6, CELLS) + 0.25 * make_noise(rng, 14, CELLS)
     low, high = float(relief.min()), float(relief.max())
     return (relief - low) * (rng.uniform(3, 9) / (high - low))
 
@@ -107,8 +107,8 @@ def _land(
     sites = rng.uniform(-20, SPAN + 20, (count, 2)).astype(np.float32)
     axis = (np.arange(half, dtype=np.float32) + 0.5) * 2 * CELL
     warp = rng.uniform(4, 12)
-    x = (axis[None] + warp * noise(rng, 12, half)).ravel()
-    y = (axis[:, None] + warp * noise(rng, 12, half)).ravel()
+    x = (axis[None] + warp * make_noise(rng, 12, half)).ravel()
+    y = (axis[:, None] + warp * make_noise(rng, 12, half)).ravel()
     # |p - s|^2 without |p|^2, which is the same for all sites.
     distance = np.stack([x, y, np.ones_like(x)], axis=1) @ np.vstack(
         [-2 * sites.T, (sites**2).sum(axis=1)]
@@ -151,8 +151,8 @@ def _grain(
     fine = rng.standard_normal((CELLS // 2, CELLS // 2), dtype=np.float32)
     grain = np.tile(fine, (2, 2))
     grain *= 0.55
-    grain += 0.6 * noise(rng, 160, CELLS)
-    grain += 0.6 * noise(rng, 24, CELLS)
+    grain += 0.6 * make_noise(rng, 160, CELLS)
+    grain += 0.6 * make_noise(rng, 24, CELLS)
     grain += rows
     grain *= paints.grain[paint]
     grain += 1
@@ -174,7 +174,7 @@ def _lanes(network: list[roads.Road]) -> Iterator[Float[np.ndarray, "slot 4"]]:
             yield np.column_stack([place, heading, np.full(len(at), busy)])
 
 
-def cameras(world: World) -> Iterator[Float[np.ndarray, "2"]]:
+def place_cameras(world: World) -> Iterator[Float[np.ndarray, "2"]]:
     """Endless positions of cameras on roads, metres east and south, on corners of cells.
 
     The n-th does not depend on how many are taken. They keep SPACING; where no more fit, the
