@@ -54,8 +54,11 @@ def spend_restart_warning() -> None:
     """
     import ray
 
-    class Unstarted(list):  # a new one each time: Ray changes a class that it makes an actor of
+    class Unstarted:  # a new one each time: Ray changes a class that it makes an actor of
         """An actor that takes an argument."""
+
+        def __init__(self, argument: object) -> None:
+            self.argument = argument
 
     options = {"num_cpus": 0, "max_restarts": -1, "resources": {"no_such_resource": 1}}
     sys.stderr.flush()
