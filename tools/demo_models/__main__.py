@@ -1,4 +1,11 @@
-"""Make the toy base models: `python -m tools.demo_models`."""
+"""Make the base models of the demo again, in the on-disk formats of the real ones.
+
+    python -m tools.demo_models --output DIR
+
+renders worlds that no data set contains, and trains the tower, the VAE, the UNet, the VAE's decoder,
+CLIP and SegFormer one after another. VAE, UNet and decoder take minutes of an H200 and hours of two
+cores, the others an hour of two cores. `--start DIR` trains models on that are there already.
+"""
 
 import functools
 import logging
@@ -37,16 +44,7 @@ STEPS: dict[Name, int] = {
     "clip": 500,
     "segformer": 500,
 }
-"""Optimizer steps. VAE, UNet and decoder take minutes of an H200 and hours of two cores, the others
-an hour of two cores.
-
-The package's VAE and UNet were made on an H200, for pixels' errors alone, and then trained on
-(`start`) on two cores for what the VAE's loss is now: the VAE for 75 minutes, 230 thousand tiles,
-the UNet for 110, 1,500 thousand. Then the VAE's blocks got their second layers and their attention,
-without effect as they were added; in the encoder they still have none. Its decoder was trained for
-65 minutes, 175 thousand tiles, for two thirds of them with what the UNet drew of noised tiles in
-place of a generator's latents; the weights are the mean of those at two thirds and at the end,
-which alone drew too hard."""
+"""Optimizer steps. How the package's weights came about: docs/decisions.md#embedded-base-models."""
 
 HELD_OUT = 512
 """Last tiles, which the VAE and the UNet do not see."""
