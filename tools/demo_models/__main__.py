@@ -2,7 +2,7 @@
 
     python -m tools.demo_models --output DIR
 
-renders worlds that no data set contains, and trains the tower, the VAE, the UNet, the VAE's decoder,
+renders worlds that no data set contains, and trains the tower, the VAE, the UNet, its decoder,
 CLIP and SegFormer one after another. VAE, UNet and decoder take minutes of an H200 and hours of two
 cores, the others an hour of two cores. `--start DIR` trains models on that are there already.
 """
