@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from _harness import Bench, fill_sizes, parse_flags, write_results
-from index_1m import trained
+from index_1m import train_matcher
 from matching import MatchingBench, Rows
-from stream import BATCHES, Stage, compared
+from stream import BATCHES, Stage, compare
 
 from cvmatch.data import schema
 from cvmatch.data.settings import Ingest
@@ -87,7 +87,7 @@ def measure_speeds(bench: BuildFromImagesBench, model: str, data: Ingest) -> tup
         lambda: EmbedTile(model, bench.batch),
         lambda: embed_tiles(read_gallery(some), Embed(model=model, pool=pool)),
     )
-    return compared(stage, held, bench.rounds)
+    return compare(stage, held, bench.rounds)
 
 
 def measure_recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]:
@@ -129,7 +129,7 @@ def main(bench: BuildFromImagesBench) -> None:
             held_out = bench.tiles // 40
             rest = bench.tiles - held_out
             make_world(MakeWorld(output=data, preset="standard", train=rest, val=held_out))
-        model = bench.matcher or trained(f"{at}/trained")[0]
+        model = bench.matcher or train_matcher(f"{at}/trained")[0]
         location = write_queries(bench, data, f"{at}/rows")
         block = BATCHES * bench.batch
         bare, pooled = measure_speeds(

@@ -12,7 +12,7 @@ from typing import Any
 
 from _harness import Bench, fill_sizes, parse_flags, write_results
 from _memory import list_descendants
-from index_1m import trained
+from index_1m import train_matcher
 
 from cvmatch.data.settings import Ingest
 from cvmatch.demo.procedural.write import make_world
@@ -91,7 +91,7 @@ def main(bench: BuildParallelBench) -> None:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         data = f"{at}/world"
         make_world(MakeWorld(output=data, preset="standard", train=bench.tiles, val=16))
-        model, location = trained(f"{at}/trained")
+        model, location = train_matcher(f"{at}/trained")
 
         def built(name: str, workers: int) -> tuple[IndexManifest, float]:
             config = BuildIndex(

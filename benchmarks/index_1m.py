@@ -257,6 +257,7 @@ def write_report(
     )
     exhaustive_ms = 1000 * (time.perf_counter() - begin) / len(query.query_proj)
     stages = info.seconds
+    assert info.bytes_per_tile
     width = compute_vectors(index.shortlist_head, index.tile_proj.take(np.arange(1))).shape[1]
     own_s = stages["train"] + stages["codes"] + stages["merge"]
     found = {

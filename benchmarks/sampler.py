@@ -6,9 +6,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import _full_size
+import numpy as np
 import torch
 from _harness import Bench, format_interval, parse_flags, write_results
 from diffusers import DDIMScheduler
@@ -119,7 +120,9 @@ def read_held_out(root: str, count: int, model: Generator) -> dict[str, Tensor]:
     """Decoded pairs; pictures in [0, 1]."""
     sizes = ImageSizes(model.panorama_size, model.tile_size, model.latent_shape[1])
     rows = PairDataset.open(Ingest(root=root, split="val", limit=count)).rows()
-    found = decode_pairs(rows.take_batch(count, batch_format="numpy"), sizes)
+    found = decode_pairs(
+        cast(dict[str, np.ndarray], rows.take_batch(count, batch_format="numpy")), sizes
+    )
     tensors = {name: torch.from_numpy(values.copy()) for name, values in found.items()}
     tensors = {n: v.float() / 255 if v.dtype == torch.uint8 else v for n, v in tensors.items()}
     return {name: value.to(model.device) for name, value in tensors.items()}

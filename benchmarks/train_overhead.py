@@ -107,7 +107,7 @@ def read_loss_curve(config: TrainMatcher, workers: int, steps: int) -> list[floa
     rows = decode_pairs(config).limit(fit.batch)
     result = launch.train(functools.partial(build_task, config), rows, None, fit)
     table = result.history
-    return [] if table is None else table["train/loss"].tolist()
+    return table["train/loss"].tolist()
 
 
 def main(bench: OverheadBench) -> None:
@@ -121,8 +121,8 @@ def main(bench: OverheadBench) -> None:
     found: dict[str, list[float]] = {"plain": [], "here": [], "train": []}
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
-        bench = MatchingBench(pairs=pairs, held_out=16, epochs=1)
-        config = make_config(bench, Rows(bench, at).plain, ALONE, at)
+        matching = MatchingBench(pairs=pairs, held_out=16, epochs=1)
+        config = make_config(matching, Rows(matching, at).plain, ALONE, at)
         with progress.watch("training", 3 * rounds, lambda: sum(map(len, found.values()))):
             for _ in range(rounds):
                 found["plain"].append(run_loop(config))

@@ -148,7 +148,7 @@ def write_report(
         config=configs.dump(config),
         results=_select_scores(numbers),
         examples=examples,
-        curves={name: _read_curves(run.metrics_dataframe) for name, run in runs.items()},
+        curves={name: _read_curves(run.history) for name, run in runs.items()},
         trials=[_describe_trial(trial, tuned) for trial in tuned.trials],
         objective=tuned.metric,
         maximise=tuned.maximise,

@@ -52,11 +52,13 @@ def rotate90_pair(
 
     The panorama moves with them (`geometry.rotate90_panorama`).
     """
-    ground, *tiles = inputs
-    return TowerInputs(
-        geometry.rotate90_panorama(ground, turns, mirror),
-        *(None if tile is None else geometry.rotate90_tile(tile, turns, mirror) for tile in tiles),
-    )
+    tiles = {
+        name: geometry.rotate90_tile(tile, turns, mirror)
+        for name, tile in inputs._asdict().items()
+        if name != "ground" and tile is not None
+    }
+    ground = geometry.rotate90_panorama(inputs.ground, turns, mirror)
+    return inputs._replace(ground=ground, **tiles)
 
 
 def crop_fov(

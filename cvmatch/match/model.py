@@ -6,7 +6,6 @@ The towers are here; what joins their features, and how a pair is scored, is in 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ class MatcherConfig(MatcherShape):
         return json.loads(json.dumps(dataclasses.asdict(self))) | towers | {"format": _FORMAT}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "MatcherConfig":
+    def from_json(cls, fields: dict[str, Any]) -> "MatcherConfig":
         """Read the config of a model directory.
 
         Raises:
@@ -65,8 +64,8 @@ class MatcherConfig(MatcherShape):
                 f"matcher: {_CONFIG} has format {version}, this version reads {_FORMAT}. "
                 "Train it again, or use the older version."
             )
-        towers: dict[str, Any] = {name: TowerSpec.from_json(fields[name]) for name in _TOWERS}
-        config = cls(**(fields | towers | {"panorama": tuple(fields["panorama"])}))
+        fields |= {name: TowerSpec.from_json(fields[name]) for name in _TOWERS}
+        config = cls(**fields | {"panorama": tuple(fields["panorama"])})
         if config.preprocess != images.PREPROCESS:
             raise ValueError(
                 f"matcher: trained with pictures prepared by {config.preprocess!r}, but this "

@@ -1,7 +1,7 @@
 """Settings of the matcher: its inputs, its losses, its training, and how rows are embedded."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from cvmatch.runtime.settings import Pool
 from cvmatch.training.settings import TrainConfig
@@ -39,7 +39,7 @@ class MatcherShape:
             )
 
     @property
-    def shape(self) -> dict[str, object]:
+    def shape(self) -> dict[str, Any]:
         """Returns the fields of `MatcherShape` alone."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(MatcherShape)}
 

@@ -270,7 +270,7 @@ def _create_timm(arch: str, pretrained: bool = False) -> Any:
             ) from error
 
 
-def _timm_statistics(arch: str) -> dict[str, tuple[float, float, float]]:
+def _timm_statistics(arch: str) -> dict[str, tuple[float, ...]]:
     from timm.data import resolve_model_data_config  # noqa: PLC0415 (see `_create_timm`)
 
     config = resolve_model_data_config(_create_timm(arch))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ _COLORS = {
     "s3": ("#000013", "var(--s3)"),
 }
 """Colours in matplotlib's SVG, and what the page has in their place."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "cvmatch",  # the same numbers give the same bytes
     "text.parse_math": False,  # a name with $ is a name

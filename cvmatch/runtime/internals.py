@@ -65,7 +65,8 @@ def spend_restart_warning() -> None:
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        ray.kill(ray.remote(Unstarted).options(**options).remote(ray.put(None)))
+        actor: Any = ray.remote(Unstarted).options(**options).remote(ray.put(None))
+        ray.kill(actor)
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
