@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher, MatcherConfig
-from cvmatch.match.scoring import CHUNK, fastest_dtype, joint_scores
+from cvmatch.match.scoring import CHUNK, joint_scores
 from cvmatch.nn import metrics
 from cvmatch.runtime import hardware, progress
 
@@ -112,7 +112,7 @@ def main(bench: ScoringBench) -> None:
         )
         tile_proj = model.tile_linear(c)
     many = tile_proj.repeat(-(-bench.tiles // len(tile_proj)), 1)[: bench.tiles].half()
-    quick = fastest_dtype(torch.device("cpu"))
+    quick = hardware.fastest_dtype(torch.device("cpu"))
     pairs = bench.queries * bench.tiles
     ways: dict[str, tuple[int, Callable[[], object]]] = {
         "all towers for each pair": (

@@ -24,7 +24,7 @@ from cvmatch.index.settings import Mode
 from cvmatch.index.shortlist import AnnPart, ShortlistHead, load_head, search_parts
 from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.model import fingerprint_parts, load_fusion
-from cvmatch.match.scoring import fastest_dtype, joint_scores
+from cvmatch.match.scoring import joint_scores
 from cvmatch.runtime import hardware
 
 MAX_EXACT_TILES = 100_000
@@ -215,7 +215,7 @@ def _rank_exact(
     index: Index, query: Query, top_k: int, among: Int64[np.ndarray, " row"] | None = None
 ) -> TopTiles:
     """Rank all tiles: in the type that is fastest, then in fp32 those that may be the best."""
-    dtype = fastest_dtype(query.query_proj.device)
+    dtype = hardware.fastest_dtype(query.query_proj.device)
     if dtype == torch.float32:
         return _sort(*_best(index, query, top_k, dtype, among), top_k)
     rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype, among)

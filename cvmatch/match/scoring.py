@@ -9,23 +9,6 @@ from cvmatch.match.fusion import Fusion, Query, ResidualMLP
 CHUNK = {"cpu": 2048, "cuda": 65_536}
 """Tiles scored at a time (docs/decisions.md#scoring-in-chunks)."""
 
-_MATRIX_UNITS = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
-"""Capabilities of a CPU, as torch names them, with which it multiplies bf16 faster than fp32."""
-
-
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """Return the type in which a device scores fastest: bf16 where it has units for it, else fp32.
-
-    Scores in bf16 are within 0.01 of fp32's, so the best ones are to be scored again
-    (docs/decisions.md#scoring-in-bf16).
-    """
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capable = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
-        bf16 = any(capable.get(unit) for unit in _MATRIX_UNITS)
-    return torch.bfloat16 if bf16 else torch.float32
-
 
 @torch.no_grad()
 def joint_scores(

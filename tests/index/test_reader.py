@@ -19,6 +19,7 @@ from cvmatch.index.shard import ShardedArray
 from cvmatch.index.update import delete
 from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher, fingerprint_parts
+from cvmatch.runtime import hardware
 from tests.helpers import index as tiny
 
 COUNT = 24
@@ -159,7 +160,7 @@ def test_rank_exact_equals_the_unsplit_network_over_all_tiles(index, query):
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_rank_exact_in_bf16_gives_the_best_of_fp32(index, query, monkeypatch, spread):
-    monkeypatch.setattr(reader, "fastest_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(hardware, "fastest_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(reader, "_SPARE", 8)
     centre = index.tile_proj.take(np.arange(COUNT)).astype(np.float32).mean(axis=0)
     noise = np.random.default_rng(0).normal(size=(400, len(centre)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from cvmatch.runtime import hardware
 from tools.demo_models.optimise import descend, make_schedule
 
 _RATE = 1e-3
@@ -62,7 +63,7 @@ class Adversary:
         `share`: of the error's gradient, where the discriminator is sure.
         """
         trust = min(1.0, max(0.1, (_BLIND - self.recent) / (_BLIND - _SURE)))
-        with torch.autocast(drawn.device.type, torch.bfloat16):
+        with hardware.autocast(drawn.device):
             adversarial = relativistic_loss(self.discriminator, drawn, true)
         return balance(error, adversarial, drawn, share * trust)
 
@@ -70,7 +71,7 @@ class Adversary:
         self, drawn: Float[Tensor, "row 3 64 64"], true: Float[Tensor, "row 3 64 64"]
     ) -> None:
         """A step of the discriminator."""
-        with torch.autocast(drawn.device.type, torch.bfloat16):
+        with hardware.autocast(drawn.device):
             loss = relativistic_loss(self.discriminator, true, drawn.detach())
         descend(self._plan, loss)
         self.recent += 0.03 * (loss.item() - self.recent)

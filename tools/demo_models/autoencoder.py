@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from cvmatch.data.schema import LABELS
 from cvmatch.nn import metrics
 from cvmatch.nn.backbones import normalise
+from cvmatch.runtime import hardware
 from cvmatch.training.ema import EMA
 from tools.demo_models.adversary import Adversary
 from tools.demo_models.optimise import descend, make_schedule, rotate_at_random
@@ -54,7 +55,7 @@ def pretrain_vae(
     for step in range(steps):
         shown = rotate_at_random(both[torch.randint(len(aerial), (_BATCH,), device=aerial.device)])
         image, weight = scale_pixels(shown[:, :3]), pixel_weight(shown[:, 3])
-        with torch.autocast(aerial.device.type, torch.bfloat16):
+        with hardware.autocast(aerial.device):
             latent = vae.encode(image).latent_dist  # pyright: ignore
             z = _seen(latent)
             again = decode(vae, z)

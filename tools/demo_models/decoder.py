@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from cvmatch.data.schema import LABELS
 from cvmatch.generate.model import Generator
+from cvmatch.runtime import hardware
 from cvmatch.training.ema import EMA
 from tools.demo_models.adversary import Adversary
 from tools.demo_models.autoencoder import cut_shallow, decode, perceptual_loss, scale_pixels
@@ -84,7 +85,7 @@ def pretrain_decoder(
         first, others = own.rows(_OWN), drawn.rows(_DRAWN)
         true = scale_pixels(torch.cat([own.aerial[first], drawn.aerial[others]]))
         latent = torch.cat([own.latent[first], drawn.latent[others]]).float()
-        with torch.autocast(device.type, torch.bfloat16):
+        with hardware.autocast(device):
             again = decode(vae, latent)
             with torch.no_grad():
                 wanted = decode(before, latent[_OWN:])

@@ -1,5 +1,6 @@
 """What the trainings of the toy base models share: steps, and turned tiles."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from cvmatch.runtime import hardware
 from cvmatch.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def optimise(
     mean = EMA(decay) if decay else None
     recent = torch.zeros((), device=at)
     for step in range(steps):
-        with torch.autocast(at.type, torch.bfloat16, enabled=bfloat16):
+        with hardware.autocast(at) if bfloat16 else contextlib.nullcontext():
             value = loss(torch.randint(rows, (batch,), device=at))
         descend(plan, value)
         if mean:
