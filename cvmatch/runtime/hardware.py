@@ -22,7 +22,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     """Return the type in which a device multiplies fastest: bf16 if it has units for it, else fp32.
 
     A CPU without them emulates bf16: a convolution may then take a thousand times as long as in
-    fp32.
+    fp32 (docs/decisions.md#scoring-in-bf16).
     """
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
