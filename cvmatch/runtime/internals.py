@@ -54,18 +54,15 @@ def spend_restart_warning() -> None:
     """
     import ray
 
-    class Unstarted:  # a new one each time: Ray changes a class that it makes an actor of
-        """An actor that takes an argument."""
-
-        def __init__(self, argument: object) -> None:
-            self.argument = argument
-
+    # Made by hand: one a call, since Ray changes a class that it makes an actor of, and one that no
+    # checker of types has wrapped, since Ray then cannot pickle it.
+    unstarted = type("Unstarted", (), {"__init__": lambda self, argument: None})
     options = {"num_cpus": 0, "max_restarts": -1, "resources": {"no_such_resource": 1}}
     sys.stderr.flush()
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        actor: Any = ray.remote(Unstarted).options(**options).remote(ray.put(None))
+        actor: Any = ray.remote(unstarted).options(**options).remote(ray.put(None))
         ray.kill(actor)
     finally:
         os.dup2(terminal, 2)
@@ -168,8 +165,8 @@ def _counts(operator: Any) -> OperatorCounts:
     rows = metrics.rows_inputs_of_submitted_tasks  # of the inputs: a write returns a row a task
     return OperatorCounts(
         name=operator.name,
-        rows=rows * metrics.num_tasks_finished / started if started else 0.0,
-        busy_s=metrics.block_generation_time + metrics.block_serialization_time_s,
+        rows=float(rows * metrics.num_tasks_finished / started) if started else 0.0,
+        busy_s=float(metrics.block_generation_time + metrics.block_serialization_time_s),
         slots=sum(pool.num_alive_actors() * pool.max_actor_concurrency() for pool in pools),
     )
 

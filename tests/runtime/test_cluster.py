@@ -45,7 +45,12 @@ def starts(config):
 
 def labels_asked_for():
     """Values of the label `pool` in code, jobs, settings and the manual."""
-    places = [*ROOT.glob("cvmatch/**/*.py"), *ROOT.glob("jobs/*"), *ROOT.glob("*.md")]
+    places = [
+        *ROOT.glob("cvmatch/**/*.py"),
+        *ROOT.glob("jobs/*"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+    ]
     pattern = re.compile(r"label(?:: str(?: \| None)? = |=|\s)[\"'`]?((?:gpu|cpu)[a-z-]*)")
     return {
         (path.name, found)
