@@ -306,8 +306,8 @@ def _find_version(root: str, origin: TileOrigin) -> IndexManifest | None:
 
 def _numbers(info: IndexManifest) -> dict[str, float]:
     """Flatten what was measured, for the run's log."""
-    numbers: dict[str, float] = {"rows": info.rows, "rejected": info.rejected}
+    numbers = {"rows": float(info.rows), "rejected": float(info.rejected)}
     plain: Any = info.plain()
     for name in ("recall", "seconds", "tiles_per_s", "bytes_per_tile"):
-        numbers |= {f"{name}/{key}": value for key, value in (plain[name] or {}).items()}
+        numbers |= {f"{name}/{key}": float(value) for key, value in (plain[name] or {}).items()}
     return numbers

@@ -64,8 +64,10 @@ class MatcherConfig(MatcherShape):
                 f"matcher: {_CONFIG} has format {version}, this version reads {_FORMAT}. "
                 "Train it again, or use the older version."
             )
-        fields |= {name: TowerSpec.from_json(fields[name]) for name in _TOWERS}
-        config = cls(**fields | {"panorama": tuple(fields["panorama"])})
+        for name in _TOWERS:
+            fields[name] = TowerSpec.from_json(fields[name])
+        fields["panorama"] = tuple(fields["panorama"])
+        config = cls(**fields)
         if config.preprocess != images.PREPROCESS:
             raise ValueError(
                 f"matcher: trained with pictures prepared by {config.preprocess!r}, but this "
