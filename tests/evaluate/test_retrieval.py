@@ -11,6 +11,7 @@ from cvmatch.evaluate import retrieval
 from cvmatch.evaluate.queries import QueryView, embed_queries
 from cvmatch.evaluate.retrieval import KS, Ranking, compare_two_stage, search_exactly, summarize
 from cvmatch.evaluate.settings import Evaluate
+from cvmatch.index.manifest import AnnInfo, IndexManifest
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import ShardedArray
 from cvmatch.index.shortlist import MatcherHead
@@ -43,7 +44,18 @@ def plane(angles, places=None, dead=()):
         }
     )
     tile_proj = directions(angles).numpy().astype(np.float16)
-    about = {"shortlist": len(tile_proj)}
+    about = IndexManifest(
+        rows=len(tile_proj),
+        hidden=2,
+        preprocess="",
+        model="",
+        model_parts={},
+        config={},
+        shard_rows=len(tile_proj),
+        shards=(),
+        ann=AnnInfo(key="Flat", nprobe=0),
+        shortlist=len(tile_proj),
+    )
     return Index(
         ShardedArray([tile_proj]),
         tiles,
@@ -163,7 +175,7 @@ def test_compare_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, 
     few = dataclasses.replace(index, manifest=manifest)
     result = compare_two_stage(few, query, truth, ranking)
     assert result.exact_top10_kept < 1
-    held = (few.nearest(query, 10) == truth.numpy()[:, None]).any(axis=1)
+    held = (few.find_nearest(query, 10) == truth.numpy()[:, None]).any(axis=1)
     assert result.recalls["recall@10"] == held.mean() < 1
 
 

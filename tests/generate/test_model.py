@@ -203,7 +203,7 @@ def test_generator_saved_and_loaded_draws_the_same(generator: Generator, tmp_pat
 
 
 def test_generator_load_of_a_base_model_says_what_is_expected(toy: str):
-    with pytest.raises(ValueError, match="train_generator"):
+    with pytest.raises(ValueError, match="train-generator"):
         Generator.load(os.path.join(toy, "diffusion"))
 
 

@@ -113,6 +113,7 @@ def test_delete_reads_one_id_a_line(model, output, tmp_path):
 
 
 def test_delete_of_ids_of_which_some_are_gone_deletes_the_rest(model, parts, output, caplog):
+    caplog.set_level("WARNING", "cvmatch.index.update")
     publish(parts["first"], BuildIndex(model=model, output=output))
     assert delete(DeleteTiles(output=output, ids=("0000003",))).missing == 0
     found = delete(DeleteTiles(output=output, ids=("0000003", "0000004", "x")))
