@@ -9,7 +9,8 @@ import pytest
 
 from cvmatch import cli
 
-pytestmark = pytest.mark.ray
+# Slow, since the commands of README.md are typed first: minutes on two quiet cores.
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture
