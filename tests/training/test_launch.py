@@ -95,7 +95,7 @@ def test_training_of_rows_made_anew_at_their_place_is_another_run(ray_session, f
     run = rename_run(fit, "rows", epochs=1)
     first = launch.train(LINE, rows(19), None, run, input_fingerprint="one")
     assert launch.train(LINE, rows(19), None, run, input_fingerprint="one").metrics == first.metrics
-    with pytest.raises(ValueError, match="rows made from: 'one' before, now 'two'"):
+    with pytest.raises(ValueError, match="input_fingerprint: 'one' before, now 'two'"):
         launch.train(LINE, rows(19), None, run, input_fingerprint="two")
 
 
