@@ -81,3 +81,9 @@ def readme(world_root, ray_session, tmp_path_factory):
     clone = documents.make_clone(tmp_path_factory.mktemp("clone"), world_root, address)
     clone.run_document(documents.README)
     return clone
+
+
+@pytest.fixture(autouse=True)
+def shown_log(caplog) -> None:
+    """Let tests read the package's log, whatever a library has made of levels before."""
+    caplog.set_level("INFO", "cvmatch")

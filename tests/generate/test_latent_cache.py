@@ -178,6 +178,7 @@ def test_encode_names_rows_that_fail_and_gives_training_the_others(
     assert keys == [rng.row_key(name) for name in ids[:2] + ids[4:]]
     assert read_latents(directory).count() == 6
     caplog.clear()
+    caplog.set_level("WARNING", "cvmatch")
     assert cache_latents(asked) == directory
     assert "2 of 8 rows" in caplog.text  # who finds them there is told so too
     strict = replace(

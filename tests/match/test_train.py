@@ -8,6 +8,7 @@ import torch
 
 from cvmatch import config as configs
 from cvmatch.data import storage
+from cvmatch.demo import models as base_models
 from cvmatch.match.infer import embed_tiles
 from cvmatch.match.settings import Embed, TrainMatcher
 from cvmatch.match.task import read_training_ids
@@ -86,7 +87,7 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     assert found[0]["tile_proj"].shape == (16,)
     assert train(config).metrics == result.metrics  # a finished run is taken as it is
     storage.write_json(storage.join(config.pairs, PROVENANCE), {"sampling": {"steps": 50}})
-    with pytest.raises(ValueError, match="rows made from"):
+    with pytest.raises(ValueError, match="input_fingerprint: "):
         train(config)
 
 
@@ -121,6 +122,7 @@ def test_train_refuses_validation_pairs_among_its_training_pairs(tmp_path, ray_s
     config = TrainMatcher(
         pairs=synthesized_rows(str(tmp_path / "pairs"), ["a", "b"]),
         val=synthesized_rows(str(tmp_path / "val"), ["b", "c"]),
+        tower=base_models.TOWER,
     )
     with pytest.raises(ValueError, match="expected validation pairs apart from training, got 1"):
         train(config)
