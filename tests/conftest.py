@@ -86,4 +86,4 @@ def readme(world_root, ray_session, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def shown_log(caplog) -> None:
     """Let tests read the package's log, whatever a library has made of levels before."""
-    caplog.set_level("INFO", "cvmatch")
+    caplog.set_level("WARNING", "cvmatch")
