@@ -1,6 +1,6 @@
 """Embed rows with a trained matcher: `tile_proj` of tiles, `embedding`, `query_proj` of queries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,11 +8,10 @@ from ray.data import Dataset
 from torch import Tensor
 
 from cvmatch.data import images, schema
-from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Embed, Modality
 from cvmatch.runtime import hardware, pools
-from cvmatch.runtime.batch_invariant import FixedBatch, error_line
+from cvmatch.runtime.batch_invariant import FixedBatch, call_rows, error_line, require_any
 
 TILE_PROJ = "tile_proj"
 EMBEDDING = "embedding"
@@ -87,53 +86,32 @@ class EmbedQuery:
         good, errors, pictures = _decode(batch, decoders, "embed query")
         embedding = np.zeros((len(errors), config.hidden), dtype=np.float32)
         query_proj = np.zeros((len(errors), config.hidden), dtype=np.float32)
-        for rows, query in self._embed(good, dict(zip(letters, pictures, strict=True)), errors):
-            embedding[rows] = query.embedding.cpu().numpy()
-            query_proj[rows] = query.query_proj.cpu().numpy()
+        rows = [dict(zip(letters, row, strict=True)) for row in zip(*pictures, strict=True)]
+        # All at once, not in batches of one size: a query need not wait for padding.
+        results = require_any(call_rows(self._embed, rows)) if rows else []
+        for row, result in zip(good, results, strict=True):
+            if isinstance(result, Exception):
+                errors[row] = f"embed query: {error_line(result)}"
+            else:
+                embedding[row], query_proj[row] = result
         return _drop_pictures(batch) | {
             EMBEDDING: embedding,
             QUERY_PROJ: query_proj,
             schema.ERROR: errors,
         }
 
-    def _embed(
-        self, good: list[int], pictures: dict[str, list[np.ndarray]], errors: np.ndarray
-    ) -> list[tuple[list[int], Query]]:
-        """Embed all rows at once; where that fails each alone, and put in `errors` why one fails.
-
-        Raises:
-            Exception: the network's, if memory ran out, or if it fails on each of several rows:
-                then the fault is not in the rows.
-        """
-        if not good:
-            return []
-        try:
-            return [(good, self._query(pictures))]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if len(good) == 1:
-                errors[good[0]] = f"embed query: {error_line(error)}"
-                return []
-            parts = [
-                part
-                for number, row in enumerate(good)
-                for part in self._embed(
-                    [row], {name: [own[number]] for name, own in pictures.items()}, errors
-                )
-            ]
-            if not parts:
-                raise
-            return parts
-
-    def _query(self, pictures: dict[str, list[np.ndarray]]) -> Query:
+    def _embed(self, rows: Sequence[dict[str, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return embedding and query_proj of rows; a row holds pictures by their letters."""
+        pictures = {letter: [row[letter] for row in rows] for letter in rows[0]}
         ground, synthetic = (
             _planes(pictures[letter], self.device) if letter in pictures else None
             for letter in ("G", "A")
         )
         ids = pictures.get("S")
         mask = None if ids is None else torch.from_numpy(np.stack(ids)).to(self.device)
-        return self.model.embed_queries(ground, synthetic, mask)
+        query = self.model.embed_queries(ground, synthetic, mask)
+        embedding, query_proj = (one.cpu().numpy() for one in (query.embedding, query.query_proj))
+        return list(zip(embedding, query_proj, strict=True))
 
 
 def embed_tiles(rows: Dataset, config: Embed) -> Dataset:

@@ -37,29 +37,42 @@ class FixedBatch(Generic[Row, Result]):
         return [result for batch in batches for result in self._batch(batch)]
 
     def _batch(self, rows: Sequence[Row]) -> list[Result | Exception]:
-        try:
-            results = self._padded(rows)
-        except torch.OutOfMemoryError:
-            raise  # a row alone would be padded to as much
-        except Exception:  # noqa: BLE001 (kernels raise what they like; each row tells its own)
-            results = [self._single(row) for row in rows]
-        failed = [result for result in results if isinstance(result, Exception)]
-        if len(failed) == len(rows) > 1:
-            raise failed[0]
-        return results
-
-    def _single(self, row: Row) -> Result | Exception:
-        try:
-            return self._padded([row])[0]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 (as above)
-            return error
+        return require_any(call_rows(self._padded, rows))
 
     def _padded(self, rows: Sequence[Row]) -> list[Result | Exception]:
         padding = [rows[-1]] * (self.size - len(rows))
         with self.lock:
             return list(self.network([*rows, *padding]))[: len(rows)]
+
+
+def call_rows(
+    network: Callable[[Sequence[Row]], Sequence[Result | Exception]], rows: Sequence[Row]
+) -> list[Result | Exception]:
+    """Call a network on all rows, or, if that fails, on each; a failing row gets its exception.
+
+    Raises:
+        torch.OutOfMemoryError: memory ran out, so the fault is not in the rows.
+    """
+    try:
+        return list(network(rows))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (kernels raise what they like; each row tells its own)
+        if len(rows) == 1:
+            return [error]
+    return [result for row in rows for result in call_rows(network, [row])]
+
+
+def require_any(results: list[Result | Exception]) -> list[Result | Exception]:
+    """Return the results.
+
+    Raises:
+        Exception: the first one, if all of several rows fail: then the fault is not in the rows.
+    """
+    failed = [result for result in results if isinstance(result, Exception)]
+    if len(failed) == len(results) > 1:
+        raise failed[0]
+    return results
 
 
 def error_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ The pictures go through the same actors as in the offline stages, so that decodi
 noise are the same; but one query must not wait for Ray to start.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from cvmatch.index.embedding import SAMPLING
 from cvmatch.index.reader import Index, rank
 from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EMBEDDING, QUERY_PROJ, EmbedQuery
-from cvmatch.runtime.batch_invariant import error_line
+from cvmatch.runtime.batch_invariant import call_rows, error_line
 from cvmatch.search.settings import SearchFiles
 from cvmatch.segment.infer import SegmentAerial
 
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
+_VECTORS = (EMBEDDING, QUERY_PROJ)
 _BATCH = 16  # panoramas a step
 _PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -74,6 +76,15 @@ class _Panorama:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class _Query:
+    """A panorama's pictures and vectors, or why it has none."""
+
+    pictures: dict[str, bytes | None] = field(default_factory=dict)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+    error: str | None = None
+
+
 def search_files(config: SearchFiles) -> Iterator[SearchResult]:
     """Return a result for each panorama; a warning names those that cannot be searched.
 
@@ -93,9 +104,7 @@ def search_files(config: SearchFiles) -> Iterator[SearchResult]:
 
 def as_query(batch: Batch, index: Index) -> Query:
     """Return what `EmbedQuery` made of a batch, on the device of the index's model."""
-    return Query(
-        *(torch.from_numpy(batch[name]).to(index.device) for name in (EMBEDDING, QUERY_PROJ))
-    )
+    return Query(*(torch.from_numpy(batch[name]).to(index.device) for name in _VECTORS))
 
 
 def _search(
@@ -123,59 +132,45 @@ def _search_batch(
     rows: Int64[np.ndarray, " row"] | None,
     actors: Sequence[Any],
 ) -> Iterator[SearchResult]:
-    pictures, embedded = _embed(_make_batch(panoramas), actors)
-    errors = schema.read_errors(embedded[schema.ERROR])
-    good = [number for number, error in enumerate(errors) if error is None]
-    ranking = None
-    if good:
-        query = as_query(embedded, index).rows(torch.tensor(good))
-        ranking = rank(index, query, config.top_k, config.mode, config.shortlist, rows)
-    for number, panorama in enumerate(panoramas):
-        if ranking is None or errors[number] is not None:
-            yield SearchResult(panorama.location, error=errors[number])
-            continue
-        row = good.index(number)
-        tiles = _describe_tiles(
-            index, panorama.location, config.modality, ranking.rows[row], ranking.scores[row]
-        )
-        yield SearchResult(panorama.location, pictures[number], tiles)
-
-
-def _embed(batch: Batch, actors: Sequence[Any]) -> tuple[list[dict[str, bytes | None]], Batch]:
-    """Run the actors; return each row's pictures, and the embedded rows.
-
-    Where a model fails on the whole batch, each row goes through by itself, so that those on which
-    it does not fail are searched.
-    """
-    count = len(batch[schema.PAIR_ID])
-    try:
-        return _run_actors(batch, actors)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 (kernels raise what they like; each row tells its own)
-        if count == 1:
-            failed = {**batch, schema.ERROR: _object_array([error_line(error)])}
-            empty = np.zeros((1, actors[-1].model.config.hidden), np.float32)
-            return [{}], {**failed, EMBEDDING: empty, QUERY_PROJ: empty}
-    alone = [
-        _embed({name: values[row : row + 1] for name, values in batch.items()}, actors)
-        for row in range(count)
+    results = call_rows(functools.partial(_embed, actors=actors), panoramas)
+    queries = [
+        _Query(error=error_line(result)) if isinstance(result, Exception) else result
+        for result in results
     ]
-    names = (schema.ERROR, EMBEDDING, QUERY_PROJ)
-    joined = {name: np.concatenate([rows[name] for _, rows in alone]) for name in names}
-    return [one for pictures, _ in alone for one in pictures], joined
+    good = [query for query in queries if query.error is None]
+    answers = iter(())
+    if good:
+        columns = {name: np.stack([query.vectors[name] for query in good]) for name in _VECTORS}
+        ranking = rank(
+            index, as_query(columns, index), config.top_k, config.mode, config.shortlist, rows
+        )
+        answers = zip(ranking.rows, ranking.scores, strict=True)
+    for panorama, query in zip(panoramas, queries, strict=True):
+        if query.error is not None:
+            yield SearchResult(panorama.location, error=query.error)
+            continue
+        tiles = _describe_tiles(index, panorama.location, config.modality, *next(answers))
+        yield SearchResult(panorama.location, query.pictures, tiles)
 
 
-def _run_actors(batch: Batch, actors: Sequence[Any]) -> tuple[list[dict[str, bytes | None]], Batch]:
+def _embed(panoramas: Sequence[_Panorama], actors: Sequence[Any]) -> list[_Query]:
+    """Run the actors on panoramas."""
     *makers, embed = actors
+    batch = _make_batch(panoramas)
     for actor in makers:
         batch = actor(batch)
     names = (schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
     columns = [name for name in names if name in batch]
-    pictures = [
-        {name: batch[name][row] for name in columns} for row in range(len(batch[columns[0]]))
+    embedded = embed(batch)  # which drops the pictures
+    errors = schema.read_errors(embedded[schema.ERROR])
+    return [
+        _Query(
+            {name: batch[name][row] for name in columns},
+            {name: embedded[name][row] for name in _VECTORS},
+            errors[row],
+        )
+        for row in range(len(panoramas))
     ]
-    return pictures, embed(batch)  # which drops the pictures
 
 
 def _load_actors(config: SearchFiles, index: Index, batch: int) -> list[Any]:
