@@ -5,7 +5,7 @@ Every row is keyed by `pair_id`. A failed row carries its reason in `error` and 
 Ray would drop its whole block or restart the actor for ever (Ray 2.60, measured).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,16 @@ def read_errors(column: Any) -> list[str | None]:
     """
     values = np.asarray(column, dtype=object)  # its NaN are Python's, which Arrow knows as null
     return pa.array(values, pa.string(), from_pandas=True).to_pylist()
+
+
+def object_array(values: Sequence[Any]) -> np.ndarray:
+    """Return the values as an object array, as columns of a batch are.
+
+    It may hold None; numpy's own arrays of bytes lose zeros at the end.
+    """
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
 
 
 def with_nulls(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -266,13 +266,7 @@ def _make_batch(panoramas: Sequence[_Panorama]) -> Batch:
         schema.GROUND: [one.data or None for one in panoramas],
         schema.ERROR: [one.error for one in panoramas],
     }
-    return {name: _object_array(values) for name, values in columns.items()}
-
-
-def _object_array(values: Sequence[Any]) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)  # numpy would strip zero bytes at the end of bytes
-    array[:] = values
-    return array
+    return {name: schema.object_array(values) for name, values in columns.items()}
 
 
 def _describe_tiles(

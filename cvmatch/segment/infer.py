@@ -1,7 +1,6 @@
 """Rows with aerial pictures -> the same rows with maps of class ids."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +49,10 @@ class SegmentAerial:
                 errors[row] = f"segment: {error_line(ids)}"
             else:
                 maps[row] = images.encode(ids)
-        columns = {schema.SYNTHETIC_CLASSES: _objects(maps), schema.ERROR: _objects(errors)}
+        columns = {
+            schema.SYNTHETIC_CLASSES: schema.object_array(maps),
+            schema.ERROR: schema.object_array(errors),
+        }
         return {**schema.with_nulls(batch), **columns}
 
     def _decode(
@@ -80,10 +82,3 @@ def segment(rows: Dataset, config: Segment) -> Dataset:
         flip=config.flip,
         batch=config.pool.batch,
     )
-
-
-def _objects(values: list[Any]) -> np.ndarray:
-    """Make an object array, which may hold None; numpy would pad and strip bytes otherwise."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
