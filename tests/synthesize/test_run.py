@@ -31,7 +31,7 @@ from cvmatch.synthesize.settings import Synthesize
 
 pytestmark = pytest.mark.ray
 
-JOB = Path(__file__).parents[1] / "jobs" / "synthesize.py"
+JOB = Path(__file__).parents[2] / "jobs" / "synthesize.py"
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,8 @@ def killed(config, tmp_path_factory):
         [sys.executable, str(JOB), *words], env={**os.environ, "RAY_ADDRESS": address}
     )
     try:
-        _wait(lambda: driver.poll() is None and len(_parts(begun)) >= 2)
+        _wait(lambda: driver.poll() is not None or len(_parts(begun)) >= 2)
+        assert driver.poll() is None, "it ended before it was killed"
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
