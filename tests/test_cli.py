@@ -176,7 +176,7 @@ def test_interrupt_of_a_process_ends_in_one_line(tmp_path):
 
 
 def _interrupt(typed: subprocess.Popen[str]) -> str:
-    """Press Ctrl-C until the process ends: Python loses one that comes within a callback of fork."""
+    """Press Ctrl-C until it ends: Python loses one that comes within a callback of fork."""
     for _ in range(3):
         typed.send_signal(signal.SIGINT)
         try:
