@@ -12,7 +12,7 @@ from _harness import Bench, format_interval, parse_flags, write_results
 
 from cvmatch.data import images, schema
 from cvmatch.data.pairs import PairDataset
-from cvmatch.data.settings import Ingest
+from cvmatch.data.settings import Ingest, Validation
 from cvmatch.demo import models as base_models
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import MakeWorld
@@ -65,7 +65,7 @@ def make_config(bench: GeneratorBench, root: str, at: str) -> TrainGenerator:
     epochs = bench.epochs or (2 if bench.quick else 15)
     return TrainGenerator(
         data=Ingest(root=root, split="train", limit=bench.pairs or (480 if bench.quick else 2000)),
-        val=_held_out_data(bench, root),
+        val=Validation(root=root, limit=100),  # after each epoch
         diffusion=base_models.DIFFUSION,
         clip=base_models.CLIP,
         lpips_vgg=base_models.TOWER,
@@ -82,7 +82,6 @@ def make_config(bench: GeneratorBench, root: str, at: str) -> TrainGenerator:
         pretrain_bev=bench.bev_epochs or (6 if bench.quick else 12),
         validation_images=0,
         latent_cache=f"{at}/latents",
-        encode_pool=Pool(size=2, batch=32),
         output=f"{at}/generator",
         fit=TrainConfig(
             epochs=epochs,
@@ -90,7 +89,6 @@ def make_config(bench: GeneratorBench, root: str, at: str) -> TrainGenerator:
             seed=bench.seed,
             storage=f"{at}/runs",
             cache=True,
-            validate_every=epochs,
         ),
     )
 

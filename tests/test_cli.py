@@ -167,6 +167,8 @@ def test_interrupt_of_a_process_ends_in_one_line(tmp_path):
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background of a shell, they and their children ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     time.sleep(2.0)  # wherever it is by then
     errors = _interrupt(typed)
@@ -177,7 +179,7 @@ def test_interrupt_of_a_process_ends_in_one_line(tmp_path):
 
 def _interrupt(typed: subprocess.Popen[str]) -> str:
     """Press Ctrl-C until it ends: Python loses one that comes within a callback of fork."""
-    for _ in range(3):
+    for _ in range(5):
         typed.send_signal(signal.SIGINT)
         try:
             return typed.communicate(timeout=60)[1]

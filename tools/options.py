@@ -72,6 +72,8 @@ def _is_part(kind: Any) -> bool:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value is dataclasses.MISSING:
+        return "required"
     if value in ("", None, ()):
         return "none" if value is None else ""
     return f"`{' '.join(map(str, value))}`" if isinstance(value, tuple) else f"`{value}`"

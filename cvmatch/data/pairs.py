@@ -87,6 +87,7 @@ class PairDataset:
 
         A row whose file has gone since the check has null there, and says so in `error`.
         """
+        session.start()
         filesystem, path = storage.resolve(storage.join(self.cache, PAIRS))
         # One read task for the one file: left to itself, Ray cuts it into other blocks than are
         # asked for next, hence other batches, on which the last bits of a picture depend.
@@ -180,7 +181,7 @@ def _check_split(config: Ingest, layout: cvusa.Layout, cache: str) -> dict[str, 
     fingerprint = _hash_inputs(config, layout)
     state = storage.join(cache, "ingest.json")
     counts = storage.read_json(state) if storage.exists(state) else {}
-    fits = not config.recheck and counts.get("fingerprint") == fingerprint
+    fits = counts.get("fingerprint") == fingerprint
     # Where too many rows failed, the files may have been mended since: look again.
     if not fits or _share(counts) > config.max_rejected:
         rows = cvusa.read_rows(layout.tables[config.split])

@@ -1,6 +1,6 @@
 """Settings of the pairs that a job reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cvmatch.data import storage
@@ -15,11 +15,10 @@ class Ingest:
     split: Literal["train", "val"] = "train"
     """Which of the two CSVs."""
     cache: str = ""
-    """Directory for the checked rows of each split; empty: `.cvmatch` in the data set."""
+    """Directory for the checked rows of each split; empty: `.cvmatch` in the data set. Delete it
+    when pictures have changed while the CSVs did not."""
     max_rejected: float = 0.05
     """Largest share of the rows, in [0, 1], that may be unusable; above it the job stops."""
-    recheck: bool = False
-    """Decode all pictures again; for files that changed while the CSVs did not."""
     block: int = 32
     """Rows a block: what one task reads, and what a resumed stream repeats at most."""
     limit: int = 0
@@ -33,7 +32,23 @@ class Ingest:
             )
 
 
-def check_disjoint(data: Ingest, val: Ingest | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The rows that a training is judged by; all else about them is as in its own data."""
+
+    root: str
+    """Directory, or URI, of the data set, which may be that of the training rows."""
+    split: Literal["train", "val"] = "val"
+    """Which of the two CSVs."""
+    limit: int = 0
+    """Rows of the CSV to take, from its top; 0: all."""
+
+    def ingest(self, data: Ingest) -> Ingest:
+        """Return these rows, read as `data` is."""
+        return replace(data, root=self.root, split=self.split, limit=self.limit)
+
+
+def check_disjoint(data: Ingest, val: Validation | None) -> None:
     """Check that a training is not judged by its own rows.
 
     Raises:

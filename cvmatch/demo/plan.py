@@ -1,9 +1,9 @@
 """The settings of the demo's stages: small pictures and tiny base models, for a laptop."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cvmatch.config import override
-from cvmatch.data.settings import Ingest
+from cvmatch.data.settings import Ingest, Validation
 from cvmatch.demo import models as base_models
 from cvmatch.demo.settings import Demo, MakeWorld
 from cvmatch.evaluate.settings import Evaluate
@@ -73,7 +73,7 @@ def make_plan(config: Demo) -> Plan:
         world=MakeWorld(output=f"{root}/world", preset=config.preset, seed=config.seed),
         segmenter=TrainSegmenter(
             data=train,
-            val=val,
+            val=Validation(root=val.root),
             base=base_models.SEGFORMER,
             size=128,
             lr=1e-3,
@@ -84,7 +84,7 @@ def make_plan(config: Demo) -> Plan:
         ),
         generator=TrainGenerator(
             data=train,
-            val=replace(val, limit=128),  # each row costs six passes of the UNet
+            val=Validation(root=val.root, limit=128),  # each row costs six passes of the UNet
             diffusion=base_models.DIFFUSION,
             clip=base_models.CLIP,
             lpips_vgg=base_models.TOWER,

@@ -80,18 +80,6 @@ class NoiseSchedule(nn.Module):
             return (a * noisy - x0) / s
         return (noisy - a * x0) / s
 
-    def snr_weight(
-        self, timestep: Int64[Tensor, " batch"], gamma: float
-    ) -> Float[Tensor, " batch"]:
-        """Return the Min-SNR weight of the squared error (Hang et al. 2023); 1 for gamma 0."""
-        if not gamma:
-            return torch.ones_like(timestep, dtype=torch.float32)
-        # Not at the top: it takes seconds in every process that samples.
-        from diffusers.training_utils import compute_snr  # noqa: PLC0415
-
-        snr = compute_snr(self.scheduler, timestep)
-        return snr.clamp(max=gamma) / (snr + 1 if self.predicts_velocity else snr)
-
     def solver(self, steps: int, begin: int = 0) -> DPMSolverMultistepScheduler:
         """Return DPM-Solver++ (Lu et al. 2022) of second order; its first step is `begin`."""
         config = dict(self.scheduler.config)

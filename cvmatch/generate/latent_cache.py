@@ -34,6 +34,7 @@ from cvmatch.generate.encoders import FrozenEncoders, read_sizes
 from cvmatch.generate.settings import Encode
 from cvmatch.runtime import hardware, pools
 from cvmatch.runtime.output_directory import REJECTED
+from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.stream import Stream, write_stream
 
 VERSION = 6
@@ -101,32 +102,38 @@ class EncodePairs:
         return tuple(array.cpu().numpy() for array in arrays)
 
 
-def cache_latents(config: Encode, pairs: PairDataset | None = None) -> str:
+def cache_latents(
+    config: Encode, pairs: PairDataset | None = None, pool: Pool | None = None
+) -> str:
     """Write the latent cache of pairs, or find it; returns its directory.
 
-    `pairs`: those of `config.data`, where they are open. A pass that was killed goes on where it
-    stopped. Rows that failed are named in rejected.jsonl.
+    A pass that was killed goes on where it stopped. Rows that failed are named in rejected.jsonl.
+
+    Args:
+        config: which pairs, and how they are encoded.
+        pairs: those of `config.data`, where they are open.
+        pool: actors that encode them; None: one.
 
     Raises:
         ValueError: a base model or the data is not there, or see `write_stream`.
     """
-    stream = _stream(config, pairs or PairDataset.open(config.data))
+    stream = _stream(config, pairs or PairDataset.open(config.data), pool or Pool())
     write_stream(stream)
     _warn_rejected(stream.output)
     return stream.output
 
 
-def _stream(config: Encode, pairs: PairDataset) -> Stream:
+def _stream(config: Encode, pairs: PairDataset, pool: Pool) -> Stream:
     provenance = input_provenance(config, pairs)
     name = f"{config.data.split}-{manifest.digest(provenance)[:12]}"
     return Stream(
         label=f"encode {config.data.split}",
         output=storage.join(storage.absolute(config.latent_cache), name),
         provenance=provenance,
-        rows=functools.partial(_rows, config, pairs),
+        rows=functools.partial(_rows, config, pairs, pool),
         total=lambda: pairs.count,
         columns=LATENT_ROWS,
-        pools={"encode-pool": config.encode_pool},
+        pools={},
         operators={"read": read_pictures.__name__, "encode": EncodePairs.__name__},
         max_rejected=config.data.max_rejected,
         manifest={
@@ -137,11 +144,9 @@ def _stream(config: Encode, pairs: PairDataset) -> Stream:
     )
 
 
-def _rows(config: Encode, pairs: PairDataset) -> Dataset:
+def _rows(config: Encode, pairs: PairDataset, pool: Pool) -> Dataset:
     sizes = read_sizes(config.diffusion, config.clip, config.conditioning.panorama_width)
-    return pools.map_actors(
-        pairs.rows(), EncodePairs, config.encode_pool, config=config, sizes=sizes
-    )
+    return pools.map_actors(pairs.rows(), EncodePairs, pool, config=config, sizes=sizes)
 
 
 def _load_encoders(config: Encode) -> FrozenEncoders:

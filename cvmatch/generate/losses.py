@@ -145,8 +145,8 @@ class NegativeQueue(nn.Module):
     keys: Tensor
     count: Tensor
 
-    def __init__(self, tiles: int, size: int) -> None:
-        """`size` is the side of the images that are compared, in cells."""
+    def __init__(self, size: int, tiles: int = 512) -> None:
+        """Hold `tiles` tiles; `size` is the side of the images that are compared, in cells."""
         super().__init__()
         self.size = min(_NCE_CELLS, size)
         self.register_buffer("luminance", torch.zeros(tiles, self.size**2))

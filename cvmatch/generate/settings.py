@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from cvmatch.data.settings import Ingest, check_disjoint
+from cvmatch.data.settings import Ingest, Validation, check_disjoint
 from cvmatch.runtime.settings import Pool
 from cvmatch.training.settings import TrainConfig
 
@@ -114,8 +114,6 @@ class Encode:
     """Mirror half of the training pairs at random."""
     latent_cache: str = "data/latents"
     """Directory, or URI, of the encoded pairs; runs with the same data and encoders share them."""
-    encode_pool: Pool = field(default_factory=Pool)
-    """Actors that encode the pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +136,9 @@ class GeneratorLossConfig:
     x0_nce_weight: float = 0.0
     """Weight of the InfoNCE loss that tells the true tile by the UNet's predicted x0; 0: not
     computed."""
-    queue_size: int = 512
-    """True tiles of earlier steps that serve both InfoNCE losses as more negatives."""
     image_rows: int = 4
     """Rows of every second step (of one worker) that the losses of decoded images, CLIP and LPIPS,
     see: what caps their cost."""
-    snr_gamma: float = 0.0
-    """Gamma of Min-SNR weighting of the noise loss (Hang et al. 2023 use 5); 0: none."""
 
     def __post_init__(self) -> None:
         if self.image_rows < 1:
@@ -152,17 +146,13 @@ class GeneratorLossConfig:
                 f"train_generator: expected image_rows of at least 1, got {self.image_rows}; to "
                 "leave these losses out, set clip_weight and lpips_weight to 0."
             )
-        if self.queue_size < 0:
-            raise ValueError(
-                f"train_generator: expected queue_size of at least 0, got {self.queue_size}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainGenerator(GeneratorLossConfig, Encode):
     """Fine-tune a latent diffusion model to draw the tile of a panorama."""
 
-    val: Ingest | None = None
+    val: Validation | None = None
     """Pairs for the validation loss."""
     lpips_vgg: str = "vgg16"
     """Network of LPIPS: vgg16 of torchvision, a local file of its weights, or a local tower

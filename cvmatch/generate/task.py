@@ -61,7 +61,7 @@ class GeneratorTask(nn.Module):
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
         channels, size, _ = generator.latent_shape
         self.latent_to_rgb = nn.Conv2d(channels, 3, 3, padding=1) if config.x0_nce_weight else None
-        self.queue = NegativeQueue(config.queue_size, size)
+        self.queue = NegativeQueue(size)
         set_trainable(generator.unet, config.train_unet, config.lora_rank)
         self.frozen_bev = config.pretrain_bev > 0
         if self.frozen_bev:
@@ -183,8 +183,7 @@ class GeneratorTask(nn.Module):
         condition = model.conditioner.drop(condition, keep)
         model_pred = model.predict(noisy, timestep, condition).float()
         error = (model_pred - schedule.target(latent, noise, timestep)).square()
-        weight = schedule.snr_weight(timestep, config.snr_gamma)
-        terms = {"noise": (weight * error.mean(dim=(1, 2, 3))).mean()}
+        terms = {"noise": error.mean(dim=(1, 2, 3)).mean()}
         if self.latent_to_rgb is not None:
             rows = keep & (timestep >= X0_NCE_MIN_LEVEL * len(schedule))
             x0 = schedule.predict_x0(noisy, model_pred, timestep)
@@ -256,7 +255,7 @@ class BEVTask(nn.Module):
         super().__init__()
         self.config, self.size, self.seed = config, size, seed
         self.network = PolarToBEV(config.conditioning.bev_channels)
-        self.queue = NegativeQueue(config.queue_size, size)
+        self.queue = NegativeQueue(size)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the BEV losses of a batch."""

@@ -33,7 +33,7 @@ def train(config: TrainGenerator) -> TrainResult:
     session.start()
     with tracking.start("generate", config) as run:
         pairs = PairDataset.open(config.data)
-        held_out = config.val and PairDataset.open(config.val)
+        held_out = PairDataset.open(config.val.ingest(config.data)) if config.val else None
         data = read_pairs(config, pairs, config.mirror)
         val = held_out and read_pairs(config, held_out)
         provenance = manifest.digest([part.fingerprint for part in (pairs, held_out) if part])
@@ -55,7 +55,9 @@ def build_task(config: TrainGenerator, bev: str = "") -> GeneratorTask:
 
 def read_pairs(config: TrainGenerator, pairs: PairDataset, mirror: bool = False) -> Dataset:
     """Encode pairs, unless the latent cache has them, and read them as training batches."""
-    directory = cache_latents(config.encoding(data=pairs.config, mirror=mirror), pairs)
+    encoding = config.encoding(data=pairs.config, mirror=mirror)
+    pool = launch.actors(config.fit, 16, "Actors that encode pairs")
+    directory = cache_latents(encoding, pairs, pool)
     return launch.cache_rows(read_latents(directory), config.fit)
 
 

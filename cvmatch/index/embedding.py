@@ -174,13 +174,12 @@ def _count(gallery: GalleryConfig) -> int:
     """Count the tiles; call it after `read_gallery`."""
     if gallery.rows:
         return sum(tables.rows(gallery.rows))
-    return sum(split.count for split in _open_pairs(gallery, rechecked=True))
+    return sum(split.count for split in _open_pairs(gallery))
 
 
-def _open_pairs(gallery: GalleryConfig, rechecked: bool = False) -> list[PairDataset]:
+def _open_pairs(gallery: GalleryConfig) -> list[PairDataset]:
     splits = gallery.splits or (gallery.tiles.split,)
-    tiles = replace(gallery.tiles, recheck=gallery.tiles.recheck and not rechecked)
-    return [PairDataset.open(replace(tiles, split=split)) for split in splits]
+    return [PairDataset.open(replace(gallery.tiles, split=split)) for split in splits]
 
 
 def _read_origin(location: str) -> QueryOrigin:

@@ -12,9 +12,8 @@ from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import backbones, rng
-from cvmatch.runtime import pools, session, tracking
+from cvmatch.runtime import session, tracking
 from cvmatch.runtime.output_directory import read_provenance
-from cvmatch.runtime.settings import Pool
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
 from cvmatch.training.task import EpochOrder
@@ -82,25 +81,12 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
 
 
 def _hard_negative_order(config: TrainMatcher, rows: Dataset) -> EpochOrder:
-    """EpochOrder the training rows so that near ones share batches."""
-    fit = config.fit
+    """Order the training rows so that near ones share batches."""
     # The workers of the training have ended by then, so their GPUs are free.
-    pool = Pool(
-        size=max(1, fit.workers),
-        batch=32,
-        gpus=fit.gpus_per_worker if fit.workers else 0,
-        label=fit.label or None,
-    )
-    pools.require_resources(
-        pool.size * pool.cpus + pools.READERS,
-        pool.size * pool.gpus,
-        "Actors that look for hard negatives",
-        "--fit.workers",
-        "--fit.gpus-per-worker",
-    )
+    pool = launch.actors(config.fit, 32, "Actors that look for hard negatives")
 
     def reorder(model: str, epoch: int) -> Dataset:
-        seed = rng.fold_in(fit.seed, epoch, "near") % 2**32
+        seed = rng.fold_in(config.fit.seed, epoch, "near") % 2**32
         return _decode(config, order_hard_negatives(rows, model, pool, seed))
 
     return EpochOrder(config.hard_negatives_every, reorder)

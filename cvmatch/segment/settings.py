@@ -1,9 +1,9 @@
 """Settings of the segmenter: its training, and how rows are segmented."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
-from cvmatch.data.settings import Ingest, check_disjoint
+from cvmatch.data.settings import Ingest, Validation, check_disjoint
 from cvmatch.runtime.settings import Pool
 from cvmatch.training.settings import TrainConfig
 
@@ -14,7 +14,7 @@ class TrainSegmenter:
 
     data: Ingest = field(default_factory=Ingest)
     """Rows to train on; those without a class map are left out."""
-    val: Ingest | None = None
+    val: Validation | None = None
     """Rows to validate on; None: with the schedule plateau the split `val` of `data`, else none."""
     synthesized: str = ""
     """URI of rows that cvmatch synthesize wrote for this split: their synthetic aerials, with the
@@ -53,10 +53,10 @@ class TrainSegmenter:
             )
 
     @property
-    def held_out(self) -> Ingest | None:
+    def held_out(self) -> Validation | None:
         """The rows to validate on."""
         if self.val is None and self.fit.schedule == "plateau":
-            return replace(self.data, split="val")
+            return Validation(root=self.data.root, limit=self.data.limit)
         return self.val
 
 

@@ -44,7 +44,7 @@ def train(config: TrainSegmenter) -> TrainResult:
     session.start()
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
     pairs = PairDataset.open(config.data)
-    held_out = config.held_out and PairDataset.open(config.held_out)
+    held_out = config.held_out and PairDataset.open(config.held_out.ingest(config.data))
     rows = read_training_rows(config, pairs, preprocess)
     val = held_out and read_labelled(held_out, preprocess, config.fit)
     weights = None

@@ -22,6 +22,7 @@ from ray.train import Checkpoint, UserCallback
 
 from cvmatch.data import images, storage
 from cvmatch.runtime import tracking
+from cvmatch.training.settings import is_score
 
 LEDGER = "epochs.json"
 FORMAT = 2
@@ -59,15 +60,10 @@ class RunDirectory:
 
     location: str
     """Absolute path or URI: storage/name."""
-    keep: int
+    keep: int = 2
     """Checkpoints kept, beside the latest."""
     best: str = ""
     """Metric that ranks checkpoints; "": the later the better."""
-    mode: str = "min"
-    """Whether a small (`min`) or a large (`max`) value of `best` is good."""
-
-    every: int = 1
-    """Epochs from one validation to the next, whose metrics an epoch may lack."""
 
     def entries(self) -> list[dict[str, Any]]:
         """Return the metrics of the finished epochs, in their order."""
@@ -131,16 +127,15 @@ class RunDirectory:
     def _ranked(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not self.best:
             return entries[::-1]
-        validated = [e for e in entries if e["epoch"] % self.every == 0]
-        if any(self.best not in e for e in validated):
+        if any(self.best not in e for e in entries):
             raise ValueError(
                 f"{self.location}: expected the metric {self.best!r} (--fit.best), got "
                 f"{sorted(entries[0])}. Name one of those, or pass validation rows."
             )
         # NaN compares with nothing: an epoch of it would stand wherever the sorting left it.
-        judged = [e for e in entries if not math.isnan(e.get(self.best, math.nan))]
+        judged = [e for e in entries if not math.isnan(e[self.best])]
         others = [e for e in entries if e not in judged]
-        sign = 1 if self.mode == "min" else -1
+        sign = -1 if is_score(self.best) else 1
         return sorted(judged, key=lambda e: (sign * e[self.best], -e["epoch"])) + others[::-1]
 
     def _holds(self, epoch: int) -> bool:

@@ -29,15 +29,16 @@ from ray.train.torch import TorchTrainer
 from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.runtime import hardware, pools, progress, tracking
+from cvmatch.runtime.settings import Pool
 from cvmatch.training import checkpoints, loop, metrics
 from cvmatch.training.checkpoints import TrainResult
-from cvmatch.training.settings import TrainConfig
+from cvmatch.training.settings import TrainConfig, is_score
 from cvmatch.training.task import EpochOrder, Task
 
 _log = logging.getLogger(__name__)
 
 _FREE = {"epochs", "workers", "cpus_per_worker", "gpus_per_worker", "label", "storage", "name"}
-_FREE |= {"keep", "best", "best_mode", "max_failures", "cache"}
+_FREE |= {"best", "max_failures", "cache"}
 """Fields of TrainConfig that may change when a run is resumed."""
 
 _listeners: ContextVar[tuple[UserCallback, ...]] = ContextVar("cvmatch_listeners", default=())
@@ -75,13 +76,7 @@ def train(
     """
     name = fit.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     location = storage.join(storage.absolute(fit.storage), name)
-    directory = checkpoints.RunDirectory(
-        location=location,
-        keep=fit.keep,
-        best=fit.best,
-        mode=fit.best_mode,
-        every=fit.validate_every,
-    )
+    directory = checkpoints.RunDirectory(location=location, best=fit.best)
     _check(train, val, fit)
     directory.begin_or_resume(_identity(build, fit, input_fingerprint))
     done = directory.latest()
@@ -155,6 +150,31 @@ def preflight(fit: TrainConfig) -> None:
             "--fit.cpus-per-worker",
             "--fit.gpus-per-worker",
         )
+
+
+def actors(fit: TrainConfig, batch: int, purpose: str) -> Pool:
+    """Return as many actors as a training has workers, with their GPUs, for when it does not run.
+
+    Without workers, that is one actor, with a GPU if there is one.
+
+    Args:
+        fit: settings of the training.
+        batch: rows a call.
+        purpose: what they do, for the error.
+
+    Raises:
+        ValueError: the cluster is too small for them.
+    """
+    gpus = fit.gpus_per_worker if fit.workers else min(1.0, pools.cluster_capacity("GPU"))
+    pool = Pool(size=max(1, fit.workers), batch=batch, gpus=gpus, label=fit.label or None)
+    pools.require_resources(
+        pool.size * pool.cpus + pools.READERS + pools.FILTER,
+        pool.size * pool.gpus,
+        purpose,
+        "--fit.workers",
+        "--fit.gpus-per-worker",
+    )
+    return pool
 
 
 def publish(result: TrainResult, output: str) -> str:
@@ -252,9 +272,9 @@ def _trainer(
     # Unlimited, Ray would try for ever to start workers that do not fit, a minute each time.
     failures = FailureConfig(max_failures=fit.max_failures, controller_failure_limit=3)
     kept = CheckpointConfig(
-        num_to_keep=fit.keep,
+        num_to_keep=checkpoints.RunDirectory.keep,
         checkpoint_score_attribute=fit.best or None,
-        checkpoint_score_order=fit.best_mode,
+        checkpoint_score_order="max" if is_score(fit.best) else "min",
     )
     return TorchTrainer(
         _work,
@@ -317,9 +337,7 @@ def _identity(
     for value in (*partial.args, *partial.keywords.values()):
         if is_dataclass(value):
             names = configs.flat(value)
-            # Pools say where work is done, not what comes out.
-            free = ("fit.", "output", "encode_pool.")
-            identity |= {k: v for k, v in names.items() if not k.startswith(free)}
+            identity |= {k: v for k, v in names.items() if not k.startswith(("fit.", "output"))}
         elif isinstance(value, str | int | float | tuple | list | None):
             plain.append(value)
     identity["input_fingerprint"] = input_fingerprint

@@ -115,7 +115,7 @@ def run_epochs(job: TrainJob, backend: Backend) -> None:
         metrics: dict[str, Any] = {"epoch": epoch + 1}
         metrics |= trainer.train(epoch, curve)
         pictures = {}
-        if job.validate and is_validation_epoch(job.fit, epoch):
+        if job.validate:
             validation, pictures = trainer.validate()
             metrics |= validation
         trainer.adjust(metrics)
@@ -132,9 +132,8 @@ def run_epochs(job: TrainJob, backend: Backend) -> None:
             backend.commit(metrics, directory)
 
 
-def is_validation_epoch(fit: TrainConfig, epoch: int) -> bool:
-    """Return whether the epoch (from 0) ends with a validation."""
-    return (epoch + 1) % fit.validate_every == 0 or epoch + 1 == fit.epochs
+PATIENCE = 3
+"""Epochs without a better validation loss before plateau lowers the rate."""
 
 
 class Trainer:
@@ -303,7 +302,7 @@ def build_scheduler(
 ) -> LambdaLR | ReduceLROnPlateau:
     """Build the schedule of the learning rates; `steps` are those of one epoch."""
     if fit.schedule == "plateau":
-        return ReduceLROnPlateau(optimizer, factor=0.1, patience=fit.patience)
+        return ReduceLROnPlateau(optimizer, factor=0.1, patience=PATIENCE)
     moves = math.ceil(steps / fit.accumulate) * fit.epochs
     warm = round(fit.warmup * moves)
 

@@ -1,7 +1,16 @@
 """Settings of a training run, whatever is trained."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+_SCORES = re.compile(r"recall|iou|psnr|ssim|ncc|gap", re.IGNORECASE)
+"""In the names of metrics of which large values are good; all others are losses or errors."""
+
+
+def is_score(metric: str) -> bool:
+    """Return whether large values of a metric of a training are good."""
+    return _SCORES.search(metric) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +31,6 @@ class TrainConfig:
     """Learning rate: constant, cosine to zero, or a tenth whenever the validation loss stalls."""
     warmup: float = 0.03
     """Share of the steps in which the rate rises from zero (not with plateau)."""
-    patience: int = 3
-    """Epochs without a better validation loss before plateau lowers the rate."""
-    validate_every: int = 1
-    """Epochs from one validation to the next; the last epoch always has one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     workers: int = 0
@@ -44,12 +49,8 @@ class TrainConfig:
     """Directory or URI of runs, shared by all nodes."""
     name: str = ""
     """Name of the run: the same name and storage resume it. Empty: a new run every time."""
-    keep: int = 2
-    """Checkpoints kept, beside the latest."""
     best: str = ""
-    """Metric whose best checkpoint is published, such as val/loss; empty: the last."""
-    best_mode: Literal["min", "max"] = "min"
-    """Whether small or large values of `best` are good."""
+    """Metric whose best checkpoint is published, such as val/loss or val/miou; empty: the last."""
     max_failures: int = 2
     """Restarts of the workers, from the last checkpoint, before the run fails."""
     cache: bool = False
@@ -62,17 +63,13 @@ class TrainConfig:
                 f"fit: expected a batch that {shares} workers can share evenly, got {self.batch}. "
                 f"Try --fit.batch {max(shares, round(self.batch / shares) * shares)}."
             )
-        if min(self.epochs, self.accumulate, self.keep, self.validate_every) < 1:
+        if min(self.epochs, self.accumulate) < 1:
             raise ValueError(
-                f"fit: expected epochs, accumulate, keep and validate_every >= 1, got {self}."
+                f"fit: expected epochs and accumulate >= 1, got {self.epochs} and "
+                f"{self.accumulate}."
             )
         if self.workers < 0:
             raise ValueError(f"fit: expected workers >= 0, got {self.workers}.")
-        if self.schedule == "plateau" and self.validate_every > 1:
-            raise ValueError(
-                "fit: schedule plateau watches the loss of every epoch, got validate_every "
-                f"{self.validate_every}. Set --fit.validate-every 1, or another schedule."
-            )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"fit: warmup is a share of the steps in [0, 1), got {self.warmup}.")
 

@@ -123,11 +123,6 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
     metric = config.goal[0]
     if metric.startswith("val/") and not base.val:
         raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
-    if metric.startswith("val/") and fit.validate_every > 1:
-        raise ValueError(
-            f"tune: trials are compared by {metric!r} after every epoch: expected "
-            f"fit.validate_every 1, got {fit.validate_every}. Leave it out of the stage's settings."
-        )
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints banners when silent, too
     _preflight(config, fit)
     session.start(dashboard=fit.workers > 0)

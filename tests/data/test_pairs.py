@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import zlib
 from pathlib import Path
 from urllib.parse import quote
@@ -10,7 +11,7 @@ import pytest
 
 from cvmatch.data import schema
 from cvmatch.data.pairs import PairDataset, check_pictures, read_pictures
-from cvmatch.data.settings import Ingest
+from cvmatch.data.settings import Ingest, Validation
 from cvmatch.generate.settings import TrainGenerator
 from cvmatch.runtime.stream import resume_from
 from cvmatch.segment.settings import TrainSegmenter
@@ -183,7 +184,7 @@ def test_pair_dataset_no_usable_row_stops_whatever_share_is_allowed(ray_session,
 
 
 @pytest.mark.ray
-def test_pair_dataset_second_run_trusts_the_check_and_recheck_does_not(ray_session, subset):
+def test_pair_dataset_second_run_trusts_the_check_until_its_cache_is_deleted(ray_session, subset):
     config = Ingest(root=str(subset), split="val", max_rejected=0.5)
     assert PairDataset.open(config).count == 2
     stamp = os.stat(subset / ".cvmatch/val/pairs.parquet").st_mtime_ns
@@ -194,17 +195,18 @@ def test_pair_dataset_second_run_trusts_the_check_and_recheck_does_not(ray_sessi
     assert rows["0000002"]["error"] == "ground streetview/0000002.jpg: no such file"
     assert rows["0000001"]["error"] is None
 
-    again = Ingest(root=str(subset), split="val", max_rejected=0.5, recheck=True)
-    assert [row["pair_id"] for row in PairDataset.open(again).rows().take_all()] == ["0000001"]
+    shutil.rmtree(subset / ".cvmatch")
+    assert [row["pair_id"] for row in PairDataset.open(config).rows().take_all()] == ["0000001"]
 
 
 @pytest.mark.parametrize("stage", [TrainSegmenter, TrainGenerator])
 def test_training_validated_by_its_own_rows_is_refused(stage):
     data = Ingest(root="pairs")
-    for own in (data, Ingest(root="./pairs", limit=5)):
+    for root, limit in (("pairs", 0), ("./pairs", 5)):
+        own = Validation(root=root, split="train", limit=limit)
         with pytest.raises(ValueError, match=r"split 'train' of .*pairs for both.*--val.split"):
             stage(data=data, val=own)
-    for other in (Ingest(root="pairs", split="val"), Ingest(root="others")):
+    for other in (Validation(root="pairs"), Validation(root="others", split="train")):
         assert stage(data=data, val=other).val == other
     with pytest.raises(ValueError, match=r"split .val. of .*pairs for both"):
         TrainSegmenter(data=Ingest(root="pairs", split="val"))  # its schedule looks at that split

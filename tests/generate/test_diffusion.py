@@ -24,21 +24,6 @@ def test_x0_of_the_true_target_is_the_latent(tmp_path, prediction: str):
     torch.testing.assert_close(x0, latent, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_min_snr_weighs_the_error_of_the_clean_latent(toy: str, prediction: str):
-    noise = make_generator(toy, prediction=prediction).schedule
-    latent, step = torch.randn(3, 4, 4, 4), torch.tensor([20, 500, 980])
-    error = torch.randn_like(latent)
-    other = torch.randn_like(latent)
-    model_pred = noise.target(latent, other, step) + error
-    wrong = noise.predict_x0(noise.add_noise(latent, other, step), model_pred, step) - latent
-    ratio = noise.alphas_cumprod[step] / (1 - noise.alphas_cumprod[step])
-    expected = ratio.clamp(max=5) * wrong.square().mean(dim=(1, 2, 3))
-    found = noise.snr_weight(step, 5.0) * error.square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    assert torch.equal(noise.snr_weight(step, 0.0), torch.ones(3))
-
-
 def test_blend_low_freq_keeps_high_frequencies():
     torch.manual_seed(0)
     wide, target = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)

@@ -74,7 +74,6 @@ def settings(base: Path, data: Ingest | None = None, output: str = "") -> Encode
         conditioning=Conditioning(panorama_width=WIDE[1]),
         mirror=True,
         latent_cache=output,
-        encode_pool=Pool(batch=4),
     )
 
 
@@ -170,8 +169,8 @@ def test_encode_names_rows_that_fail_and_gives_training_the_others(
     ids = [row[schema.PAIR_ID] for row in PairDataset.open(data).rows().take_all()]
     for name in ids[2:4]:  # a whole block
         (root / "streetview" / f"{name}.jpg").unlink()
-    asked = replace(settings(base, data, str(tmp_path / "encoded")), encode_pool=Pool(batch=2))
-    directory = cache_latents(asked)
+    asked = settings(base, data, str(tmp_path / "encoded"))
+    directory = cache_latents(asked, pool=Pool(batch=2))
     named = (Path(directory) / "rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["pair_id"] for line in named] == ids[2:4]
     keys = [row["key"] for row in read_latents(directory).take_all()]
@@ -226,7 +225,6 @@ def test_cache_holds_what_the_encoders_return(toy: str, world_root: str, tmp_pat
         conditioning=CONDITIONING,
         mirror=True,
         latent_cache=str(tmp_path / "latents"),
-        encode_pool=Pool(batch=4),
     )
     directory = cache_latents(asked)
     sizes = read_sizes(asked.diffusion, asked.clip, CONDITIONING.panorama_width)
@@ -262,4 +260,5 @@ def test_cache_holds_what_the_encoders_return(toy: str, world_root: str, tmp_pat
     assert cache_latents(moved) == directory  # the same pictures elsewhere are
     picture = next((copied / "bingmap").iterdir())
     images.open_image(picture.read_bytes()).transpose(0).save(picture)
-    assert cache_latents(replace(moved, data=replace(moved.data, recheck=True))) != directory
+    shutil.rmtree(copied / ".cvmatch")
+    assert cache_latents(moved) != directory

@@ -39,7 +39,7 @@ def test_tile_info_nce_rewards_images_nearest_to_their_own_tile():
 def test_queue_makes_an_image_like_earlier_tiles_worse_but_not_the_own_tile():
     tiles = raw_batch(4)["aerial"].float() / 255
     drawn, mine = tiles[:2] * 0.5 + tiles[2:] * 0.5, torch.ones(2, dtype=torch.bool)
-    queue = NegativeQueue(tiles=2, size=16)
+    queue = NegativeQueue(size=16, tiles=2)
     keys = torch.tensor([1, 2])
 
     def seen_as(keys: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from cvmatch.data import images, schema
 from cvmatch.data.pairs import PairDataset
-from cvmatch.data.settings import Ingest
+from cvmatch.data.settings import Ingest, Validation
 from cvmatch.generate import infer
 from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import Conditioning, Generate, Sampling, TrainGenerator
@@ -55,7 +55,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     held_out = Ingest(root=world_root, split="val")
     config = TrainGenerator(
         data=Ingest(root=world_root, limit=12),
-        val=held_out,
+        val=Validation(root=world_root),
         diffusion=os.path.join(toy, "diffusion"),
         clip=os.path.join(toy, "clip"),
         lpips_vgg=str(tmp_path / "tower"),
@@ -69,7 +69,6 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
             batch=6,
             storage=str(tmp_path / "runs"),
             best="val/psnr",  # which the BEV network alone does not have
-            best_mode="max",
         ),
     )
     result = train(config)

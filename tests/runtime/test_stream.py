@@ -171,13 +171,12 @@ def _encode(_: Path, pairs: Pairs, output: str) -> Job:
         clip=str(base_models.CLIP),
         conditioning=Conditioning(panorama_width=256),
         latent_cache=output,
-        encode_pool=Pool(batch=1),  # the last bits depend on it
     )
     actor = EncodePairs(config, read_sizes(config.diffusion, config.clip, 256))
     names = tuple(LATENT_ROWS.names[1:-1])
     return Job(
         schema.GROUND,
-        lambda: cache_latents(config),
+        lambda: cache_latents(config, pool=Pool(batch=1)),
         lambda row: actor(batch_of(row)).to_pylist()[0],
         names,
     )

@@ -59,14 +59,16 @@ def test_copy_tree_replaces_what_was_there(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old"]
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
-def test_epoch_whose_measure_is_nan_is_never_the_best(tmp_path, mode):
-    directory = checkpoints.RunDirectory(location=str(tmp_path), keep=1, best="val/loss", mode=mode)
-    for epoch, value in enumerate([math.nan, 0.5, 0.7, math.nan], start=1):
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("val/loss", 2), ("val/lpips", 2), ("val/miou", 4), ("val/batch_recall_at_1", 4)],
+)
+def test_epoch_whose_measure_is_nan_is_never_the_best(tmp_path, metric, best):
+    directory = checkpoints.RunDirectory(location=str(tmp_path), best=metric, keep=1)
+    for epoch, value in enumerate([math.nan, 0.5, 0.7, 0.9, math.nan], start=1):
         os.makedirs(directory.checkpoint(epoch).path)
-        directory.add({"epoch": epoch, "val/loss": value})
-    best = 2 if mode == "min" else 3
+        directory.add({"epoch": epoch, metric: value})
     assert directory.result().metrics["epoch"] == best
     directory.prune()
-    left = [epoch for epoch in range(1, 5) if os.path.isdir(directory.checkpoint(epoch).path)]
-    assert left == [best, 4]
+    left = [epoch for epoch in range(1, 6) if os.path.isdir(directory.checkpoint(epoch).path)]
+    assert left == [best, 5]

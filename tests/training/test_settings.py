@@ -11,7 +11,9 @@ def test_fit_refuses_a_batch_that_workers_cannot_share():
         TrainConfig(batch=8, workers=3)
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"keep": 0}, {"workers": -1}, {"warmup": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"accumulate": 0}, {"workers": -1}, {"warmup": 1.0}]
+)
 def test_fit_refuses_what_cannot_be(wrong):
     with pytest.raises(ValueError, match="fit: "):
         TrainConfig(**wrong)

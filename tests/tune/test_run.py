@@ -72,13 +72,6 @@ def test_search_by_a_validation_metric_needs_validation_rows(tmp_path):
         tune.search(Tune(space=str(tmp_path / "space.yaml")), TrainLine(val=0))
 
 
-def test_search_by_a_metric_that_some_epochs_lack_is_refused(settings):
-    config, base = settings
-    base = configs.override(base, {"fit.validate_every": 2})
-    with pytest.raises(ValueError, match=r"fit\.validate_every 1, got 2"):
-        tune.search(config, base, tiny_stage.train)
-
-
 @pytest.mark.parametrize("stage", list(search_space.STAGES))
 def test_trials_are_compared_by_what_the_space_does_not_move(stage):
     metric, mode = Tune(stage=stage).goal

@@ -17,7 +17,7 @@ from cvmatch.data import storage
 from cvmatch.data.images import colours_of, encode
 from cvmatch.demo.procedural.pairs import Pair, Sizes, render_pairs, world_seed
 from cvmatch.demo.settings import MakeWorld
-from cvmatch.runtime import progress
+from cvmatch.runtime import progress, session
 
 _POLAR = (128, 512)
 """Height and width of CVUSA's polar views, in pixels."""
@@ -61,6 +61,7 @@ def make_world(config: MakeWorld) -> dict[str, int]:
     """
     places = _plan_worlds(config)
     write = partial(_write_world, config, storage.absolute(config.output), places)
+    session.start()
     rows = ray.data.range(len(places), override_num_blocks=len(places)).flat_map(write)
     total, written = sum(place.cameras for place in places), []
     with progress.watch("world", total, lambda: len(written)):
