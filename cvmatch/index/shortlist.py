@@ -13,7 +13,8 @@ queries of G; a distilled one is smaller (docs/decisions.md#shortlist-head).
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import faiss
 import numpy as np
@@ -169,7 +170,8 @@ def distil(
     return head.eval()
 
 
-class AnnPart(NamedTuple):
+@dataclass(frozen=True)
+class AnnPart:
     """Consecutive tiles of the index in FAISS."""
 
     index: faiss.Index
@@ -262,10 +264,10 @@ def search_parts(
     """Return the rows of the nearest `count` tiles, best first; -1 where lists held fewer."""
     queries = np.ascontiguousarray(queries)
     scores, rows = [], []
-    for index, row_start in parts:
-        similarity, ids = index.search(queries, min(count, index.ntotal))
+    for part in parts:
+        similarity, ids = part.index.search(queries, min(count, part.index.ntotal))
         scores.append(np.where(ids < 0, -np.inf, similarity))
-        rows.append(np.where(ids < 0, -1, ids + row_start))
+        rows.append(np.where(ids < 0, -1, ids + part.row_start))
     if len(parts) == 1:
         return rows[0]
     order = np.argsort(-np.concatenate(scores, axis=1), axis=1, kind="stable")[:, :count]

@@ -6,6 +6,7 @@ import pytest
 from cvmatch.data import images, schema
 from cvmatch.evaluate.generation import measure_generation, measure_segmentation
 from tests.helpers import index as tiny
+from tests.helpers.present import present
 
 
 def pictures(count, drawn):
@@ -19,11 +20,11 @@ def tile(number):
 
 
 def recalls(result):
-    return result.retrieval["luminance"].recalls
+    return present(result).retrieval["luminance"].recalls
 
 
 def test_generation_of_the_tiles_themselves_is_perfect_and_shuffled_is_not():
-    result = measure_generation(pictures(12, tile), bootstrap=50)
+    result = present(measure_generation(pictures(12, tile), bootstrap=50))
     assert result.similarity["ncc"] == pytest.approx(1.0, abs=1e-5)
     assert result.similarity["ssim"] == pytest.approx(1.0, abs=1e-5)
     assert (
@@ -47,7 +48,7 @@ def test_generation_in_blocks_equals_one_block(monkeypatch):
         clear = images.decode(tile(number)).astype(int) + images.decode(tile(number + 50))
         return images.encode((clear // 2).astype(np.uint8))
 
-    whole = measure_generation(pictures(11, half), bootstrap=20)
+    whole = present(measure_generation(pictures(11, half), bootstrap=20))
     monkeypatch.setattr("cvmatch.evaluate.generation._CHUNK", 4)
     assert measure_generation(pictures(11, half), bootstrap=20) == whole
     assert (
@@ -72,7 +73,7 @@ def test_segmentation_counts_agreement_by_hand():
         {schema.CLASSES: images.encode(coloured), schema.SYNTHETIC_CLASSES: images.encode(ids)},
         {schema.CLASSES: None, schema.SYNTHETIC_CLASSES: images.encode(ids)},
     ]
-    result = measure_segmentation(rows)
+    result = present(measure_segmentation(rows))
     # Of 31 counted pixels 15 are class 0 (all right) and 16 class 3 (8 right, 8 called 0).
     assert result.accuracy == pytest.approx(23 / 31)
     assert result.iou["impervious"] == pytest.approx(15 / 23)
@@ -83,6 +84,6 @@ def test_segmentation_counts_agreement_by_hand():
 
 
 def test_segmentation_of_the_true_maps_beats_shuffled():
-    result = measure_segmentation(tiny.rows(6).to_pylist())
+    result = present(measure_segmentation(tiny.rows(6).to_pylist()))
     assert result.miou == 1.0
     assert result.miou_shuffled < 0.5

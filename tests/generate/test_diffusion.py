@@ -5,11 +5,11 @@ import torch
 from torch.nn import functional as F
 
 from cvmatch.generate.diffusion import blend_low_freq
-from tests.helpers.generator import make_generator, write_base
+from tests.helpers.generator import Prediction, make_generator, write_base
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_x0_of_the_true_target_is_the_latent(tmp_path, prediction: str):
+def test_x0_of_the_true_target_is_the_latent(tmp_path, prediction: Prediction):
     write_base(str(tmp_path), prediction)
     model = make_generator(str(tmp_path))
     latent, noise = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
+from PIL import Image
 from pyarrow import parquet
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
@@ -29,6 +30,7 @@ from cvmatch.runtime.settings import Pool
 from tests.helpers.generator import (
     CONDITIONING,
     make_generator,
+    make_vae,
 )
 
 WIDE = (128, 512)
@@ -40,17 +42,15 @@ def base(tmp_path_factory) -> Path:
     """Tiny base models in their on-disk formats: of the UNet the sizes alone."""
     at = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    blocks = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        **blocks,
-    ).save_pretrained(at / "diffusion" / "vae")
+    vae = make_vae((8, 8), layers_per_block=1, norm_num_groups=4)
+    vae.save_pretrained(at / "diffusion" / "vae")
     UNet2DConditionModel(
         sample_size=16,
         down_block_types=("DownBlock2D",) * 2,
         up_block_types=("UpBlock2D",) * 2,
-        **blocks,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
     ).save_config(at / "diffusion" / "unet")
     CLIPVisionModel(
         CLIPVisionConfig(
@@ -229,7 +229,9 @@ def test_cache_holds_what_the_encoders_return(toy: str, world_root: str, tmp_pat
     directory = cache_latents(asked)
     sizes = read_sizes(asked.diffusion, asked.clip, CONDITIONING.panorama_width)
     stored = {row["key"]: row for row in read_latents(directory).take_all()}
-    pairs = decode_pairs(PairDataset.open(data).rows().take_batch(100, batch_format="numpy"), sizes)
+    batch = PairDataset.open(data).rows().take_batch(100, batch_format="numpy")
+    assert isinstance(batch, dict)
+    pairs = decode_pairs(batch, sizes)
     live = {key: {name: pairs[name][row] for name in pairs} for row, key in enumerate(pairs["key"])}
     assert stored.keys() == live.keys()
     model = make_generator(toy)
@@ -259,6 +261,6 @@ def test_cache_holds_what_the_encoders_return(toy: str, world_root: str, tmp_pat
     moved = replace(asked, data=replace(data, root=str(copied)))
     assert cache_latents(moved) == directory  # the same pictures elsewhere are
     picture = next((copied / "bingmap").iterdir())
-    images.open_image(picture.read_bytes()).transpose(0).save(picture)
+    images.open_image(picture.read_bytes()).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture)
     shutil.rmtree(copied / ".cvmatch")
     assert cache_latents(moved) != directory

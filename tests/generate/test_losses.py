@@ -11,6 +11,7 @@ from cvmatch.generate import losses
 from cvmatch.generate.conditioning import PolarToBEV
 from cvmatch.generate.losses import LPIPS, NegativeQueue, load_lpips_weights, tile_info_nce
 from tests.helpers.generator import raw_batch
+from tests.helpers.present import present
 
 
 def test_select_rows_leaves_out_rows_of_little_signal():
@@ -63,7 +64,7 @@ def test_bev_losses_of_the_true_tile_are_best():
     network = PolarToBEV(3 + kinds)  # whose map is the tile's colours, and its classes
     with torch.no_grad():
         for part, first in ((network.to_rgb, 0), (network.to_classes, 3)):
-            part.bias.zero_()
+            present(part.bias).zero_()
             part.weight.zero_()[:, first : first + len(part.weight), 0, 0] = torch.eye(
                 len(part.weight)
             )

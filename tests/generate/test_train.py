@@ -17,6 +17,7 @@ from cvmatch.nn import backbones, rng
 from cvmatch.runtime.settings import Pool
 from cvmatch.training.settings import TrainConfig
 from tests.helpers.generator import CONDITIONING, PANORAMA
+from tests.helpers.present import present
 
 
 def test_bev_that_does_not_learn_colours_guides_no_sampling():
@@ -42,8 +43,8 @@ def test_build_in_another_directory_finds_what_the_config_names(
     config = with_absolute_paths(config)
     (tmp_path / "of a worker").mkdir()
     monkeypatch.chdir("of a worker")
-    first = build_task(config).lpips.stages[0][0].weight
-    assert torch.equal(first, tower.net.get_submodule("features")[0].weight)
+    first = present(build_task(config).lpips).stages.get_parameter("0.0.weight")
+    assert torch.equal(first, tower.net.get_parameter("features.0.weight"))
 
 
 @pytest.mark.ray

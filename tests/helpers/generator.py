@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from cvmatch.training import loop
 from cvmatch.training.metrics import MeanMetrics
 from cvmatch.training.settings import TrainConfig
 
+Prediction = Literal["epsilon", "sample", "v_prediction"]
+
 PANORAMA = (64, 256)
 
 # bev_gain 1: tests give the map's weights themselves, or their own learning rate.
@@ -29,7 +32,7 @@ PANORAMA = (64, 256)
 CONDITIONING = Conditioning(panorama_width=256, bev_gain=1.0, low_freq_cells=0)
 
 
-def clip_sizes() -> dict[str, int]:
+def clip_sizes() -> dict[str, Any]:
     """Sizes of a tiny CLIP vision tower."""
     return {
         "hidden_size": 64,
@@ -42,7 +45,17 @@ def clip_sizes() -> dict[str, int]:
     }
 
 
-def write_base(directory: str, prediction: str = "epsilon") -> None:
+def make_vae(channels: tuple[int, ...], **sizes: Any) -> AutoencoderKL:
+    """Build a VAE of these widths; diffusers annotates the tuples as of one element."""
+    blocks: dict[str, Any] = {
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+    }
+    return AutoencoderKL(**blocks, **sizes)
+
+
+def write_base(directory: str, prediction: Prediction = "epsilon") -> None:
     """Write `diffusion/` and `clip/`, base models with random weights."""
     UNet2DConditionModel(
         sample_size=16,
@@ -54,14 +67,8 @@ def write_base(directory: str, prediction: str = "epsilon") -> None:
         attention_head_dim=4,
         norm_num_groups=8,
     ).save_pretrained(os.path.join(directory, "diffusion", "unet"))
-    AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=64,
-    ).save_pretrained(os.path.join(directory, "diffusion", "vae"))
+    vae = make_vae((8, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=64)
+    vae.save_pretrained(os.path.join(directory, "diffusion", "vae"))
     scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
     scheduler.save_pretrained(os.path.join(directory, "diffusion", "scheduler"))
     clip = os.path.join(directory, "clip")
@@ -74,8 +81,8 @@ def make_generator(
     directory: str, conditioning: Conditioning = CONDITIONING, prediction: str = ""
 ) -> Generator:
     """Build a generator on what `write_base` wrote, with another prediction type if given."""
-    folders = (os.path.join(directory, name) for name in ("diffusion", "clip"))
-    generator = Generator.base(*folders, conditioning)
+    diffusion, clip = (os.path.join(directory, name) for name in ("diffusion", "clip"))
+    generator = Generator.base(diffusion, clip, conditioning)
     if prediction:
         generator.schedule.scheduler.register_to_config(prediction_type=prediction)
         generator.schedule = NoiseSchedule(generator.schedule.scheduler)
@@ -127,9 +134,9 @@ def condition_of(generator: Generator, ground: torch.Tensor) -> Condition:
     return generator.condition(generator.encoders.encode_panorama(ground))
 
 
-def make_task(generator: Generator, lpips: LPIPS | None = None, **changes: object) -> GeneratorTask:
+def make_task(generator: Generator, lpips: LPIPS | None = None, **changes: Any) -> GeneratorTask:
     """Build the generator's task in training mode."""
-    options = {"conditioning": generator.conditioning} | changes
+    options: dict[str, Any] = {"conditioning": generator.conditioning, **changes}
     return GeneratorTask(generator, TrainGenerator(**options), lpips).train()
 
 
@@ -153,7 +160,7 @@ class Alone:
 
 
 def make_trainer(
-    task: GeneratorTask, batches: Sequence[dict[str, torch.Tensor]] = (), **options: object
+    task: GeneratorTask, batches: Sequence[dict[str, torch.Tensor]] = (), **options: Any
 ) -> loop.Trainer:
     """Return the training loop's state of a task."""
     job = loop.TrainJob(
@@ -177,7 +184,7 @@ def summarise(task: GeneratorTask, *batches: dict[str, torch.Tensor]) -> dict:
     return task.summary(means.reduce(1))
 
 
-def sample(generator: Generator, rows: int = 2, first: int = 0, **options: object) -> torch.Tensor:
+def sample(generator: Generator, rows: int = 2, first: int = 0, **options: Any) -> torch.Tensor:
     """Sample the synthetic aerials of the first panoramas."""
     keys = raw_batch(rows, first)["key"]
     sampling = Sampling(**{"num_inference_steps": 3, **options})

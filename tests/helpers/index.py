@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -119,12 +120,12 @@ def write_parts(done: pa.Table, directory: str) -> str:
     return directory
 
 
-def index(folder: str, count: int = 24, **config: object) -> Index:
+def index(folder: str, count: int = 24, **config: Any) -> Index:
     """An index of `rows(count)` under `folder`, built without Ray."""
     model = matcher(os.path.join(folder, "model"))
     found = parts(rows(count), model, os.path.join(folder, "parts"))
     output = os.path.join(folder, "index")
-    publish(found, BuildIndex(model=model, output=output, **config))  # pyright: ignore
+    publish(found, BuildIndex(model=model, output=output, **config))
     return Index.open(output)
 
 
@@ -142,16 +143,16 @@ def find_ids(index: Index, mode: Mode, top_k: int = 24) -> list[list[str]]:
     return [[names[row] for row in best if row >= 0] for best in rows]
 
 
-def manifest_of(**fields: object) -> IndexManifest:
+def manifest_of(**fields: Any) -> IndexManifest:
     """A manifest of no tiles."""
     empty = IndexManifest(
         rows=0, hidden=16, preprocess="", model="", model_parts={}, config={}, shard_rows=1,
         shards=(), ann=AnnInfo("Flat", 1), shortlist=0,
     )  # fmt: skip
-    return dataclasses.replace(empty, **fields)  # pyright: ignore
+    return dataclasses.replace(empty, **fields)
 
 
-def change_manifest(output: str, manifest: IndexManifest, **fields: object) -> None:
+def change_manifest(output: str, manifest: IndexManifest, **fields: Any) -> None:
     """Make a manifest with other fields the current one."""
     fields["parent"] = versions.current_version(output)
-    versions.commit(output, dataclasses.replace(manifest, **fields), {})  # pyright: ignore
+    versions.commit(output, dataclasses.replace(manifest, **fields), {})

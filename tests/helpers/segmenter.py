@@ -1,5 +1,7 @@
 """A SegFormer of a few channels, and small pictures and rows for it."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -9,14 +11,13 @@ from cvmatch.data import images, schema
 SIZE = 64
 
 
-def segformer(num_labels: int, **changes: float) -> SegformerForSemanticSegmentation:
+def segformer(num_labels: int, **changes: Any) -> SegformerForSemanticSegmentation:
     """A SegFormer of 8 to 16 channels, without dropout so that two passes agree."""
-    small = {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4}
-    dry = {"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0, "decoder_hidden_size": 16}
+    small: dict[str, Any] = {"num_labels": num_labels}
+    small |= {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    small |= {"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0, "decoder_hidden_size": 16}
     torch.manual_seed(0)
-    return SegformerForSemanticSegmentation(
-        SegformerConfig(num_labels=num_labels, **small, **dry, **changes)
-    )
+    return SegformerForSemanticSegmentation(SegformerConfig(**small, **changes))
 
 
 def picture(seed: int, height: int = 90, width: int = 70) -> np.ndarray:

@@ -82,9 +82,9 @@ class LineTask(nn.Module):
     def save(self, directory: str) -> None:
         save_file(self.state_dict(), os.path.join(directory, "line.safetensors"))
 
-    def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
+    def summary(self, means: dict[str, Tensor]) -> dict[str, float | np.ndarray]:
         scalars = {name: value.item() for name, value in means.items() if not value.ndim}
-        return scalars | {"above": means["signs"][0].item(), "signs": means["signs"].sum().item()}
+        return {**scalars, "above": means["signs"][0].item(), "signs": means["signs"].sum().item()}
 
 
 LINE = functools.partial(LineTask, 0.05, 0.1)

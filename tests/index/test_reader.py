@@ -129,7 +129,7 @@ def test_fingerprint_names_the_part_that_changed(model, tmp_path):
     changes = {"tile": "tile_linear", "tail": "candidate_mlp.last", "query": "query_linear"}
     for part, name in changes.items():
         net = Matcher.load(model)
-        net.get_submodule(name).weight.data += 1
+        net.get_parameter(f"{name}.weight").data += 1
         net.save(str(tmp_path / part))
         found = fingerprint_parts(str(tmp_path / part))
         assert {key for key in own if own[key] != found[key]} == {part}

@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from cvmatch.data import schema
@@ -68,7 +69,7 @@ def test_deleted_tiles_are_given_by_no_search_and_may_come_again(model, parts, o
     assert [sorted(row) for row in index.find_nearest(tiny.queries(), 22)] == [
         list(index.live_rows)
     ] * 3
-    rows = tiny.rows(24).filter(pa.compute.field(schema.PAIR_ID) == gone[0])
+    rows = tiny.rows(24).filter(pc.field(schema.PAIR_ID) == gone[0])
     again = tiny.parts(pa.concat_tables([rows]), model, f"{output}-again")
     join(again, AddTiles(output=output))
     assert gone[0] in tiny.find_ids(Index.open(output), "exact")[0]

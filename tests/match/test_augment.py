@@ -12,6 +12,7 @@ from tests.helpers.matcher import (
     rows,
     views,
 )
+from tests.helpers.present import present
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
@@ -27,8 +28,8 @@ def test_turned_pair_has_the_polar_view_of_the_turned_tile(turns, mirror):
     expected = torch.rot90(tile, turns, (-2, -1))
     expected = expected.flip(-1) if mirror else expected
     assert torch.equal(aerial, expected)
-    assert torch.equal(synthetic, expected)
-    assert torch.equal(classes, (expected[:, 0] * 4).byte())
+    assert torch.equal(present(synthetic), expected)
+    assert torch.equal(present(classes), (expected[:, 0] * 4).byte())
 
 
 def test_blurred_by_half_lies_between_the_picture_and_its_mean():
@@ -44,13 +45,14 @@ def test_blurred_by_half_lies_between_the_picture_and_its_mean():
 
 def test_augmented_rows_turn_each_by_its_own_draw():
     batch = rows(64)
-    whole = augment(views(batch), batch["key"], seed=0, epoch=0)
-    again = augment(TowerInputs(*(v[:5] for v in views(batch))), batch["key"][:5], seed=0, epoch=0)
+    whole = [present(view) for view in augment(views(batch), batch["key"], seed=0, epoch=0)]
+    few = TowerInputs(*(present(view)[:5] for view in views(batch)))
+    again = [present(view) for view in augment(few, batch["key"][:5], seed=0, epoch=0)]
     assert all(torch.allclose(a[:5], b) for a, b in zip(whole, again, strict=True))
     assert all(v.min() >= 0 and v.max() <= 1 for v in whole[:3])
     turns = {
         (k, flip)
-        for before, after in zip(batch["synthetic_mask"], whole.synthetic_mask, strict=True)
+        for before, after in zip(batch["synthetic_mask"], whole[3], strict=True)
         for k in range(4)
         for flip in (False, True)
         if torch.equal(after, before.rot90(k).flip(-1) if flip else before.rot90(k))

@@ -15,6 +15,7 @@ from tests.helpers.matcher import (
     rows,
     views,
 )
+from tests.helpers.present import present
 
 
 @torch.no_grad()
@@ -73,8 +74,8 @@ def test_heads_loaded_without_towers_score_as_the_whole_model(tmp_path, ground_o
     assert heads.training is False
     features = {"ground": model.ground_features(seen.ground), "synthetic": None, "mask": None}
     if not ground_only:
-        features["synthetic"] = model.aerial_features(seen.synthetic)
-        features["mask"] = model.mask_features(seen.synthetic_mask)
+        features["synthetic"] = model.aerial_features(present(seen.synthetic))
+        features["mask"] = model.mask_features(present(seen.synthetic_mask))
     tile_proj = model.project_tiles(seen.aerial)
     first, second = (joint_scores(m, m.fuse(**features), tile_proj) for m in (model, heads))
     assert torch.equal(first, second)

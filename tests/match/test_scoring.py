@@ -12,6 +12,7 @@ from tests.helpers.matcher import (
     rows,
     views,
 )
+from tests.helpers.present import present
 
 
 @torch.no_grad()
@@ -19,7 +20,7 @@ def test_scores_split_equal_the_concatenated_form():
     model, seen = network(), views(rows(5))
     query = model.embed_queries(seen.ground, seen.synthetic, seen.synthetic_mask)
     scores = joint_scores(model, query, model.project_tiles(seen.aerial), chunk=3)
-    a, c = model.aerial_features(seen.synthetic), model.aerial_features(seen.aerial)
+    a, c = model.aerial_features(present(seen.synthetic)), model.aerial_features(seen.aerial)
     expected = [
         [query.embedding[i] @ joined(model, a[i], c[j]) for j in range(5)] for i in range(5)
     ]

@@ -21,6 +21,7 @@ from tests.helpers.matcher import (
     task_of,
     views,
 )
+from tests.helpers.present import present
 
 
 def test_scores_of_training_embed_every_tile_with_the_querys_own_aerial():
@@ -30,7 +31,7 @@ def test_scores_of_training_embed_every_tile_with_the_querys_own_aerial():
     joint, direct = found["joint"], found["direct"]
     seen = views(batch)
     with torch.no_grad():
-        a, c = model.aerial_features(seen.synthetic), model.aerial_features(seen.aerial)
+        a, c = model.aerial_features(present(seen.synthetic)), model.aerial_features(seen.aerial)
         whole = model.embed_queries(seen.ground, seen.synthetic, seen.synthetic_mask).embedding
         alone = model.embed_queries(seen.ground).embedding
         null = model.null_synthetic

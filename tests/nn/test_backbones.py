@@ -7,6 +7,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 from torch import nn
 
 from cvmatch.nn import backbones
@@ -184,7 +185,7 @@ def test_timm_tower_normalises_as_its_weights_expect_and_is_loaded_without_its_h
     tmp_path, monkeypatch
 ):
     model = backbones.load_tower("timm:test_vit3", backbones.RANDOM).eval()
-    known = timm.data.resolve_model_data_config(timm.create_model("test_vit3"))
+    known = resolve_model_data_config(timm.create_model("test_vit3"))
     assert (model.spec.mean, model.spec.std) == (known["mean"], known["std"])
     image = picture(160, 160)
     torch.testing.assert_close(

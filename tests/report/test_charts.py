@@ -4,6 +4,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from cvmatch.report.charts import Curve, draw_curves, draw_scatter, format_number
+from tests.helpers.present import present
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -42,7 +43,7 @@ def test_draw_curves_tick_labels_leave_room_for_the_name_of_their_axis():
         (name,) = [float(text.attrib["x"]) for text in texts if text.text == "height"]
         ticks = [text for text in texts if "text-anchor: end" in text.attrib["style"]]
         assert ticks
-        assert all(float(tick.attrib["x"]) - 5.4 * len(tick.text) > name for tick in ticks)
+        assert all(float(tick.attrib["x"]) - 5.4 * len(present(tick.text)) > name for tick in ticks)
 
 
 def test_draw_curves_points_that_are_not_finite_are_left_out():

@@ -12,5 +12,5 @@ def test_select_queries_are_the_best_the_worst_and_others_each_once():
     assert worst == [1, 5]
     assert len(others) == 2
     assert set(others) < {3, 4, 6, 7}
-    few = select_queries(rows[:3], shown=2)
+    few = select_queries(rows.head(3), shown=2)
     assert sorted(position for some in few.values() for position in some) == [0, 1, 2]

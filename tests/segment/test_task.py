@@ -9,6 +9,7 @@ import torch
 from cvmatch.data.schema import IGNORE, PALETTE
 from cvmatch.nn import metrics, rng
 from cvmatch.segment.task import SegmenterTask, augment, class_weights, cross_entropy, dice
+from tests.helpers.present import present
 from tests.helpers.segmenter import SIZE, batch_of, picture
 
 
@@ -22,7 +23,7 @@ def test_cross_entropy_ignored_pixels_have_no_gradient():
     logits = torch.randn(1, 5, 2, 2, requires_grad=True)
     mask = torch.tensor([[[0, 4], [IGNORE, 2]]], dtype=torch.uint8)
     cross_entropy(logits, mask, torch.ones(5)).backward()
-    gradient = logits.grad.abs().sum(1)[0]
+    gradient = present(logits.grad).abs().sum(1)[0]
     assert gradient[1, 0] == 0
     assert (gradient.flatten()[[0, 1, 3]] > 0).all()
 
@@ -32,7 +33,7 @@ def test_cross_entropy_all_ignored_is_zero_and_finite():
     loss = cross_entropy(logits, torch.full((1, 2, 2), IGNORE, dtype=torch.uint8), torch.ones(5))
     loss.backward()
     assert loss.item() == 0
-    assert not logits.grad.any()
+    assert not present(logits.grad).any()
 
 
 def test_cross_entropy_weights_move_the_mean_to_the_heavy_class():
@@ -67,7 +68,7 @@ def test_loss_sees_pixels_between_those_of_a_quarter_resolution_mask(task: Segme
     with torch.no_grad():
         head = task.segmenter.net.decode_head.classifier
         head.weight.zero_()
-        head.bias.copy_(torch.tensor([2.0, 0.0, 0.0, 0.0, 0.0]))
+        present(head.bias).copy_(torch.tensor([2.0, 0.0, 0.0, 0.0, 0.0]))
         losses = [task(batch_of(tile, mask))["loss"].item() for mask in (coarse, fine)]
     assert losses[1] - losses[0] == pytest.approx(2 * 15 / 16, abs=1e-4)
 

@@ -1,6 +1,7 @@
 """Training of the segmenter from rows to a published model."""
 
 import os
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +75,7 @@ def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
         train(config)
 
 
-def write_synthesized(output: str, count: int, split: str) -> None:
+def write_synthesized(output: str, count: int, split: Literal["train", "val"]) -> None:
     """Grey synthetic aerials with maps of class 4, in the form that cvmatch synthesize writes."""
     colours = images.colours_of(np.full((SIZE, SIZE), 4, dtype=np.uint8))
     grey = images.encode(np.full((SIZE, SIZE, 3), 128, dtype=np.uint8))

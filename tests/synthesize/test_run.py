@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 from mlflow import MlflowClient
+from PIL import Image
 
 from cvmatch.data import images, schema, tables
 from cvmatch.data.pairs import PairDataset
@@ -81,7 +82,7 @@ def test_synthesize_records_the_speed_of_its_stages(undisturbed):
     run = next(one for one in found if one.info.status == "FINISHED")
     rates = {name: run.data.metrics[f"rate/{name}"] for name in OPERATORS}
     assert all(rate > 0 for rate in rates.values())
-    assert run.data.tags["slowest"] == min(rates, key=rates.get)
+    assert run.data.tags["slowest"] == min(rates, key=rates.__getitem__)
 
 
 def test_synthesize_again_keeps_the_finished_output(undisturbed, config):
@@ -174,7 +175,7 @@ def test_synthesize_refuses_the_output_of_other_pictures_or_rows_at_the_same_pla
     some = next(iter(rows(settings.output)))
     (tile,) = (Path(settings.data.root) / "bingmap").glob(f"*{some}.*")
     before = tile.read_bytes()
-    images.open_image(before).transpose(0).save(tile)
+    images.open_image(before).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tile)
     with pytest.raises(ValueError, match="made from"):
         synthesize(settings)
     tile.write_bytes(before)

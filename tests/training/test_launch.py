@@ -22,6 +22,7 @@ from cvmatch import config as configs
 from cvmatch.data import images
 from cvmatch.runtime import tracking
 from cvmatch.training import checkpoints, launch
+from cvmatch.training.checkpoints import TrainResult
 from cvmatch.training.settings import TrainConfig
 from cvmatch.training.task import EpochOrder
 from tests.helpers.stage import LINE, LineTask, rename_run, rows
@@ -78,12 +79,14 @@ def test_training_asks_for_its_order_with_its_model_and_keeps_it(ray_session, fi
 
 @pytest.mark.ray
 def test_training_with_an_order_goes_on_from_where_it_stopped(ray_session, fit):
+    def train(asked: list, name: str, epochs: int) -> TrainResult:
+        config = rename_run(fit, name, epochs=epochs, schedule="constant", warmup=0.0)
+        order = EpochOrder(2, lambda model, epoch: asked.append(model) or rows(16))
+        return launch.train(LINE, rows(99), None, config, None, order)
+
     whole, parts = ([], [])
     for asked, name, stops in ((whole, "whole", [5]), (parts, "parts", [3, 5])):
-        for epochs in stops:
-            config = rename_run(fit, name, epochs=epochs, schedule="constant", warmup=0.0)
-            order = EpochOrder(2, lambda model, epoch, asked=asked: asked.append(model) or rows(16))
-            result = launch.train(LINE, rows(99), None, config, None, order)
+        *_, result = [train(asked, name, epochs) for epochs in stops]
         weights = load_file(f"{result.checkpoint}/model/line.safetensors")
         asked.append(weights["line.weight"])
     assert [bool(model) for model in parts[:-1]] == [False, True, True, True]  # 3: cut short
@@ -102,8 +105,8 @@ def test_training_of_rows_made_anew_at_their_place_is_another_run(ray_session, f
 class PictureTask(LineTask):
     """A line whose validation shows a picture."""
 
-    def summary(self, means):
-        return super().summary(means) | {"shade": np.full((2, 3, 3), 7, np.uint8)}
+    def summary(self, means: dict[str, torch.Tensor]) -> dict[str, float | np.ndarray]:
+        return {**super().summary(means), "shade": np.full((2, 3, 3), 7, np.uint8)}
 
 
 @pytest.mark.ray
