@@ -91,19 +91,19 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False)
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain(config: Any) -> dict[str, object]:
     """`config` as nested dictionaries of plain values, tuples as lists."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
-def flat(config: Any) -> dict[str, Any]:
+def flat(config: Any) -> dict[str, object]:
     """`config` as one dictionary of dotted field names, as MLflow's parameters want it."""
     return dict(_walk(plain(config), ""))
 
 
 def _replace(config: Any, changes: list[tuple[str, list[str], Any]]) -> Any:
     """Replace fields, each given by its whole path and what is left of it below `config`."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     below: dict[str, list[tuple[str, list[str], Any]]] = {}
     for whole, (name, *rest), value in changes:
         _require_field(config, whole, name)
@@ -218,7 +218,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _walk(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+def _walk(tree: Mapping[str, object], prefix: str) -> list[tuple[str, object]]:
     found = []
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
@@ -238,7 +238,7 @@ def _split_files(words: list[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _read_tree(location: str) -> dict[str, Any]:
+def _read_tree(location: str) -> dict[str, object]:
     if not location:
         raise SystemExit("--config expects the path of a YAML file, got nothing after it.")
     from cvmatch.data import storage  # noqa: PLC0415 (pyarrow, which help does not need)

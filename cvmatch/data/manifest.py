@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import safe_open
@@ -19,6 +19,24 @@ NAME = "manifest.json"
 
 _VOLATILE = {"_name_or_path", "_diffusers_version", "transformers_version"}
 """JSON keys that say where a model came from or which library saved it, not what it computes."""
+
+
+class Manifest(TypedDict):
+    """What `manifest.json` says of an output."""
+
+    cvmatch: str
+    """Version that wrote it."""
+    schema: int
+    """Version of the rows."""
+    rows: int
+    config: dict[str, Any]
+    """Settings of the job, as `config.plain` returns them."""
+    models: dict[str, str]
+    """Fingerprint of each model that made the rows, by name."""
+    source: str
+    """Location that the rows were made from."""
+    created: str
+    """Date and time, ISO 8601."""
 
 
 def fingerprint(directory: str) -> str:
@@ -77,21 +95,21 @@ def digest(plain: Any) -> str:
 def write(output: str, *, rows: int, config: Any, models: Mapping[str, str], source: str) -> None:
     """Write `<output>/manifest.json`. Write it last: its presence marks the output as complete.
 
-    `models` maps names to fingerprints; `source` is the location that the rows were made from.
+    The arguments are as in `Manifest`.
     """
-    value = {
-        "cvmatch": __version__,
-        "schema": schema.VERSION,
-        "rows": rows,
-        "config": configs.plain(config),
-        "models": dict(models),
-        "source": source,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    value = Manifest(
+        cvmatch=__version__,
+        schema=schema.VERSION,
+        rows=rows,
+        config=configs.plain(config),
+        models=dict(models),
+        source=source,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
     storage.write_json(storage.join(output, NAME), value)
 
 
-def read(output: str) -> dict[str, Any]:
+def read(output: str) -> Manifest:
     """Read the manifest of an output.
 
     Raises:
@@ -113,7 +131,7 @@ def read(output: str) -> dict[str, Any]:
     return value
 
 
-def check_model(manifest: Mapping[str, Any], name: str, directory: str) -> None:
+def check_model(manifest: Manifest, name: str, directory: str) -> None:
     """Check that the rows were made by the model in `directory`.
 
     Raises:

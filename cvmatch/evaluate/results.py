@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from cvmatch.data import storage
 
 Number = int | float
+V = TypeVar("V")
 
 FILE = "results.json"
 """Name of the file in the output directory of an evaluation."""
@@ -76,9 +77,9 @@ class RetrievalResult:
     ms: Mapping[str, Number] = field(default_factory=dict)
     """Median milliseconds of one query's search, by mode: "exact", "two-stage"."""
 
-    def to_json(self) -> Mapping[str, Any]:
+    def to_json(self) -> Mapping[str, Number | Mapping[str, Number] | None]:
         """Return the numbers under their names in results.json."""
-        tree: dict[str, Any] = {**_flatten_recalls(self.recalls)}
+        tree: dict[str, Number | Mapping[str, Number] | None] = {**_flatten_recalls(self.recalls)}
         tree |= {"median_rank": self.median_rank, "gallery": self.gallery}
         tree |= {f"one_of_ten_{name}": value for name, value in self.one_of_ten.items()}
         if self.near:
@@ -303,7 +304,7 @@ def _read_two_stage(tree: Mapping[str, Any]) -> TwoStageResult:
     return TwoStageResult(recalls=recalls, **rest)
 
 
-def _below(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _below(tree: Mapping[str, V], prefix: str) -> dict[str, V]:
     return {k.removeprefix(prefix): v for k, v in tree.items() if k.startswith(prefix)}
 
 

@@ -42,6 +42,9 @@ from cvmatch.runtime import progress, tracking
 QUERIES_FILE = "queries.parquet"
 """Name of the file with a row for each query, view and modality."""
 
+_Row = dict[str, bytes | str | float | None]
+"""A row of `schema.SYNTHESIZED`."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -157,7 +160,7 @@ def _measure_retrieval(
     return replace(result, ms=ms), ranking
 
 
-def _read_rows(location: str) -> Iterator[dict[str, Any]]:
+def _read_rows(location: str) -> Iterator[_Row]:
     for rows in read_batches(location):
         for values in zip(*rows.values(), strict=True):
             yield dict(zip(rows, values, strict=True))
@@ -166,9 +169,7 @@ def _read_rows(location: str) -> Iterator[dict[str, Any]]:
 def _ranking_table(
     ids: list[str], index: Index, view: QueryView, modality: Modality, ranking: retrieval.Ranking
 ) -> pa.Table:
-    best = [
-        [tile[schema.PAIR_ID] for tile in index.describe(rows[:5])] for rows in ranking.best.numpy()
-    ]
+    best = [[tile["pair_id"] for tile in index.describe(rows[:5])] for rows in ranking.best.numpy()]
     lone = (ranking.near_count == 0).numpy()
     return pa.table(
         {

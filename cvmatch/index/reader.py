@@ -6,7 +6,7 @@ Exact search scores all tiles, two-stage search those that FAISS finds nearest t
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import faiss
 import numpy as np
@@ -31,6 +31,15 @@ MAX_EXACT_TILES = 100_000
 """Tiles up to which `auto` scores all: docs/decisions.md#exact-search-up-to-100000-tiles"""
 
 _SPARE = 64  # tiles that are scored again in fp32, at least
+
+
+class Tile(TypedDict):
+    """A tile's name and place."""
+
+    pair_id: str
+    latitude: float | None
+    """Degrees, like the longitude; None: not known."""
+    longitude: float | None
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,8 @@ class Index:
         """pair_id of each of the `live_rows`."""
         return self.tiles[schema.PAIR_ID].take(pa.array(self.live_rows)).combine_chunks()
 
-    def describe(self, rows: Int64[np.ndarray, " row"]) -> list[dict[str, Any]]:
-        """Return pair_id, latitude and longitude of some tiles."""
+    def describe(self, rows: Int64[np.ndarray, " row"]) -> list[Tile]:
+        """Return the names and places of some tiles."""
         # Not by `take`: docs/decisions.md#names-of-tiles-are-looked-up-one-by-one
         return [self.tiles.slice(row, 1).to_pylist()[0] for row in rows.tolist()]
 

@@ -58,7 +58,7 @@ class TowerSpec:
                 f"tower: arch 'vgg' needs convolution widths in layers, got {self.layers}"
             )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what `from_json` reads: the fields that this architecture has."""
         names = ["arch"]
         if self.arch == "vgg":

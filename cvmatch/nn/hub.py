@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 from pyarrow import fs
 from transformers.utils import cached_file
@@ -14,8 +14,14 @@ from transformers.utils import logging as transformers_logging
 from cvmatch.data import storage
 
 
+class SafeArguments(TypedDict):
+    """Arguments of `from_pretrained`: safetensors only."""
+
+    use_safetensors: bool
+
+
 @contextmanager
-def from_pretrained_kwargs(name: str, flag: str) -> Iterator[dict[str, Any]]:
+def from_pretrained_kwargs(name: str, flag: str) -> Iterator[SafeArguments]:
     """Turn a failed `from_pretrained(name)` into advice.
 
         with from_pretrained_kwargs(config.clip, "--clip") as safe:
@@ -35,7 +41,7 @@ def from_pretrained_kwargs(name: str, flag: str) -> Iterator[dict[str, Any]]:
     transformers_logging.disable_progress_bar()  # weights of a laptop load in milliseconds
     transformers_logging.set_verbosity_error()  # of a new head for new classes
     try:
-        yield {"use_safetensors": True}
+        yield SafeArguments(use_safetensors=True)
     except OSError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

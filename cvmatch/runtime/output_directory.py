@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ FileCounts = tuple[int, list[FailedRow]]
 """Rows of a file, and those that failed."""
 
 
-def read_provenance(output: str) -> dict[str, Any]:
+def read_provenance(output: str) -> Mapping[str, object]:
     """Return what finished rows depend on; where no stream wrote them, the manifest's models.
 
     Raises:
@@ -59,7 +60,7 @@ class OutputDirectory:
         """Directory in which Ray Data keeps the ids of written rows."""
         return storage.join(self.partial, "checkpoint")
 
-    def begin_or_resume(self, provenance: dict[str, Any]) -> bool:
+    def begin_or_resume(self, provenance: dict[str, object]) -> bool:
         """Record what the rows depend on. Return whether the output is complete already.
 
         Raises:

@@ -28,7 +28,7 @@ class Stream:
     """What the progress calls it."""
     output: str
     """Directory of the Parquet files; what is needed to resume lies beside it."""
-    provenance: Mapping[str, Any]
+    provenance: Mapping[str, object]
     """All that the rows depend on."""
     rows: Callable[[], Dataset]
     """Makes the rows, from a Read on; called where they can resume."""

@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -186,9 +186,9 @@ def _load_actors(config: SearchFiles, index: Index, batch: int) -> list[Any]:
 def _choose_sampling(config: SearchFiles, index: Index) -> Sampling:
     """Sample as for the queries of the index, but for what is set."""
     known, settings = index.manifest.queries.sampling, vars(config)
-    chosen: dict[str, Any] = {name: known[name] for name in SAMPLING if name in known}
+    chosen = {name: known[name] for name in SAMPLING if name in known}
     chosen |= {name: settings[name] for name in SAMPLING if settings[name] is not None}
-    return Sampling(**chosen, seed=config.seed)
+    return replace(Sampling(seed=config.seed), **chosen)
 
 
 def _check_models(config: SearchFiles, index: Index) -> None:
@@ -277,10 +277,10 @@ def _describe_tiles(
         RankedTile(
             query=location,
             rank=number,
-            tile=tile[schema.PAIR_ID],
+            tile=tile["pair_id"],
             score=float(score),
-            latitude=tile[schema.LATITUDE],
-            longitude=tile[schema.LONGITUDE],
+            latitude=tile["latitude"],
+            longitude=tile["longitude"],
             modality=modality,
         )
         for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1)

@@ -54,7 +54,7 @@ class RankTiles:
         for row, error in enumerate(errors):
             count = int((ranking.rows[row] >= 0).sum()) if error is None else 0
             best = self.index.describe(ranking.rows[row][:count])
-            tiles[row] = [tile[schema.PAIR_ID] for tile in best]
+            tiles[row] = [tile["pair_id"] for tile in best]
             scores[row] = ranking.scores[row][:count].tolist()
         ids = {
             schema.PAIR_ID: batch[schema.PAIR_ID],
@@ -63,7 +63,7 @@ class RankTiles:
         return {**ids, TILES: tiles, SCORES: scores}
 
 
-def search_rows(config: SearchRows) -> dict[str, Any]:
+def search_rows(config: SearchRows) -> manifest.Manifest:
     """Write the results and a manifest; return the manifest. A whole output is left as it is.
 
     Rows that had failed before pass through, without tiles; but not if all have.
@@ -78,7 +78,7 @@ def search_rows(config: SearchRows) -> dict[str, Any]:
     return manifest.read(stream.output)
 
 
-def _stream(config: SearchRows, index: Index, source: dict[str, Any]) -> Stream:
+def _stream(config: SearchRows, index: Index, source: manifest.Manifest) -> Stream:
     settings = {name: configs.plain(config)[name] for name in ("modality", "top_k", "mode")}
     version = index.manifest.sha256
     models = {"matcher": index.manifest.model, "index": version}

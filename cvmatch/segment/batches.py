@@ -4,7 +4,6 @@ It imports no model: a task that decodes should not wait for transformers (9 s o
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,10 +50,9 @@ class Preprocess:
     @classmethod
     def read(cls, location: str) -> "Preprocess":
         """Read the preprocessing of a model directory. Raises FileNotFoundError if it has none."""
-        values: dict[str, Any] = storage.read_json(storage.join(location, FILE))
-        for name in ("mean", "std"):
-            values[name] = tuple(values[name])  # lists in JSON
-        return cls(**values)
+        values = storage.read_json(storage.join(location, FILE))
+        tuples = {name: tuple(values[name]) for name in ("mean", "std")}  # lists in JSON
+        return cls(**values | tuples)
 
     def tile(self, data: bytes) -> UInt8[np.ndarray, "3 size size"]:
         """Decode a picture at the network's size. Raises images.BadImage."""

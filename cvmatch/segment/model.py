@@ -6,7 +6,6 @@ beside the weights: a segmenter cannot be run at another size or normalisation t
 
 import dataclasses
 import os
-from typing import Any
 
 import torch
 from jaxtyping import Float, Num, UInt8
@@ -43,13 +42,14 @@ class Segmenter(nn.Module):
         """
         base = BASES.get(base, base)
         names = schema.LABELS[: preprocess.num_classes]
-        labels: dict[str, Any] = {
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-        }
         with hub.from_pretrained_kwargs(base, flag) as safe:
             net = SegformerForSemanticSegmentation.from_pretrained(
-                base, ignore_mismatched_sizes=True, dtype=torch.float32, **labels, **safe
+                base,
+                ignore_mismatched_sizes=True,
+                dtype=torch.float32,
+                id2label=dict(enumerate(names)),
+                label2id={name: index for index, name in enumerate(names)},
+                **safe,
             )
         return cls(net, preprocess)
 

@@ -7,7 +7,6 @@ until its row is written. A row that failed stays in the output with its reason 
 import logging
 from dataclasses import fields
 from functools import partial
-from typing import Any
 
 from ray.data import Dataset
 
@@ -32,7 +31,7 @@ OPERATORS = {
 _log = logging.getLogger(__name__)
 
 
-def synthesize(config: Synthesize) -> dict[str, Any]:
+def synthesize(config: Synthesize) -> manifest.Manifest:
     """Write the rows of `schema.SYNTHESIZED` and a manifest; returns the manifest.
 
     An output that is whole already is left as it is.
@@ -82,7 +81,9 @@ def _tell(run: tracking.Run, done: StreamResult) -> None:
     run.tag("slowest", done.throughput.slowest)
 
 
-def _provenance(config: Synthesize, pairs: PairDataset, models: dict[str, str]) -> dict[str, Any]:
+def _provenance(
+    config: Synthesize, pairs: PairDataset, models: dict[str, str]
+) -> dict[str, object]:
     """What the rows depend on; the number of actors and the place of the output do not count."""
     drawn, maps = config.generate, config.segment
     return {

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import ray.data
@@ -98,8 +98,8 @@ def _plan_worlds(config: MakeWorld) -> list[_WorldPlan]:
 
 
 def _write_world(
-    config: MakeWorld, root: str, places: list[_WorldPlan], row: dict[str, Any]
-) -> list[dict[str, Any]]:
+    config: MakeWorld, root: str, places: list[_WorldPlan], row: dict[str, int]
+) -> list[dict[str, str | float]]:
     """Write the files of the world that `row` counts; return a row for each pair."""
     place = places[row["id"]]
     seed = world_seed(config.seed, place.index)
