@@ -1,7 +1,7 @@
 """The demo's results.json and report.html: what each stage measured, and some searches."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from cvmatch import config as configs
 from cvmatch.data import schema, storage
 from cvmatch.demo.plan import Plan
 from cvmatch.demo.settings import Demo
-from cvmatch.evaluate.results import Recall, Results
+from cvmatch.evaluate.results import Number, Recall, Results
 from cvmatch.evaluate.run import QUERIES_FILE
 from cvmatch.match.batches import read_pair_ids
 from cvmatch.report.charts import Curve
@@ -20,7 +20,7 @@ from cvmatch.report.scores import Score, collect_scores, format_table
 from cvmatch.search.files import search_files
 from cvmatch.search.settings import SearchFiles
 from cvmatch.training.checkpoints import TrainResult
-from cvmatch.tune.run import TuneResult
+from cvmatch.tune.run import TrialSummary, TuneResult
 
 LIMITS = (
     "The embedded data set is drawn by a program. It shows that the stages work together and that "
@@ -32,8 +32,24 @@ LIMITS = (
 SHOWN = 10
 """Held-out pairs in the report."""
 
-Numbers = dict[str, Any]
-"""The tree of results.json."""
+Tree = Mapping[str, object]
+"""Numbers by name, or trees of them: see `scores.collect_scores`."""
+
+
+class Numbers(TypedDict):
+    """The tree of results.json."""
+
+    pairs: Mapping[str, int]
+    """By split."""
+    segment: Tree
+    generate: Tree
+    match: Tree
+    index: Mapping[str, int]
+    search: Mapping[str, Number]
+    tune: Tree
+    """How many trials there were, and the best one's settings and value."""
+    seconds: Mapping[str, float]
+    """Of each stage."""
 
 
 def summarize(
@@ -170,20 +186,22 @@ def _select_scores(numbers: Numbers) -> list[Score]:
     )
 
 
-def _with_intervals(recalls: Mapping[str, Recall], names: Sequence[str]) -> Numbers:
-    tree: Numbers = {}
+def _with_intervals(
+    recalls: Mapping[str, Recall], names: Sequence[str]
+) -> dict[str, Number | list[Number]]:
+    tree: dict[str, Number | list[Number]] = {}
     for name in names:
         tree[name] = recalls[name].value
         tree[f"{name}_95"] = [recalls[name].low, recalls[name].high]
     return tree
 
 
-def _describe_trial(trial: Mapping[str, Any], tuned: TuneResult) -> Trial:
+def _describe_trial(trial: TrialSummary, tuned: TuneResult) -> Trial:
     metrics = trial["metrics"]
     last = max(other["metrics"].get("epoch", 0) for other in tuned.trials)
     state = "finished" if metrics.get("epoch", 0) == last else "stopped early"
     return Trial(
-        params=trial["params"],
+        params=trial["params"] or {},
         value=metrics.get(tuned.metric, np.nan),
         state="failed" if trial["error"] else state,
     )

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypedDict
 
 import ray
 import ray.tune
@@ -37,12 +37,28 @@ _RUN_STATES = {
 }
 """MLflow's status of a trial's run, and a tag that says why."""
 
+TrialState = Literal["finished", "stopped early", "failed"]
+
+
+class TrialSummary(TypedDict):
+    """A trial of a search, as in trials.json."""
+
+    trial: str
+    """Its id."""
+    params: Mapping[str, Any] | None
+    """Dotted field -> value; None where it failed before it began."""
+    metrics: Mapping[str, int | float]
+    """Of its last epoch."""
+    error: str
+    """Why it failed, else empty."""
+    state: TrialState
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
     """What a search found."""
 
-    params: dict[str, Any]
+    params: Mapping[str, Any]
     """Dotted field -> value of the best trial."""
     metric: str
     """By what trials were compared."""
@@ -50,9 +66,8 @@ class TuneResult:
     """Whether large values of it are good."""
     value: float
     """Metric of the best trial, after its last epoch."""
-    trials: list[dict[str, Any]]
-    """All trials: `trial`, `params`, `metrics` of the last epoch, `error`, and `state`: finished,
-    stopped early or failed."""
+    trials: list[TrialSummary]
+    """All trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +181,12 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
     return result
 
 
-def _run_trial(params: dict[str, Any], search: _Search) -> None:
+def _run_trial(params: Mapping[str, Any], search: _Search) -> None:
     if os.path.isdir(search.directory):
         os.chdir(search.directory)  # Tune changed it, and the stage's locations may be relative
     session.start()  # Ray is there; but the settings of Ray Data are each process's own
     name = search.run_name(ray.tune.get_context().get_trial_id())
-    changes: dict[str, Any] = {"fit.storage": search.fits, "fit.name": name}
+    changes: dict[str, object] = {"fit.storage": search.fits, "fit.name": name}
     if not search.base.fit.workers:
         changes |= {"fit.gpus_per_worker": 0}  # Tune gave this process its GPU
     config = configs.override(
@@ -248,26 +263,26 @@ def _claim(location: str, config: Tune, base: Any, space: Mapping) -> None:
     storage.write_json(file, about)
 
 
-def _describe_trials(grid: ResultGrid, config: Tune) -> list[dict[str, Any]]:
+def _describe_trials(grid: ResultGrid, config: Tune) -> list[TrialSummary]:
     return [
-        {
-            "trial": (result.metrics or {}).get("trial_id", os.path.basename(result.path)),
-            "params": result.config,
-            "metrics": {k: v for k, v in (result.metrics or {}).items() if _is_ours(k, v)},
-            "error": str(result.error) if result.error else "",
-            "state": _state(result, config.epochs),
-        }
+        TrialSummary(
+            trial=(result.metrics or {}).get("trial_id", os.path.basename(result.path)),
+            params=result.config,
+            metrics={k: v for k, v in (result.metrics or {}).items() if _is_ours(k, v)},
+            error=str(result.error) if result.error else "",
+            state=_state(result, config.epochs),
+        )
         for result in grid
     ]
 
 
-def _state(result: Any, epochs: int) -> str:
+def _state(result: Any, epochs: int) -> TrialState:
     if result.error:
         return "failed"
     return "finished" if (result.metrics or {}).get("epoch", 0) >= epochs else "stopped early"
 
 
-def _choose_best(trials: list[dict[str, Any]], config: Tune) -> TuneResult:
+def _choose_best(trials: list[TrialSummary], config: Tune) -> TuneResult:
     metric, mode = config.goal
     scored = [t for t in trials if math.isfinite(t["metrics"].get(metric, math.nan))]
     if not scored:
@@ -277,9 +292,10 @@ def _choose_best(trials: list[dict[str, Any]], config: Tune) -> TuneResult:
         )
     sign = 1 if mode == "min" else -1
     best = min(scored, key=lambda t: sign * t["metrics"][metric])
-    value = best["metrics"][metric]
+    params, value = best["params"], best["metrics"][metric]
+    assert params is not None, "a trial that reported has begun"
     return TuneResult(
-        params=best["params"], metric=metric, maximise=mode == "max", value=value, trials=trials
+        params=params, metric=metric, maximise=mode == "max", value=value, trials=trials
     )
 
 

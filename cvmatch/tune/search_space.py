@@ -6,6 +6,7 @@ from typing import Any
 
 import ray.tune
 import yaml
+from ray.tune.search.sample import Domain
 
 from cvmatch import config as configs
 from cvmatch.data import storage
@@ -42,7 +43,7 @@ SPACES: dict[str, dict[str, dict[str, list]]] = {
 }
 """Searched by default: dotted field -> {uniform or loguniform: [low, high]} or {choice: [...]}."""
 
-_DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
+_DISTRIBUTIONS: dict[str, Callable[[list], Domain]] = {
     "uniform": lambda values: ray.tune.uniform(*values),
     "loguniform": lambda values: ray.tune.loguniform(*values),
     "choice": ray.tune.choice,
@@ -78,7 +79,7 @@ def check_space(base: Any, space: Mapping[str, Any]) -> None:
         raise ValueError("space: expected at least one field, got none.")
 
 
-def to_tune(space: Mapping[str, Mapping[str, list]]) -> dict[str, Any]:
+def to_tune(space: Mapping[str, Mapping[str, list]]) -> dict[str, Domain]:
     """Return the space in Ray Tune's own distributions."""
     return {
         field: _DISTRIBUTIONS[kind](values)
@@ -87,7 +88,7 @@ def to_tune(space: Mapping[str, Mapping[str, list]]) -> dict[str, Any]:
     }
 
 
-def nest(params: Mapping[str, Any]) -> dict[str, Any]:
+def nest(params: Mapping[str, object]) -> dict[str, object]:
     """Turn `{"fit.seed": 1}` into `{"fit": {"seed": 1}}`, as --config files are."""
     tree: dict[str, Any] = {}
     for path, value in params.items():
