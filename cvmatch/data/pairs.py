@@ -13,7 +13,7 @@ import logging
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -125,13 +125,15 @@ def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(F
 
     Of the columns in FILES only `pictures`; what is wrong with the others is not seen.
     """
-    columns: dict[str, Any] = {name: rows[name] for name in (PAIR_ID, LATITUDE, LONGITUDE)}
+    columns: dict[str, pa.ChunkedArray | list] = {
+        name: rows[name] for name in (PAIR_ID, LATITUDE, LONGITUDE)
+    }
     errors: list[str | None] = [None] * len(rows)
     for column in pictures:
         files = rows[FILES[column]].to_pylist()
-        columns[column] = []
-        for index, (data, why) in enumerate(_fetch(root, files)):
-            columns[column].append(data)
+        contents = list(_fetch(root, files))
+        columns[column] = [data for data, _ in contents]
+        for index, (_, why) in enumerate(contents):
             if why and errors[index] is None:
                 errors[index] = f"{column} {files[index]}: {why}"
     columns[ERROR] = errors
