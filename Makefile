@@ -24,7 +24,7 @@ install: .venv/.installed ## make .venv with the versions of constraints.txt (th
 demo: install ## the whole pipeline on embedded data, in minutes, with no download: ends in demo/report.html
 	$(BIN)/cvmatch demo
 
-test: install ## all tests but the slow ones (pytest -m slow: what the documents type, deaths, resume and DDP)
+test: install ## all tests but the slow ones (pytest -m slow: deaths, resume and DDP)
 	$(BIN)/pytest -m "not slow"
 
 check: install ## lint, format and types

@@ -9,8 +9,7 @@ import pytest
 
 from cvmatch import cli
 
-# Slow, since the commands of README.md are typed first: minutes on two quiet cores.
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray  # the commands of README.md are typed first
 
 
 @pytest.fixture

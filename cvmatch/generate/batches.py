@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 import torch
 from jaxtyping import Bool, Float, UInt8
 from ray.data import Dataset
+from ray.data.expressions import col
 from torch import Tensor
 
 from cvmatch.data import images, schema, storage
@@ -74,11 +74,11 @@ def read_latents(directory: str) -> Dataset:
         path,
         filesystem=filesystem,
         file_extensions=["parquet"],
-        filter=pc.field(schema.ERROR).is_null(),
         # Else Ray splits the rows of few files into 200 blocks, and makes a task of each.
         override_num_blocks=len(files),
     )
-    return rows.map_batches(to_tensors, batch_size=_READ_ROWS)
+    good = rows.filter(expr=col(schema.ERROR).is_null())
+    return good.map_batches(to_tensors, batch_size=_READ_ROWS)
 
 
 def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -42,7 +42,6 @@ SETTINGS = {command.name: cli.settings_of(command) for command in cli.COMMANDS}
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_of_a_document_runs_as_it_stands_there(document, readme):
     if document != README:  # that is the fixture
@@ -50,7 +49,6 @@ def test_every_command_of_a_document_runs_as_it_stands_there(document, readme):
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_what_the_commands_made_is_there(readme):
     at = readme.folder
     answers = pa.concat_tables(tables.batches(str(at / "data" / "found"), ["tiles"]))

@@ -12,6 +12,7 @@ from cvmatch.tune import run as tune
 from cvmatch.tune import search_space
 from cvmatch.tune.settings import Tune
 from tests.helpers import stage as tiny_stage
+from tests.helpers.present import present
 from tests.helpers.stage import TrainLine
 
 SPACE = {"lr": {"loguniform": [0.01, 0.5]}, "fit.clip_norm": {"choice": [0.0, 10.0]}}
@@ -121,7 +122,7 @@ def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, 
     scores = {t["metrics"]["val/loss"]: t["params"] for t in result.trials}
     assert result.value == min(scores)
     assert result.params == scores[min(scores)]
-    assert all(0.01 <= t["params"]["lr"] <= 0.5 for t in result.trials)
+    assert all(0.01 <= present(t["params"])["lr"] <= 0.5 for t in result.trials)
     assert not any(t["error"] for t in result.trials)
     epochs = sorted(t["metrics"]["epoch"] for t in result.trials)
     assert epochs[-1] == 4
@@ -135,7 +136,7 @@ def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, 
     # A trial's metrics are those of an ordinary training with its settings.
     whole = next(t for t in result.trials if t["metrics"]["epoch"] == 4)
     changes = {"fit.epochs": 4, "output": str(tmp_path / "line"), "fit.storage": str(tmp_path)}
-    alone = tiny_stage.train(configs.override(base, whole["params"] | changes))
+    alone = tiny_stage.train(configs.override(base, {**present(whole["params"]), **changes}))
     assert alone.metrics == whole["metrics"]
     calls = (tmp_path / "calls").read_text().split()
     client = MlflowClient(tracking.tracking_uri())
