@@ -7,7 +7,7 @@ The names below are those that a person uses in a notebook; each is loaded when 
         print(result.query, result.tiles[0])
 
 The stages, in pipeline order: `generate`, `segment`, `match`, `index`, `search`; around them
-`tune`, `evaluate`, `report`. `docs/architecture.md` draws the pipeline and the tree.
+`tune`, `evaluate`, `report`. `README.md` draws the pipeline, `docs/architecture.md` the tree.
 """
 
 import importlib

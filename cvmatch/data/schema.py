@@ -125,6 +125,14 @@ def failed_rows(table: pa.Table) -> pa.Table:
     return table.filter(~pc.field(ERROR).is_null(nan_is_null=True))
 
 
+_LETTERS = {"G": GROUND, "A": SYNTHETIC, "S": SYNTHETIC_CLASSES}
+
+
+def query_columns(modality: str) -> list[str]:
+    """Return the columns of the pictures that a query of a modality, such as "G+A", consists of."""
+    return [_LETTERS[letter] for letter in modality.split("+")]
+
+
 def require(present: Iterable[str], needed: Iterable[str], where: str) -> None:
     """Check that rows carry what a stage reads.
 
@@ -136,7 +144,7 @@ def require(present: Iterable[str], needed: Iterable[str], where: str) -> None:
     if missing:
         raise ValueError(
             f"{where}: expected columns {missing}, got only {sorted(have)}. "
-            "Run the stage that adds them first (see the table of stages in README.md)."
+            "Run the stage that adds them first (see the table of rows in docs/cvusa.md)."
         )
 
 

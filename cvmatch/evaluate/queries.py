@@ -109,8 +109,8 @@ def _embed_synthetic(
 
 
 def _require_pictures(rows: dict[str, list], letters: set[str]) -> None:
-    columns = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
-    lacking = sorted(columns[letter] for letter in {"G", *letters} if None in rows[columns[letter]])
+    columns = schema.query_columns("+".join(sorted({"G", *letters})))
+    lacking = sorted(name for name in columns if None in rows[name])
     if lacking:
         raise ValueError(
             f"evaluate: expected {lacking} in every row, got none in some rows of "

@@ -9,6 +9,7 @@
     matcher/<fingerprint>/    copy of the matcher's directory
     check_samples/<sha>.parquet  some tiles' pictures, to embed again (`verify`)
     deleted/<sha>.npy         rows that no search returns
+    LOCK, .staging-*/, building/  of publications and builds that run, or were killed
 
 A reader never sees half an index, and keeps the version that it opened (`versions`).
 """

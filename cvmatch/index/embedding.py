@@ -195,8 +195,7 @@ def _read_origin(location: str) -> QueryOrigin:
 
 
 def _embed(location: str, model: str, modality: Modality, ids: list[str]) -> Query:
-    names = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
-    pictures = [names[letter] for letter in modality.split("+")]
+    pictures = schema.query_columns(modality)
     columns = [schema.PAIR_ID, *pictures, schema.ERROR]
     embed, parts = EmbedQuery(model, modality), []
     for table in tables.batches(location, columns):

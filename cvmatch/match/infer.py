@@ -77,12 +77,13 @@ class EmbedQuery:
         config = self.model.config
         side = (config.tile_size, config.tile_size)
         every = {
-            "G": (schema.GROUND, lambda data: images.decode(data, config.panorama)),
-            "A": (schema.SYNTHETIC, lambda data: images.decode(data, side)),
-            "S": (schema.SYNTHETIC_CLASSES, lambda data: images.decode_ids(data, side)),
+            "G": lambda data: images.decode(data, config.panorama),
+            "A": lambda data: images.decode(data, side),
+            "S": lambda data: images.decode_ids(data, side),
         }
         letters = self.modality.split("+")
-        decoders = dict(every[letter] for letter in letters)
+        columns = schema.query_columns(self.modality)
+        decoders = {name: every[letter] for name, letter in zip(columns, letters, strict=True)}
         good, errors, pictures = _decode(batch, decoders, "embed query")
         embedding = np.zeros((len(errors), config.hidden), dtype=np.float32)
         query_proj = np.zeros((len(errors), config.hidden), dtype=np.float32)

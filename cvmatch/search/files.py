@@ -258,7 +258,7 @@ def _warn_failed(errors: Mapping[str, str], total: int) -> None:
 
 
 def _make_batch(panoramas: Sequence[_Panorama]) -> Batch:
-    """Make a batch as `ingest` does. The file's stem is the id, which the generator's noise
+    """Make a batch of rows. The file's stem is the id, which the generator's noise
     follows: a panorama of a data set gets the same synthetic aerial here as there."""
     stems = [os.path.splitext(os.path.basename(one.location))[0] for one in panoramas]
     columns = {

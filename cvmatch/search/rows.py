@@ -97,8 +97,7 @@ def _stream(config: SearchRows, index: Index, source: manifest.Manifest) -> Stre
 
 
 def _rows(config: SearchRows, index: Index) -> ray.data.Dataset:
-    pictures = [schema.GROUND, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES]
-    columns = [schema.PAIR_ID, *pictures[: len(config.modality.split("+"))], schema.ERROR]
+    columns = [schema.PAIR_ID, *schema.query_columns(config.modality), schema.ERROR]
     filesystem, path = storage.resolve(config.rows)
     rows: Any = ray.data.read_parquet(
         path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]

@@ -12,6 +12,7 @@ import yaml
 
 from cvmatch import cli, config
 from cvmatch.data import tables
+from cvmatch.tune import search_space
 from tests.helpers.documents import (
     DOCUMENTS,
     README,
@@ -100,6 +101,12 @@ def test_commands_of_make_and_ray_that_are_not_typed_are_known_to_them():
             own = words[: words.index("--")] if "--" in words else words
             flags = [word for word in own if word.startswith("--")]
             assert all(flag in told.stdout for flag in flags), (command, told.stdout)
+
+
+def test_search_space_that_the_documents_show_is_one_of_the_matchers_training():
+    document = ROOT / "docs" / "tuning.md"
+    (space,) = [yaml.safe_load(text) for kind, text in blocks(document) if kind == "yaml"]
+    search_space.check_space(search_space.load_settings("matcher", ""), space)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -27,7 +27,7 @@ UNTYPED = {
     "make test": "is what runs this",
     "make install": "made what runs this",
     "make check": "continuous integration runs it beside the tests",
-    "ray up": "starts machines in a cloud: tests/test_cluster.py checks the file",
+    "ray up": "starts machines in a cloud: tests/runtime/test_cluster.py checks the file",
     "ray dashboard": "needs that cluster",
     "ray get-auth-token": "writes the token of whoever types it",
     "ray job submit": "needs that cluster: the job's own flags are parsed",

@@ -14,24 +14,26 @@ from tests.helpers import index as tiny
 
 
 @pytest.mark.ray
-def test_search_rows_on_ray_gives_what_a_search_here_gives(ray_session, index, tmp_path):
+@pytest.mark.parametrize(("modality", "read"), [("G", schema.GROUND), ("A", schema.SYNTHETIC)])
+def test_search_rows_on_ray_gives_what_a_search_here_gives(
+    ray_session, index, tmp_path, modality, read
+):
     rows = tiny.rows(7)
-    broken = rows[schema.GROUND].to_pylist()
+    broken = rows[read].to_pylist()
     broken[3] = b"no picture"
-    column = rows.column_names.index(schema.GROUND)
-    location = tiny.write(
-        rows.set_column(column, schema.GROUND, pa.array(broken)), f"{tmp_path}/rows"
-    )
+    rows = rows.set_column(rows.column_names.index(read), read, pa.array(broken))
+    unread = [name for name in (schema.GROUND, schema.SYNTHETIC) if name != read]
+    location = tiny.write(rows.drop_columns(unread), f"{tmp_path}/rows")
     folder = index.matcher_dir.split("/matcher/")[0]
     config = SearchRows(
-        rows=location, index=folder, output=str(tmp_path / "found"), modality="G", top_k=4
+        rows=location, index=folder, output=str(tmp_path / "found"), modality=modality, top_k=4
     )
     assert search_rows(config)["rows"] == 7
     written = pa.concat_tables(
         tables.batches(config.output, ["pair_id", "tiles", "scores", "error"])
     )
     written = written.sort_by("pair_id").to_pylist()
-    batch = EmbedQuery(index.matcher_dir, "G")(tiny.columns(rows))
+    batch = EmbedQuery(index.matcher_dir, modality)(tiny.columns(rows))
     ranked = rank(index, as_query(batch, index), top_k=4)
     for number, row in enumerate(written):
         if number == 3:
