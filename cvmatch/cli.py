@@ -58,7 +58,7 @@ def main(command: str = "", argv: Sequence[str] | None = None) -> None:
         kept = one.kept(config) if config is not None else "Nothing was begun."
         _exit(INTERRUPTED, f"cvmatch {one.name}: interrupted. {kept}")
     except Exception as error:
-        if not _is_wrong_input(error):
+        if not is_wrong_input(error):
             raise
         _exit(WRONG_INPUT, f"cvmatch {one.name}: {error}")
 
@@ -84,7 +84,7 @@ def _run(command: Command, config: Any) -> None:
         print(json.dumps(answer))
 
 
-def _is_wrong_input(error: Exception) -> bool:
+def is_wrong_input(error: Exception) -> bool:
     """Whether an error says what is wrong with the input: raised here on purpose, or a file is
     missing. All others are defects, which need their traceback."""
     if isinstance(error, FileNotFoundError):

@@ -28,8 +28,8 @@ _FILES = Annotated[
     tyro.conf.UseAppendAction,
     tyro.conf.arg(
         metavar="FILE",
-        help="YAML file of these flags (`fit: {lr: 1e-4}` is --fit.lr 1e-4). The later file wins, "
-        "and a flag wins over all files.",
+        help="YAML file of these flags (`fit: {epochs: 5}` is --fit.epochs 5). The later file "
+        "wins, and a flag wins over all files.",
     ),
 ]
 
@@ -48,7 +48,8 @@ def parse(config: type[C], argv: list[str] | None = None, prog: str | None = Non
         prog: Name of the command in its help.
 
     Raises:
-        SystemExit: help was asked for, or a word or a field of a file is wrong; says which.
+        SystemExit: help was asked for, or a word is no flag; says which.
+        ValueError: a file, or a field of it, is wrong; says which.
     """
     files, words = _split_files(list(sys.argv[1:] if argv is None else argv))
     default = _unchecked(config)
@@ -207,7 +208,7 @@ def _convert(value: Any, kind: Any, file: str, path: str) -> Any:
 
 
 def _refuse(file: str, path: str, expected: str, value: Any) -> NoReturn:
-    raise SystemExit(f"{file}: {path}: expected {expected}, got {value!r:.80}.")
+    raise ValueError(f"{file}: {path}: expected {expected}, got {value!r:.80}.")
 
 
 def _plain(value: Any) -> Any:
@@ -240,15 +241,15 @@ def _split_files(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _read_tree(location: str) -> dict[str, object]:
     if not location:
-        raise SystemExit("--config expects the path of a YAML file, got nothing after it.")
+        raise ValueError("--config expects the path of a YAML file, got nothing after it.")
     from cvmatch.data import storage  # noqa: PLC0415 (pyarrow, which help does not need)
 
     try:
         tree = yaml.safe_load(storage.read_text(location)) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise SystemExit(f"--config {location}: {error}") from None
+        raise ValueError(f"--config {location}: {error}") from None
     if not isinstance(tree, dict):
-        raise SystemExit(f"{location}: expected a YAML mapping of fields, got {tree!r:.80}.")
+        raise ValueError(f"{location}: expected a YAML mapping of fields, got {tree!r:.80}.")
     return tree
 
 

@@ -99,6 +99,15 @@ def test_command_with_an_unknown_flag_stops_with_an_error(name, capsys):
     assert "no-such-flag" in message
 
 
+def test_wrong_settings_file_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_text("fit: {epochs: many}")
+    code, message = failed(["train-matcher", "--config", f"{tmp_path}/wrong.yaml"], capsys)
+    assert code == cli.WRONG_INPUT
+    assert message.startswith("cvmatch train-matcher: ")
+    assert "fit.epochs: expected a value of type int, got 'many'" in message
+    assert len(message.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -1,6 +1,6 @@
 """A CVUSA root and a split -> rows keyed by pair_id, with encoded pictures (`schema.PAIRS`).
 
-The driver plans from CSVs and listings (`layout`). A Ray Data job decodes every picture once, and
+The driver plans from CSVs and listings (`cvusa`). A Ray Data job decodes every picture once, and
 leaves `pairs.parquet` (usable rows: paths, positions), `rejected.jsonl` (the others and why) and
 `ingest.json` (counts) in the cache. Streams start at a Read of `pairs.parquet`, so that Ray Data's
 checkpoints can resume them, and fetch the pictures block by block.

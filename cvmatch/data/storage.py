@@ -120,13 +120,6 @@ def write_json(location: str, value: Any) -> None:
     write_text(location, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def make_directory(location: str) -> str:
-    """Create a directory and its parents; return `location`."""
-    filesystem, path = resolve(location)
-    filesystem.create_dir(path, recursive=True)
-    return location
-
-
 def remove(location: str) -> None:
     """Delete a directory and all in it, or nothing where there is none."""
     if is_directory(location):

@@ -33,7 +33,7 @@ class Difficulty:
 
 @dataclass(frozen=True, kw_only=True)
 class MakeWorld:
-    """Write an embedded CVUSA: `python -m cvmatch.demo.procedural --output data/demo`."""
+    """Write an embedded CVUSA: `cvmatch demo-data --output data/demo`."""
 
     output: str = "data/world"
     """Directory, or a URI that cvmatch.data.storage opens; all nodes must reach it."""

@@ -37,7 +37,7 @@ from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
 from cvmatch.match.task import IDS, read_training_ids
-from cvmatch.runtime import progress, tracking
+from cvmatch.runtime import hardware, progress, tracking
 
 QUERIES_FILE = "queries.parquet"
 """Name of the file with a row for each query, view and modality."""
@@ -69,6 +69,7 @@ def evaluate(config: Evaluate) -> Results:
         )
     check_unseen(ids, index.matcher_dir)
     truth = find_true_rows(ids, index)
+    hardware.keep_freed_memory()
     model = Matcher.load(index.matcher_dir, index.device)
     with tracking.start("evaluate", config) as run:
         queries = embed_queries(config, model)

@@ -92,7 +92,7 @@ class Generate(Sampling):
     """Sample synthetic aerials with a trained generator."""
 
     model: str = "models/generator"
-    """Local directory that train_generator published."""
+    """Local directory that train-generator published."""
     pool: Pool = field(default_factory=lambda: Pool(batch=32, calls=2))
     """Actors."""
 
@@ -143,7 +143,7 @@ class GeneratorLossConfig:
     def __post_init__(self) -> None:
         if self.image_rows < 1:
             raise ValueError(
-                f"train_generator: expected image_rows of at least 1, got {self.image_rows}; to "
+                f"train-generator: expected image_rows of at least 1, got {self.image_rows}; to "
                 "leave these losses out, set clip_weight and lpips_weight to 0."
             )
 
@@ -189,11 +189,11 @@ class TrainGenerator(GeneratorLossConfig, Encode):
         for name in ("conditioning_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
-                    f"train_generator: expected {name} in [0, 1), got {getattr(self, name)}."
+                    f"train-generator: expected {name} in [0, 1), got {getattr(self, name)}."
                 )
         if not self.bev_weight and self.conditioning.low_freq_cells:
             raise ValueError(
-                "train_generator: expected bev_weight above 0, since sampling follows the BEV "
+                "train-generator: expected bev_weight above 0, since sampling follows the BEV "
                 "map's colours, got 0: they would stay random. Or set "
                 "--conditioning.low-freq-cells 0."
             )

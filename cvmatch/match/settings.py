@@ -77,24 +77,24 @@ class MatcherLossConfig:
     def __post_init__(self) -> None:
         if not all(0 <= share <= 1 for share in self.modality_dropout):
             raise ValueError(
-                "train_matcher: modality_dropout are shares in [0, 1], got "
+                "train-matcher: modality_dropout are shares in [0, 1], got "
                 f"{self.modality_dropout}."
             )
         if not 0 < self.margin <= 2:
-            raise ValueError(f"train_matcher: margin is in (0, 2], got {self.margin}.")
+            raise ValueError(f"train-matcher: margin is in (0, 2], got {self.margin}.")
         if not 0 < self.fov <= 360:
-            raise ValueError(f"train_matcher: fov is in (0, 360] degrees, got {self.fov}.")
+            raise ValueError(f"train-matcher: fov is in (0, 360] degrees, got {self.fov}.")
         if self.chunk < 0:
-            raise ValueError(f"train_matcher: expected chunk of at least 0, got {self.chunk}.")
+            raise ValueError(f"train-matcher: expected chunk of at least 0, got {self.chunk}.")
         weights = (self.joint_weight, self.direct_weight)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(
-                "train_matcher: expected joint_weight and direct_weight of at least 0, one of them "
+                "train-matcher: expected joint_weight and direct_weight of at least 0, one of them "
                 f"above, got {self.joint_weight:g} and {self.direct_weight:g}."
             )
         if self.limits_view and self.joint:
             raise ValueError(
-                "train_matcher: A and S are made from the whole, aligned panorama, so that limited "
+                "train-matcher: A and S are made from the whole, aligned panorama, so that limited "
                 f"views need G alone: expected joint_weight 0 with fov {self.fov:g} and "
                 f"unknown_heading {self.unknown_heading}, got {self.joint_weight:g}."
             )
@@ -121,7 +121,8 @@ class TrainMatcher(MatcherShape, MatcherLossConfig):
     tower: str = "vgg16"
     """Backbone of the towers: a torchvision model, timm:NAME, or a local tower directory."""
     weights: str = ""
-    """Local .safetensors or .pth file of its weights; empty: its own, or those of its hub."""
+    """Local .safetensors or .pth file of its weights, or a directory that holds one; empty: its own,
+    or those of its hub."""
     grid: tuple[int, int] | None = None
     """Rows and columns of features that the head of a tower directory sees; None: its own."""
     hard_negatives_every: int = 0
@@ -137,12 +138,12 @@ class TrainMatcher(MatcherShape, MatcherLossConfig):
         MatcherLossConfig.__post_init__(self)
         if self.hard_negatives_every < 0:
             raise ValueError(
-                "train_matcher: expected hard_negatives_every >= 0, got "
+                "train-matcher: expected hard_negatives_every >= 0, got "
                 f"{self.hard_negatives_every}."
             )
         if self.hard_negatives_every and "://" in self.fit.storage:
             raise ValueError(
-                "train_matcher: the search for near pairs loads the model of the last checkpoint: "
+                "train-matcher: the search for near pairs loads the model of the last checkpoint: "
                 "expected a fit.storage that all nodes mount with hard_negatives_every, got "
                 f"{self.fit.storage!r}."
             )
@@ -153,7 +154,7 @@ class Embed:
     """Embed tiles or queries with a trained matcher."""
 
     model: str = "models/matcher"
-    """Local directory that train_matcher published."""
+    """Local directory that train-matcher published."""
     modality: Modality = "G+A+S"
     """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
     pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32))

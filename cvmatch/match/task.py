@@ -178,7 +178,7 @@ def read_training_ids(directory: str) -> frozenset[str]:
     location = storage.join(directory, IDS)
     if not storage.exists(location):
         raise ValueError(
-            f"{directory}: expected {IDS}, which train_matcher writes, found none. "
+            f"{directory}: expected {IDS}, which train-matcher writes, found none. "
             "Train the matcher again."
         )
     text = storage.read_text(location)

@@ -36,7 +36,7 @@ def train(config: TrainMatcher) -> TrainResult:
     ids = read_pair_ids(config.pairs)
     if config.val and (both := set(ids).intersection(read_pair_ids(config.val))):
         raise ValueError(
-            f"train_matcher: expected validation pairs apart from training, got {len(both)} "
+            f"train-matcher: expected validation pairs apart from training, got {len(both)} "
             f"in both {config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
         )
     order = _hard_negative_order(config, rows) if config.hard_negatives_every else None

@@ -317,7 +317,8 @@ def _read_state(path: str) -> Mapping[str, Tensor]:
         path = next((file for file in files if os.path.isfile(file)), path)
     if not os.path.isfile(path):
         raise ValueError(
-            f"tower weights {path!r}: no such file (a .safetensors or .pth state dict)."
+            f"tower weights {path!r}: expected a .safetensors or .pth state dict, or a directory "
+            "that holds one, got neither."
         )
     if path.endswith(".safetensors"):
         return load_file(path)
@@ -337,8 +338,8 @@ def _download(name: str) -> Mapping[str, Tensor]:
     except OSError as error:
         raise ValueError(
             f"tower {name!r}: cannot download {url} ({error}). Download it on another machine and "
-            f"copy it into {torch.hub.get_dir()}/checkpoints, or name a local file of weights "
-            "(--weights), or a local tower directory in its place."
+            f"copy it into {torch.hub.get_dir()}/checkpoints, or name a local "
+            "tower directory, or a local file of weights, in its place."
         ) from error
 
 

@@ -180,6 +180,8 @@ class FailureRateGuard:
     def __init__(self, directory: OutputDirectory, total: int, max_share: float) -> None:
         self.directory, self.total, self.max_share = directory, total, max_share
         self.next = 0.0
+        self.error: ValueError | None = None
+        """What it raised."""
 
     def __call__(self, _: Any) -> None:
         """Check every `GUARD_S` seconds.
@@ -190,7 +192,11 @@ class FailureRateGuard:
         if time.monotonic() >= self.next:
             self.next = time.monotonic() + GUARD_S
             self.directory.refresh(running=True)
-            self.directory.check_failure_rate(self.total, self.max_share)
+            try:
+                self.directory.check_failure_rate(self.total, self.max_share)
+            except ValueError as error:
+                self.error = error
+                raise
 
 
 def _count(location: str) -> FileCounts:

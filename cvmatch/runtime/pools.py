@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvmatch.runtime import internals, session
@@ -56,10 +57,18 @@ def map_tasks(
         items: its arguments.
         cpus: logical CPUs of a task.
         on_this_node: whether the tasks need this node's files.
+
+    Raises:
+        ValueError: as a task does.
     """
     strategy: Any = _affinity() if on_this_node else "DEFAULT"
     remote = ray.remote(num_cpus=cpus, max_retries=3, scheduling_strategy=strategy)(function)
-    return ray.get([remote.remote(item) for item in items])
+    try:
+        return ray.get([remote.remote(item) for item in items])
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError):  # of the input, not of the code: in a line
+            raise ValueError(str(error.cause)) from error
+        raise
 
 
 def preflight(pools: Mapping[str, Pool]) -> None:
@@ -79,7 +88,7 @@ def preflight(pools: Mapping[str, Pool]) -> None:
         sum(cpus.values()) + spare,
         sum(gpus.values()),
         f"Pools of {sum(cpus.values()):g} CPUs and {spare:g} more to read and write",
-        " and ".join(f"--{name}.cpus" for name in cpus),
+        " and ".join(f"--{name}.cpus" for name in cpus) or "this job's workers",
         " and ".join(f"--{name}.gpus" for name, count in gpus.items() if count),
     )
 
@@ -125,6 +134,12 @@ def cluster_capacity(resource: str) -> float:
         session.start()
     now = ray.cluster_resources().get(resource, 0.0)
     return max(now, float(internals.max_cluster_resources().get(resource, 0.0)))
+
+
+def free_gpus() -> float:
+    """Return how many GPUs of the cluster, as large as it is now, nothing has taken."""
+    session.start()
+    return float(int(ray.available_resources().get("GPU", 0.0)))
 
 
 def _affinity() -> NodeAffinitySchedulingStrategy:

@@ -128,6 +128,12 @@ def _run(stream: Stream, directory: OutputDirectory, throughput: StageThroughput
         progress.watch(stream.label, total, lambda: directory.rows, throughput.summary),
         call_each_step(rows, throughput.update, guard),
     ):
-        rows.write_parquet(path, filesystem=filesystem)
+        try:
+            rows.write_parquet(path, filesystem=filesystem)
+        except ValueError as error:
+            if error is not guard.error:
+                raise
+            # Ray takes the traceback from it, which would tell an error of the input from a defect.
+            raise ValueError(str(error)) from None
         directory.refresh()
     return total

@@ -23,7 +23,8 @@ def call_each_step(rows: Dataset, *callbacks: StepCallback) -> Iterator[None]:
     One that raises ends the stream with its exception.
     """
     classes = internals.callback_classes(rows.context)
-    internals.set_callback_classes(rows.context, classes and [*classes, _StepCallbacks])
+    if classes is not None:
+        internals.set_callback_classes(rows.context, [*classes, _StepCallbacks])
     token = _step_callbacks.set(callbacks)
     try:
         yield

@@ -14,7 +14,7 @@ from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import Mode
 from cvmatch.match.infer import EmbedQuery, embed_queries
 from cvmatch.match.settings import Embed
-from cvmatch.runtime import pools
+from cvmatch.runtime import hardware, pools
 from cvmatch.runtime.stream import Stream, write_stream
 from cvmatch.search.files import as_query
 from cvmatch.search.settings import SearchRows
@@ -42,6 +42,7 @@ class RankTiles:
     """`embedding`, `query_proj` -> `tiles`, `scores`: lists, empty where a row has an `error`."""
 
     def __init__(self, index: str, version: str, top_k: int, mode: Mode) -> None:
+        hardware.keep_freed_memory()
         self.index, self.top_k = Index.open(index, version=version), top_k
         self.mode: Mode = mode
 

@@ -48,7 +48,7 @@ class TrainSegmenter:
         check_disjoint(self.data, self.held_out)
         if not 0 < self.synthesized_share <= 1:
             raise ValueError(
-                "train_segmenter: synthesized_share is a share in (0, 1], got "
+                "train-segmenter: synthesized_share is a share in (0, 1], got "
                 f"{self.synthesized_share}. For none, leave out --synthesized."
             )
 
@@ -65,7 +65,7 @@ class Segment:
     """Segment the aerial pictures of rows."""
 
     model: str = "models/segmenter"
-    """Local directory that train_segmenter published."""
+    """Local directory that train-segmenter published."""
     source: Literal["synthetic", "aerial"] = "synthetic"
     """Column of the pictures: the generated ones, or the true ones."""
     flip: bool = False

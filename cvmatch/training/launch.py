@@ -155,7 +155,7 @@ def preflight(fit: TrainConfig) -> None:
 def actors(fit: TrainConfig, batch: int, purpose: str) -> Pool:
     """Return as many actors as a training has workers, with their GPUs, for when it does not run.
 
-    Without workers, that is one actor, with a GPU if there is one.
+    Without workers, that is one actor, with a GPU if one is free (a trial holds its own).
 
     Args:
         fit: settings of the training.
@@ -165,7 +165,7 @@ def actors(fit: TrainConfig, batch: int, purpose: str) -> Pool:
     Raises:
         ValueError: the cluster is too small for them.
     """
-    gpus = fit.gpus_per_worker if fit.workers else min(1.0, pools.cluster_capacity("GPU"))
+    gpus = fit.gpus_per_worker if fit.workers else min(1.0, pools.free_gpus())
     pool = Pool(size=max(1, fit.workers), batch=batch, gpus=gpus, label=fit.label or None)
     pools.require_resources(
         pool.size * pool.cpus + pools.READERS + pools.FILTER,
@@ -317,7 +317,7 @@ def _steps(rows: int, fit: TrainConfig) -> int:
     if share < min(2, fit.share):
         raise ValueError(
             f"training rows: expected at least 2 for each worker, got {rows} in all. Check the "
-            "location and the limit (this job's flag that ends in .limit)."
+            "location and the limit, if it has one (this job's flag that ends in .limit)."
         )
     return share // fit.share + (share % fit.share > 1)
 

@@ -136,7 +136,7 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
     search_space.check_space(base, space)
     fit: TrainConfig = base.fit
     metric = config.goal[0]
-    if metric.startswith("val/") and not base.val:
+    if metric.startswith("val/") and not getattr(base, "held_out", base.val):
         raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints banners when silent, too
     _preflight(config, fit)
@@ -174,11 +174,17 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
             raise KeyboardInterrupt  # Tune takes Ctrl-C, saves its state, and returns
         result = _choose_best(trials, config)
         # All settings: the file alone trains the best again. A name would be that of another run.
-        best = configs.dump(configs.override(base, {**result.params, "fit.name": ""}))
+        changes = {**result.params, **_alone(base), "fit.name": ""}
+        best = configs.dump(configs.override(base, changes))
         _write(result, best, config.output)
         parent.metrics({f"best/{metric}": result.value})
         parent.text(best, BEST)
     return result
+
+
+def _alone(base: Any) -> dict[str, object]:
+    """Return what differs without workers: Tune gives the GPU of a trial to its process."""
+    return {} if base.fit.workers else {"fit.gpus_per_worker": 0}
 
 
 def _run_trial(params: Mapping[str, Any], search: _Search) -> None:
@@ -186,9 +192,7 @@ def _run_trial(params: Mapping[str, Any], search: _Search) -> None:
         os.chdir(search.directory)  # Tune changed it, and the stage's locations may be relative
     session.start()  # Ray is there; but the settings of Ray Data are each process's own
     name = search.run_name(ray.tune.get_context().get_trial_id())
-    changes: dict[str, object] = {"fit.storage": search.fits, "fit.name": name}
-    if not search.base.fit.workers:
-        changes |= {"fit.gpus_per_worker": 0}  # Tune gave this process its GPU
+    changes = {"fit.storage": search.fits, "fit.name": name, **_alone(search.base)}
     config = configs.override(
         search.base, {**params, **changes, "output": f"{search.fits}/{name}/model"}
     )

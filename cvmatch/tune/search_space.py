@@ -54,7 +54,22 @@ def load_space(stage: Stage, location: str = "") -> dict[str, dict[str, list]]:
     """Return what the search varies: of a YAML file in the form of SPACES, else the default."""
     if not location:
         return SPACES[stage]
-    return yaml.safe_load(storage.read_text(location))
+    space = yaml.safe_load(storage.read_text(location))
+    return {
+        field: {
+            kind: values if kind == "choice" else [_number(value) for value in values]
+            for kind, values in distribution.items()
+        }
+        for field, distribution in space.items()
+    }
+
+
+def _number(value: Any) -> Any:
+    """Read 1e-4, which is text in YAML 1.1."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def check_space(base: Any, space: Mapping[str, Any]) -> None:
@@ -86,18 +101,6 @@ def to_tune(space: Mapping[str, Mapping[str, list]]) -> dict[str, Domain]:
         for field, distribution in space.items()
         for kind, values in distribution.items()
     }
-
-
-def nest(params: Mapping[str, object]) -> dict[str, object]:
-    """Turn `{"fit.seed": 1}` into `{"fit": {"seed": 1}}`, as --config files are."""
-    tree: dict[str, Any] = {}
-    for path, value in params.items():
-        *parents, last = path.split(".")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[last] = value
-    return tree
 
 
 def load_settings(stage: Stage, location: str = "") -> Any:

@@ -64,7 +64,7 @@ def test_read_bytes_absent_file_is_named(place):
 def test_names_absent_directory_is_empty_and_directories_can_be_told_apart(place):
     assert storage.names(storage.join(place, "absent")) == []
     storage.write_text(storage.join(place, "b.txt"), "")
-    storage.make_directory(storage.join(place, "a"))
+    storage.write_text(storage.join(place, "a", "c.txt"), "")
     assert storage.names(place) == ["a", "b.txt"]
     assert storage.names(place, directories=True) == ["a"]
 
@@ -135,7 +135,7 @@ def test_inside_path_below_the_root_is_joined(relative, expected):
 
 def test_inside_quoted_dots_do_not_leave_a_root_that_is_a_uri(tmp_path):
     storage.write_text(str(tmp_path / "secret"), "")
-    storage.make_directory(str(tmp_path / "root"))
+    (tmp_path / "root").mkdir()
     assert not storage.exists(storage.inside(f"file://{tmp_path}/root", "%2e%2e/secret"))
 
 

@@ -16,6 +16,7 @@ import ray
 from mlflow import MlflowClient
 from PIL import Image
 
+from cvmatch import cli
 from cvmatch.data import images, schema, tables
 from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
@@ -200,8 +201,9 @@ def test_synthesize_stops_when_too_many_rows_fail(copied):
     broken, ids = copied
     for pair_id in ids[:3]:  # of 24
         _spoil(broken, pair_id)
-    with pytest.raises(ValueError, match=r"at most 10% of 24 rows to fail, got 3 .*not a PNG"):
+    with pytest.raises(ValueError, match=r"at most 10% of 24 rows to fail, got 3 .*not a PNG") as e:
         synthesize(broken)
+    assert cli.is_wrong_input(e.value)  # Ray, in which it is raised, takes tracebacks away
     lines = (Path(broken.output) / "rejected.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["pair_id"] for line in lines) == ids[:3]
     assert not (Path(broken.output) / "manifest.json").exists()

@@ -59,14 +59,6 @@ def test_load_takes_a_file_in_place_of_the_default(tmp_path):
     assert search_space.load_space("matcher", str(tmp_path / "space.yaml")) == SPACE
 
 
-def test_nested_params_are_a_config_file(tmp_path):
-    params = {"lr": 0.25, "fit.clip_norm": 10.0, "fit.schedule": "constant"}
-    file = tmp_path / "best.yaml"
-    file.write_text(yaml.safe_dump(search_space.nest(params)))
-    read = configs.parse(TrainLine, ["--config", str(file)])
-    assert read == configs.override(TrainLine(), params)
-
-
 def test_search_by_a_validation_metric_needs_validation_rows(tmp_path):
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
     with pytest.raises(ValueError, match="--val"):
