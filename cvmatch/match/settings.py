@@ -121,8 +121,8 @@ class TrainMatcher(MatcherShape, MatcherLossConfig):
     tower: str = "vgg16"
     """Backbone of the towers: a torchvision model, timm:NAME, or a local tower directory."""
     weights: str = ""
-    """Local .safetensors or .pth file of its weights, or a directory that holds one; empty: its own,
-    or those of its hub."""
+    """Local .safetensors or .pth file of its weights, or a directory with one; empty: its own, or
+    those of its hub."""
     grid: tuple[int, int] | None = None
     """Rows and columns of features that the head of a tower directory sees; None: its own."""
     hard_negatives_every: int = 0
