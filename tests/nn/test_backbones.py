@@ -108,12 +108,12 @@ def test_tower_name_unknown_is_refused_with_what_would_do():
         backbones.load_tower("vgg_seventeen")
 
 
-def test_tower_hub_out_of_reach_says_what_to_download_and_which_flag(monkeypatch):
+def test_tower_hub_out_of_reach_says_what_to_download_and_where_to(monkeypatch):
     def unreachable(*_args, **_options):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
-    advice = r"copy it into .*/checkpoints.* \(--weights\).* tower directory"
+    advice = r"copy it into .*/checkpoints, or name a local tower directory"
     with pytest.raises(ValueError, match=rf"https://\S+vgg16\S+\.pth .*{advice}"):
         backbones.load_tower("vgg16")
 
