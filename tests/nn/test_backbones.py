@@ -54,6 +54,7 @@ def test_tower_given_a_grid_of_as_many_cells_keeps_the_head(tmp_path):
 
 
 def test_tower_loaded_can_be_trained_in_every_weight(tmp_path):
+    torch.manual_seed(0)  # by chance, none of four channels looks at a picture
     backbones.save_tower(Tower(SMALL), str(tmp_path))
     model = backbones.load_tower(str(tmp_path))
     model(picture()).square().sum().backward()
