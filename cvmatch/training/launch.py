@@ -165,7 +165,7 @@ def actors(fit: TrainConfig, batch: int, purpose: str) -> Pool:
     Raises:
         ValueError: the cluster is too small for them.
     """
-    gpus = fit.gpus_per_worker if fit.workers else min(1.0, pools.free_gpus())
+    gpus = float(fit.gpus_per_worker) if fit.workers else min(1.0, pools.free_gpus())
     pool = Pool(size=max(1, fit.workers), batch=batch, gpus=gpus, label=fit.label or None)
     pools.require_resources(
         pool.size * pool.cpus + pools.READERS + pools.FILTER,
