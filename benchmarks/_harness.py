@@ -72,7 +72,9 @@ def write_results(
 
 
 def format_interval(numbers: Mapping[str, float], name: str) -> str:
-    """Format a share with its 95 % bounds (`name_low`, `name_high`), in per cent."""
+    """Format a share with its 95 % bounds (`name_low`, `name_high`), in per cent; absent: ""."""
+    if name not in numbers:
+        return ""
     value, low, high = (100 * numbers[name + end] for end in ("", "_low", "_high"))
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 

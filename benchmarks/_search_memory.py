@@ -13,7 +13,6 @@ import torch
 
 from cvmatch.index import versions
 from cvmatch.index.reader import Index, rank
-from cvmatch.match.fusion import Query
 
 
 def read_private_memory() -> float:
@@ -25,7 +24,7 @@ def read_private_memory() -> float:
 
 def search(root: str, place: str) -> dict[str, float]:
     """Private memory before and after the queries, and milliseconds to open the index."""
-    query = Query(*torch.load(place, weights_only=True))
+    query = torch.load(place, weights_only=True)
     imports = read_private_memory()
     begin = time.perf_counter()
     info = versions.read_version(root)
@@ -34,8 +33,8 @@ def search(root: str, place: str) -> dict[str, float]:
     begin = time.perf_counter()
     index = Index.open(root)
     opened = time.perf_counter() - begin
-    for at in range(len(query.query_proj)):
-        rank(index, query.rows(slice(at, at + 1)), 10, "two-stage")
+    for at in range(len(query)):
+        rank(index, query[at : at + 1], 10, "two-stage")
     return {
         "private_mib": read_private_memory(),
         "imports_mib": imports,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from _harness import Bench, fill_sizes, parse_flags, write_results
 from index_1m import train_matcher
 from matching import MatchingBench, Rows
@@ -25,11 +26,11 @@ from cvmatch.index.embedding import read_gallery
 from cvmatch.index.manifest import IndexManifest
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import BuildIndex, GalleryConfig, Mode
+from cvmatch.match.heads import QUERY_VECTOR
 from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import session
 from cvmatch.runtime.settings import Pool
-from cvmatch.search.files import as_query
 from cvmatch.segment.model import Preprocess, Segmenter
 from cvmatch.segment.settings import Segment
 from cvmatch.synthesize.run import synthesize
@@ -99,7 +100,7 @@ def measure_recalls(index: Index, location: str) -> dict[Mode, dict[str, float]]
     truth = []
     for table in batches(location, columns):
         batch = {name: table[name].to_numpy() for name in columns}
-        query = as_query(embed(batch), index)
+        query = torch.from_numpy(embed(batch)[QUERY_VECTOR]).to(index.device)
         truth.append(find_true_rows(table[schema.PAIR_ID].to_pylist(), index).numpy())
         for mode, rows in found.items():
             rows.append(rank(index, query, max(KS), mode).rows)
@@ -177,7 +178,7 @@ def write_report(
         f"{bench.rounds} rounds in turns, medians.",
         f"Seconds of the build: {seconds}. Embedding with the start of Ray's processes, the check "
         f"of all pictures and the writing: {info.tiles_per_s['embed']:.1f} tiles/s.",
-        f"Shortlist {info.ann.key} ({info.head} head) of {info.shortlist} tiles; it "
+        f"Shortlist {info.ann.key} of {info.shortlist} tiles; it "
         f"holds {100 * recall.top1:.1f} % of the exact first and "
         f"{100 * recall.top10:.1f} % of the exact first ten answers. R@k of queries of "
         f"modality G+A+S{'' if bench.generator else ' (A is the true tile)'}; two-stage and exact "

@@ -19,16 +19,16 @@ from _harness import Bench, fill_sizes, parse_flags, write_results
 from jaxtyping import Float16
 from matching import MatchingBench, Rows, make_config
 from pyarrow import parquet
+from torch import Tensor
 
 from cvmatch.data import schema, tables
 from cvmatch.index import embedding
 from cvmatch.index.build import publish
-from cvmatch.index.embedding import split_queries
+from cvmatch.index.embedding import sample_queries
 from cvmatch.index.manifest import IndexManifest
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import BuildIndex, Mode
-from cvmatch.index.writer import compute_vectors
-from cvmatch.match.fusion import Query
+from cvmatch.match.heads import TILE_VECTOR
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.train import train
 from cvmatch.runtime import pools, progress, session
@@ -36,20 +36,18 @@ from cvmatch.runtime import pools, progress, session
 
 @dataclass(frozen=True, kw_only=True)
 class MillionTilesBench(Bench):
-    """Build time, bytes, milliseconds and recall of the exact joint's answers."""
+    """Build time, bytes, milliseconds and recall of the exact answers."""
 
     tiles: int = 0
     """Tiles; 0: 1,000,000, quick 110,000."""
     matcher: str = ""
-    """Trained joint matcher; empty: one is trained for a minute, with the true tiles as A."""
+    """Trained matcher; empty: one is trained for a minute, with the true tiles as A."""
     queries: str = ""
     """Synthesized rows (of its held-out places) for it; empty: those of that training."""
     more: str = ""
     """More such rows, whose tiles are a base for the synthetic ones too."""
     bench: int = 0
     """Queries that are measured; 0: 100, quick 40."""
-    shortlist: int = 0
-    """Tiles that are scored again; 0: the index's own number."""
 
 
 ROUNDS = 3
@@ -63,11 +61,11 @@ class Contender:
     name: str
     build_s: float
     size: int
-    near: Callable[[Query], np.ndarray]
+    near: Callable[[Tensor], np.ndarray]
 
 
 def train_matcher(at: str) -> tuple[str, str]:
-    """A joint matcher after some epochs on few pairs, and its held-out rows."""
+    """A matcher after some epochs on few pairs, and its held-out rows."""
     bench = MatchingBench(quick=True, pairs=240, held_out=120, epochs=3)
     rows = Rows(bench, at)
     config = make_config(bench, rows.true, {}, at)
@@ -75,19 +73,19 @@ def train_matcher(at: str) -> tuple[str, str]:
     return config.output, f"{rows.true}/val"
 
 
-def embed_real_tiles(model: str, locations: list[str]) -> Float16[np.ndarray, "tile hidden"]:
-    """tile_proj of the tiles of synthesized rows."""
+def embed_real_tiles(model: str, locations: list[str]) -> Float16[np.ndarray, "tile width"]:
+    """Vectors of the tiles of synthesized rows."""
     embed, found = EmbedTile(model, 32), []
     columns = [schema.PAIR_ID, schema.AERIAL, schema.ERROR]
     for location in locations:
         for table in tables.batches(location, columns):
-            found.append(embed({name: table[name].to_numpy() for name in columns})["tile_proj"])
+            found.append(embed({name: table[name].to_numpy() for name in columns})[TILE_VECTOR])
     return np.concatenate(found)
 
 
 def make_synthetic_tiles(
-    base: Float16[np.ndarray, "tile hidden"], count: int, seed: int, step: int = 50_000
-) -> Iterator[Float16[np.ndarray, "_ hidden"]]:
+    base: Float16[np.ndarray, "tile width"], count: int, seed: int, step: int = 50_000
+) -> Iterator[Float16[np.ndarray, "_ width"]]:
     """First the real ones; then mixtures of two of them (the first weighs a half to one), about
     their mean, brought to the spread that they have."""
     rng = np.random.default_rng(seed)
@@ -103,25 +101,25 @@ def make_synthetic_tiles(
 
 
 def write_parts(chunks: Iterator[np.ndarray], location: str) -> str:
-    """tile_proj as the pool writes it."""
+    """Vectors as the pool writes them."""
     os.makedirs(location)
     begin = 0
-    for number, tile_proj in enumerate(chunks):
-        ids = [f"{row:09d}" for row in range(begin, begin + len(tile_proj))]
-        degrees = pa.array(np.arange(begin, begin + len(tile_proj)) * 1e-5)
+    for number, vectors in enumerate(chunks):
+        ids = [f"{row:09d}" for row in range(begin, begin + len(vectors))]
+        degrees = pa.array(np.arange(begin, begin + len(vectors)) * 1e-5)
         table = pa.table(
             {
                 schema.PAIR_ID: ids,
                 schema.LATITUDE: degrees,
                 schema.LONGITUDE: degrees,
-                "tile_proj": pa.FixedSizeListArray.from_arrays(
-                    pa.array(tile_proj.reshape(-1)), tile_proj.shape[1]
+                TILE_VECTOR: pa.FixedSizeListArray.from_arrays(
+                    pa.array(vectors.reshape(-1)), vectors.shape[1]
                 ),
-                schema.ERROR: pa.nulls(len(tile_proj), pa.string()),
+                schema.ERROR: pa.nulls(len(vectors), pa.string()),
             }
         )
         parquet.write_table(table, f"{location}/part-{number:05d}.parquet")
-        begin += len(tile_proj)
+        begin += len(vectors)
     return location
 
 
@@ -132,9 +130,8 @@ def measure_faiss_size(index: faiss.Index) -> int:
 
 def list_contenders(index: Index, count: int) -> Iterator[Contender]:
     """HNSW32 and IVF-Flat over the same vectors, one after the other."""
-    tile = np.concatenate(
-        [compute_vectors(index.shortlist_head, part) for part in index.tile_proj.chunks()]
-    )
+    width = index.scorer.shortlist_width
+    tile = np.concatenate([part[:, :width].astype(np.float32) for part in index.vectors.chunks()])
     lists = int(4 * len(tile) ** 0.5)
     for name, key, set_search in (
         ("IVF-Flat", f"IVF{lists},Flat", lambda one: setattr(one, "nprobe", 64)),
@@ -152,8 +149,8 @@ def list_contenders(index: Index, count: int) -> Iterator[Contender]:
             seconds = time.perf_counter() - begin
         set_search(made)
 
-        def near(query: Query, made: faiss.Index = made) -> np.ndarray:
-            return made.search(index.shortlist_head.query(query).numpy(), count)[1]
+        def near(query: Tensor, made: faiss.Index = made) -> np.ndarray:
+            return made.search(query[:, :width].numpy(), count)[1]
 
         yield Contender(name, seconds, measure_faiss_size(made), near)
         del made
@@ -161,7 +158,7 @@ def list_contenders(index: Index, count: int) -> Iterator[Contender]:
 
 
 @torch.inference_mode()
-def rerank(index: Index, query: Query, near: np.ndarray) -> np.ndarray:
+def rerank(index: Index, query: Tensor, near: np.ndarray) -> np.ndarray:
     """The ten best of a shortlist, by exact scores."""
     own = near[0][near[0] >= 0]
     best = index.score_rows(query, own)[0].topk(min(10, len(own))).indices
@@ -170,12 +167,12 @@ def rerank(index: Index, query: Query, near: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def measure(
-    index: Index, queries: Query, exact: np.ndarray, search: Callable[[Query], np.ndarray]
+    index: Index, queries: Tensor, exact: np.ndarray, search: Callable[[Tensor], np.ndarray]
 ) -> dict[str, float]:
     """Milliseconds of one query at a time with the second stage, and what it keeps of the exact."""
     times, top1, top10 = [], [], []
     for at in [*range(len(exact))] * ROUNDS:
-        query = queries.rows(slice(at, at + 1))
+        query = queries[at : at + 1]
         begin = time.perf_counter()
         found = search(query)
         times.append(1000 * (time.perf_counter() - begin))
@@ -184,23 +181,23 @@ def measure(
     return {
         "p50_ms": float(np.percentile(times, 50)),
         "p99_ms": float(np.percentile(times, 99)),
-        "recall_joint_top1": float(np.mean(top1)),
-        "recall_joint_top10": float(np.mean(top10)),
+        "recall_exact_top1": float(np.mean(top1)),
+        "recall_exact_top10": float(np.mean(top10)),
     }
 
 
-def measure_throughput(index: Index, queries: Query, mode: Mode) -> float:
+def measure_throughput(index: Index, queries: Tensor, mode: Mode) -> float:
     """Queries a second, all in one call."""
-    some = queries.rows(slice(16)) if mode == "exact" else queries
+    some = queries[:16] if mode == "exact" else queries
     begin = time.perf_counter()
     rank(index, some, 10, mode)
-    return len(some.query_proj) / (time.perf_counter() - begin)
+    return len(some) / (time.perf_counter() - begin)
 
 
-def measure_private_memory(root: str, queries: Query, at: str) -> dict[str, float]:
+def measure_private_memory(root: str, queries: Tensor, at: str) -> dict[str, float]:
     """Private memory of a process that opens the index and answers, and its opening in ms."""
     place = f"{at}/queries.pt"
-    torch.save(tuple(queries), place)
+    torch.save(queries, place)
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_search_memory.py")
     command = [sys.executable, script, root, place]
     return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
@@ -218,12 +215,11 @@ def main(bench: MillionTilesBench) -> None:
         )
         base = embed_real_tiles(model, [one for one in (location, bench.more) if one])
         parts = write_parts(make_synthetic_tiles(base, bench.tiles, seed=0), f"{at}/parts")
-        embedding.RECALL_QUERIES = bench.bench  # the others may train the head
+        embedding.RECALL_QUERIES = bench.bench
         config = BuildIndex(
             model=model,
             output=f"{at}/index",
             queries=location,
-            shortlist=bench.shortlist,
         )
         with _memory.watch_memory("Pss_Anon") as whole:
             info = publish(parts, config, pools.map_tasks)
@@ -232,16 +228,16 @@ def main(bench: MillionTilesBench) -> None:
             publish(few, replace(config, output=f"{at}/tenth"), pools.map_tasks)
         peaks = tenth.mib, whole.mib
         index = Index.open(f"{at}/index")
-        queries = split_queries(location, model, 0, bench.bench)
+        queries = sample_queries(location, model, 0)
         assert queries
-        write_report(bench, index, info, queries.measure, len(base), peaks, at)
+        write_report(bench, index, info, queries.vectors, len(base), peaks, at)
 
 
 def write_report(
     bench: MillionTilesBench,
     index: Index,
     info: IndexManifest,
-    query: Query,
+    query: Tensor,
     base: int,
     peaks: tuple[float, float],
     at: str,
@@ -250,15 +246,11 @@ def write_report(
     count = info.shortlist
     begin = time.perf_counter()
     exact = np.concatenate(
-        [
-            rank(index, query.rows(slice(row, row + 1)), 10, "exact").rows
-            for row in range(len(query.query_proj))
-        ]
+        [rank(index, query[row : row + 1], 10, "exact").rows for row in range(len(query))]
     )
-    exhaustive_ms = 1000 * (time.perf_counter() - begin) / len(query.query_proj)
+    exhaustive_ms = 1000 * (time.perf_counter() - begin) / len(query)
     stages = info.seconds
     assert info.bytes_per_tile
-    width = compute_vectors(index.shortlist_head, index.tile_proj.take(np.arange(1))).shape[1]
     own_s = stages["train"] + stages["codes"] + stages["merge"]
     found = {
         "ours": {"build_s": own_s, "bytes_per_tile": info.bytes_per_tile.ann}
@@ -268,8 +260,8 @@ def write_report(
             "bytes_per_tile": 0.0,
             "p50_ms": exhaustive_ms,
             "p99_ms": float("nan"),
-            "recall_joint_top1": 1.0,
-            "recall_joint_top10": 1.0,
+            "recall_exact_top1": 1.0,
+            "recall_exact_top10": 1.0,
         },
     }
     speeds = {mode: measure_throughput(index, query, mode) for mode in ("two-stage", "exact")}
@@ -294,20 +286,20 @@ def write_report(
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in stages.items())
     notes = (
         f"{bench.tiles} tiles: {base} real ones, the rest mixtures of two of them about their mean "
-        f"with the spread that these have; tile_proj of {info.hidden} numbers in half precision "
-        f"(beside the shortlist, {2 * info.hidden} bytes a tile). "
-        f"{len(query.query_proj)} queries of modality G+A+S whose tiles are "
-        f"among the real ones. All shortlists hold the same vectors "
-        f"({info.head} head, {width} numbers), give {count} tiles, and have the same exact "
-        "second stage, whose time is in the milliseconds. Recall is of the exact joint's answers.",
-        f"Ours: {info.ann.key}, packed; built in shards, with the making of the vectors from "
-        "tile_proj, the training and the merge. The rivals are given the vectors in memory. HNSW32 "
+        f"with the spread that these have; vectors of {info.width} numbers in half precision "
+        f"(beside the shortlist, {2 * info.width} bytes a tile). "
+        f"{len(query)} queries of the fullest modality whose tiles are "
+        f"among the real ones. All shortlists hold the same vectors, give {count} tiles, and have "
+        "the same exact second stage, whose time is in the milliseconds. Recall is of the exact "
+        "answers.",
+        f"Ours: {info.ann.key}, packed; built in shards, with the training and the merge. The "
+        "rivals are given the vectors in memory. HNSW32 "
         "is what autofaiss chooses at this size; "
         "efSearch is the number of tiles that it is asked for.",
-        f"Seconds of the build, two tasks of Ray at a time: {seconds} (embed: none, tile_proj is "
-        f"synthetic). Peak memory of the build, over this process and Ray's, without mapped files: "
+        f"Seconds of the build, two tasks of Ray at a time: {seconds} (embed: none). Peak memory "
+        "of the build, over this process and Ray's, without mapped files: "
         f"{peaks[1]:.0f} MiB, and {peaks[0]:.0f} MiB with a tenth of the tiles.",
-        f"All {len(query.query_proj)} queries (exact: 16) in one call: "
+        f"All {len(query)} queries (exact: 16) in one call: "
         f"{speeds['two-stage']:.0f} a second in two stages, {speeds['exact']:.2f} exact. "
         f"A process that opened the index (in "
         f"{memory['open_ms']:.0f} ms, of it {memory['check_ms']:.0f} ms for checks) and answered: "

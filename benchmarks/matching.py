@@ -1,4 +1,4 @@
-"""Which matcher finds the tile: direct and joint branches, the field's recipe, harder worlds."""
+"""Which matcher finds the tile: branches and their sum, the joint score, the field's recipe."""
 
 import functools
 import os
@@ -72,8 +72,10 @@ class Contender:
     evaluate: dict[str, Any]
 
 
-ALONE = {"joint_weight": 0.0, "direct_weight": 1.0}
+ALONE = {"branches": ("direct",)}
 """The direct branch: G against C."""
+
+ALL = {"modalities": ("G", "G+A", "G+A+S", "A")}
 
 SQUARE = {"projection": "square", "grid": (8, 8)}
 """Tiles as they are; features in squares too."""
@@ -85,8 +87,12 @@ CONTENDERS = {
     "Sample4Geo's recipe": Contender(
         "plain", ALONE | SQUARE | {"shared": True, "hard_negatives_every": 2}, {}
     ),
-    "joint (default)": Contender("synthesized", {}, {"modalities": ("G", "G+A", "G+A+S", "A")}),
-    "joint, true C as A": Contender("true", {}, {"modalities": ("G", "G+A", "G+A+S", "A")}),
+    "sum (default)": Contender("synthesized", {}, ALL),
+    "sum, without layout": Contender("synthesized", {"branches": ("direct", "aerial")}, ALL),
+    "sum, without aerial": Contender("synthesized", {"branches": ("direct", "layout")}, ALL),
+    "A alone": Contender("synthesized", {"branches": ("aerial", "layout")}, {"modalities": ("A",)}),
+    "joint": Contender("synthesized", {"score": "joint"}, ALL),
+    "sum, true C as A": Contender("true", {}, ALL),
     "heading noise 10 deg, offset 3 m": Contender("shaken", ALONE, {}),
     "unknown heading": Contender(
         "plain", ALONE | {"unknown_heading": True}, {"unknown_heading": True}
@@ -256,6 +262,7 @@ def make_rows(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
             "modality": modality,
             "CPU min": found["minutes"],
             "R@1, %": format_interval(numbers, "recall@1"),
+            "R@1 minus G's": format_interval(numbers.get("minus_G", {}), "recall@1"),
             "R@5 (R@1 %), %": format_interval(numbers, "recall@5"),
             "R@10, %": format_interval(numbers, "recall@10"),
             "R@1 of one world, %": 100 * numbers.get("near_recall@1", float("nan")),

@@ -1,4 +1,4 @@
-"""Exact scoring: the split form against an unsplit layer, and against all towers for each pair."""
+"""Exact scoring: a sum of cosines, and the joint score split, unsplit and by all towers."""
 
 import statistics
 import time
@@ -9,9 +9,10 @@ import torch
 from _harness import Bench, fill_sizes, parse_flags, write_results
 from torch import Tensor, nn
 
-from cvmatch.match.fusion import Query
+from cvmatch.match.fusion import JointHeads
+from cvmatch.match.heads import Features
 from cvmatch.match.model import Matcher, MatcherConfig
-from cvmatch.match.scoring import CHUNK, joint_scores
+from cvmatch.match.scoring import CHUNK, JointScorer, SumScorer
 from cvmatch.nn import metrics
 from cvmatch.runtime import hardware, progress
 
@@ -42,17 +43,17 @@ def make_features(rows: int, width: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def score_unsplit(
-    model: Matcher, embedding: Tensor, a: Tensor, c: Tensor, chunk: int = 512
+    heads: JointHeads, embedding: Tensor, a: Tensor, c: Tensor, chunk: int = 512
 ) -> Tensor:
     """Scores by FFN_C's first layer on [a; c] of each pair, from stored tower features."""
-    weight = torch.cat([model.query_aerial_linear.weight, model.tile_linear.weight], dim=1)
+    weight = torch.cat([heads.query_aerial_linear.weight, heads.tile_linear.weight], dim=1)
     rows = []
     for own, query in zip(a, embedding, strict=True):
         parts = []
         for tiles in c.split(chunk):
             both = torch.cat([own.expand(len(tiles), -1), tiles], dim=1)
-            first = nn.functional.linear(both, weight, model.query_aerial_linear.bias)
-            parts.append(model.candidate_mlp(first) @ query)
+            first = nn.functional.linear(both, weight, heads.query_aerial_linear.bias)
+            parts.append(heads.candidate_mlp(first) @ query)
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 
@@ -60,6 +61,7 @@ def score_unsplit(
 @torch.no_grad()
 def score_with_all_towers(model: Matcher, pairs: int) -> Tensor:
     """Scores as the prototype's evaluation has them: every tower, once more for every pair."""
+    assert isinstance(model.heads, JointHeads)
     side = model.config.tile_size
     scores = []
     for seed in range(pairs):
@@ -68,7 +70,7 @@ def score_with_all_towers(model: Matcher, pairs: int) -> Tensor:
         synthetic, tile = torch.rand(2, 1, 3, side, side, generator=random)
         classes = torch.randint(0, 5, (1, side, side), generator=random).byte()
         query = model.embed_queries(ground, synthetic, classes)
-        scores.append(model.pair_scores(query, model.project_tiles(tile))[0])
+        scores.append(JointScorer(model.heads)(query, model.embed_tiles(tile))[0])
     return torch.cat(scores)
 
 
@@ -103,15 +105,18 @@ def main(bench: ScoringBench) -> None:
     bench = set_sizes(bench)
     hardware.keep_freed_memory()
     torch.manual_seed(0)
-    model = Matcher(MatcherConfig(hidden=bench.hidden)).eval()
+    model = Matcher(MatcherConfig(hidden=bench.hidden, score="joint")).eval()
+    heads = model.heads
+    assert isinstance(heads, JointHeads)
     width = model.aerial_tower.dim
     c, a = make_features(bench.unsplit, width, 1), make_features(bench.queries, width, 2)
     with torch.no_grad():
-        query = model.fuse(
-            make_features(bench.queries, width, 3), a, make_features(bench.queries, width, 4)
-        )
-        tile_proj = model.tile_linear(c)
-    many = tile_proj.repeat(-(-bench.tiles // len(tile_proj)), 1)[: bench.tiles].half()
+        ground, mask = (make_features(bench.queries, width, seed) for seed in (3, 4))
+        query = heads.embed_queries(Features(ground, a, mask))
+        tile = heads.embed_tiles(Features(aerial=c))
+    embedding, joint = heads.split(query).embedding, JointScorer(heads)
+    many = tile.repeat(-(-bench.tiles // len(tile)), 1)[: bench.tiles].half()
+    cosines = SumScorer(many.shape[1])
     quick = hardware.fastest_dtype(torch.device("cpu"))
     pairs = bench.queries * bench.tiles
     ways: dict[str, tuple[int, Callable[[], object]]] = {
@@ -121,10 +126,11 @@ def main(bench: ScoringBench) -> None:
         ),
         "stored features, unsplit layer": (
             bench.queries * bench.unsplit,
-            lambda: score_unsplit(model, query.embedding, a, c),
+            lambda: score_unsplit(heads, embedding, a, c),
         ),
-        "split, fp32": (pairs, lambda: joint_scores(model, query, many)),
-        "split, bf16": (pairs, lambda: joint_scores(model, query, many, torch.bfloat16)),
+        "sum of cosines": (pairs, lambda: cosines(query, many)),
+        "split, fp32": (pairs, lambda: joint(query, many)),
+        "split, bf16": (pairs, lambda: joint(query, many, torch.bfloat16)),
         "products alone, fp32": (pairs, lambda: run_products(bench.hidden, pairs, torch.float32)),
         "products alone, bf16": (pairs, lambda: run_products(bench.hidden, pairs, torch.bfloat16)),
     }
@@ -139,10 +145,10 @@ def main(bench: ScoringBench) -> None:
                 times[name].append(measure_seconds(work))
     rate = {name: ways[name][0] / statistics.median(found) for name, found in times.items()}
     exact, split = (
-        score_unsplit(model, query.embedding, a, c),
-        joint_scores(model, query, tile_proj),
+        score_unsplit(heads, embedding, a, c),
+        joint(query, tile),
     )
-    half = joint_scores(model, query, tile_proj.half(), torch.bfloat16)
+    half = joint(query, tile.half(), torch.bfloat16)
     write_report(bench, rate, exact, {"fp32": split, "bf16": half}, quick, query)
 
 
@@ -152,7 +158,7 @@ def write_report(
     exact: Tensor,
     found: dict[str, Tensor],
     quick: torch.dtype,
-    query: Query,
+    query: Tensor,
 ) -> None:
     """The table, and how far the ways agree."""
     every = torch.arange(exact.shape[1])
@@ -173,16 +179,17 @@ def write_report(
     gemm = {kind: rate[f"split, {kind}"] / rate[f"products alone, {kind}"] for kind in found}
     notes = (
         f"VGG16 towers with random weights, heads {bench.hidden} wide, "
-        f"{len(query.query_proj)} queries, {torch.get_num_threads()} threads; medians of "
-        f"{bench.rounds} rounds. tile_proj is stored in half precision. "
+        f"{len(query)} queries, {torch.get_num_threads()} threads; medians of "
+        f"{bench.rounds} rounds. Tiles are stored in half precision. "
         f"This CPU scores fastest in {str(quick).removeprefix('torch.')}.",
         f"Against the unsplit layer over {len(every)} tiles: largest error {error['fp32']:.1e} in "
-        f"fp32 and {error['bf16']:.1e} in bf16 (tile_proj in half precision); equal ranks in "
+        f"fp32 and {error['bf16']:.1e} in bf16 (tiles in half precision); equal ranks in "
         f"{100 * same['fp32']:.2f} % and {100 * same['bf16']:.1f} % of all (query, tile).",
         f"The two matrix products take {100 * gemm['fp32']:.0f} % of the split form's time in fp32 "
         f"and {100 * gemm['bf16']:.0f} % in bf16.",
     )
     figures = {
+        "pairs_per_s.sum": rate["sum of cosines"],
         "pairs_per_s.split": rate["split, fp32"],
         "pairs_per_s.split_bf16": rate["split, bf16"],
         "pairs_per_s.unsplit": rate["stored features, unsplit layer"],

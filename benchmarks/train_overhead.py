@@ -57,7 +57,7 @@ class TimedMatcherTask(MatcherTask):
 
 def decode_pairs(config: TrainMatcher) -> Dataset:
     """The decoded training pairs."""
-    return decode(read_pairs(config.pairs, joint=False), config.panorama, config.tile_size)
+    return decode(read_pairs(config.pairs, config.letters), config.panorama, config.tile_size)
 
 
 def build_timed_task(config: TrainMatcher) -> TimedMatcherTask:

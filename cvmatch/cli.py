@@ -156,7 +156,7 @@ def _build_index(config: Any) -> Any:
     from cvmatch.index.build import build
 
     plain = build(config).plain()
-    shown = ("version", "rows", "hidden", "ann", "shortlist", "recall", "rejected")
+    shown = ("version", "rows", "width", "ann", "shortlist", "recall", "rejected")
     return {"index": config.output, **{name: plain[name] for name in shown}}
 
 

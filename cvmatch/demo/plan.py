@@ -58,7 +58,6 @@ def make_plan(config: Demo) -> Plan:
 
     matcher = TrainMatcher(
         pairs=f"{root}/synthesized/train",
-        val=f"{root}/synthesized/val",
         tower=base_models.TOWER,
         panorama=VIEW,
         tile_size=64,
@@ -103,7 +102,8 @@ def make_plan(config: Demo) -> Plan:
         ),
         synthesize=(_make_synthesize(root, train), _make_synthesize(root, val)),
         tune=_make_tune(root, tiny, config.seed),
-        trial=override(matcher, {"fit.workers": 0}),  # a trial is a process of its own
+        # A trial is a process of its own, and is compared by validation.
+        trial=override(matcher, {"fit.workers": 0, "val": f"{root}/synthesized/val"}),
         matcher=matcher,
         index=BuildIndex(
             tiles=val,
@@ -111,7 +111,6 @@ def make_plan(config: Demo) -> Plan:
             queries=f"{root}/synthesized/val",
             output=f"{root}/index",
             pool=Pool(batch=32, cpus=1),
-            shortlist=5 if tiny else 50,
             seed=config.seed,
         ),
         evaluate=Evaluate(

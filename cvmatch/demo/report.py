@@ -10,7 +10,7 @@ from cvmatch import config as configs
 from cvmatch.data import schema, storage
 from cvmatch.demo.plan import Plan
 from cvmatch.demo.settings import Demo
-from cvmatch.evaluate.results import Number, Recall, Results
+from cvmatch.evaluate.results import Number, Recall, Results, RetrievalResult
 from cvmatch.evaluate.run import QUERIES_FILE
 from cvmatch.match.batches import read_pair_ids
 from cvmatch.report.charts import Curve
@@ -95,6 +95,7 @@ def summarize(
             **_with_intervals(best.recalls, ("recall@1", "recall@5", "recall@10", "recall@1%")),
             "median_rank": best.median_rank,
             "ablation": {name: part.recalls["recall@1"].value for name, part in ablation.items()},
+            "minus_G": _read_gain(best),
             "one_of_ten": {name: best.one_of_ten[name] for name in ("top1", "top5")},
             "near": {
                 "gallery": best.near.gallery,
@@ -114,6 +115,12 @@ def summarize(
         "tune": {"trials": len(tuned.trials), "best": {**tuned.params, tuned.metric: tuned.value}},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
+
+
+def _read_gain(result: RetrievalResult) -> dict[str, Number | list[Number]]:
+    assert result.minus_g, "the demo measures G alone"
+    gain = result.minus_g
+    return {"recall@1": gain.value, "recall@1_95": [gain.low, gain.high]}
 
 
 def search_examples(config: Demo, plan: Plan) -> list[Example]:

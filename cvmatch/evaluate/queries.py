@@ -11,7 +11,7 @@ from torch import Tensor
 from cvmatch.data import images, schema, tables
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.match.augment import crop_fov
-from cvmatch.match.fusion import Query
+from cvmatch.match.heads import Features
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
 from cvmatch.nn import rng
@@ -40,7 +40,7 @@ class QueryView:
 
 
 @torch.inference_mode()
-def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Modality], Query]:
+def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Modality], Tensor]:
     """Embed the queries of all views and modalities; each tower sees each picture once.
 
     Limited views have modality G alone, since A and S were made from the whole, aligned panorama.
@@ -53,7 +53,7 @@ def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Mod
     modalities: list[tuple[QueryView, Modality]] = [
         (view, name) for view in views for name in config.modalities if view.whole or name == "G"
     ]
-    batches: dict[tuple[QueryView, Modality], list[Query]] = {key: [] for key in modalities}
+    batches: dict[tuple[QueryView, Modality], list[Tensor]] = {key: [] for key in modalities}
     letters = set("".join(config.modalities)) - {"+"}
     total = -(-sum(tables.rows(config.queries)) // _BATCH)
     for rows in progress.each("embed batches of queries", total, read_batches(config.queries)):
@@ -65,11 +65,13 @@ def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Mod
         for view in views:
             heading = turn * view.unknown_heading
             seen = crop_fov(ground, view.fov, heading, model.ground_mean)
-            features["G"] = model.ground_features(seen)
+            ground_features = model.ground_features(seen)
             for _, name in (key for key in modalities if key[0] == view):
-                inputs = [features.get(x) if x in name.split("+") else None for x in "GAS"]
-                batches[view, name].append(model.fuse(*inputs))
-    return {key: Query(*map(torch.cat, zip(*parts, strict=True))) for key, parts in batches.items()}
+                known = features.only(name)._replace(
+                    ground=ground_features if "G" in name else None
+                )
+                batches[view, name].append(model.heads.embed_queries(known))
+    return {key: torch.cat(parts) for key, parts in batches.items()}
 
 
 def read_query_ids(location: str) -> list[str]:
@@ -94,18 +96,16 @@ def read_batches(location: str, columns: Iterable[str] = ()) -> Iterator[dict[st
             yield rows.to_pydict()
 
 
-def _embed_synthetic(
-    rows: dict[str, list], letters: set[str], model: Matcher
-) -> dict[str, Float[Tensor, "row feature"]]:
+def _embed_synthetic(rows: dict[str, list], letters: set[str], model: Matcher) -> Features:
     """Return the features of A and S, of those that a modality needs."""
-    features, side = {}, (model.config.tile_size, model.config.tile_size)
+    side = (model.config.tile_size, model.config.tile_size)
+    synthetic = mask = None
     if "A" in letters:
-        pictures = _stack_images(rows[schema.SYNTHETIC], side)
-        features["A"] = model.aerial_features(pictures.to(model.device))
+        synthetic = _stack_images(rows[schema.SYNTHETIC], side).to(model.device)
     if "S" in letters:
         maps = [images.decode_ids(data, side) for data in rows[schema.SYNTHETIC_CLASSES]]
-        features["S"] = model.mask_features(torch.from_numpy(np.stack(maps)).to(model.device))
-    return features
+        mask = torch.from_numpy(np.stack(maps)).to(model.device)
+    return model.query_features(None, synthetic, mask)
 
 
 def _require_pictures(rows: dict[str, list], letters: set[str]) -> None:

@@ -28,6 +28,17 @@ class Recall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A difference of two recalls of the same queries."""
+
+    value: Number
+    low: Number
+    """Lower end of the 95 % interval of the bootstrap over queries, paired."""
+    high: Number
+    """Upper end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NearResult:
     """Retrieval among the tiles near the true one, of queries that have such rivals."""
 
@@ -64,6 +75,8 @@ class RetrievalResult:
     """By name: "recall@1", "recall@5", "recall@10", "recall@1%"."""
     median_rank: Number
     """From 1."""
+    minus_g: Difference | None = None
+    """recall@1 less that of G alone; None of G itself, or where that was not measured."""
     one_of_ten: Mapping[str, Number] = field(default_factory=dict)
     """"top1" and "top5" among the true tile and nine random ones; empty for a small gallery."""
     near: NearResult | None = None
@@ -82,6 +95,12 @@ class RetrievalResult:
         tree: dict[str, Number | Mapping[str, Number] | None] = {**_flatten_recalls(self.recalls)}
         tree |= {"median_rank": self.median_rank, "gallery": self.gallery}
         tree |= {f"one_of_ten_{name}": value for name, value in self.one_of_ten.items()}
+        if self.minus_g:
+            tree["minus_G"] = {
+                "recall@1": self.minus_g.value,
+                "recall@1_low": self.minus_g.low,
+                "recall@1_high": self.minus_g.high,
+            }
         if self.near:
             tree |= {f"near_{name}": value for name, value in self.near.recalls.items()}
             tree |= {f"near_{name}_chance": value for name, value in self.near.chance.items()}
@@ -105,6 +124,7 @@ class RetrievalResult:
             recalls=_read_recalls(tree),
             median_rank=tree["median_rank"],
             one_of_ten=_below(tree, "one_of_ten_"),
+            minus_g=_read_difference(tree["minus_G"]) if "minus_G" in tree else None,
             near=_read_near(tree) if "near_gallery" in tree else None,
             distance_m=tree.get("distance_m"),
             distance_m_mean=tree.get("distance_m_mean"),
@@ -285,6 +305,11 @@ def _read_recalls(tree: Mapping[str, Any]) -> dict[str, Recall]:
         for name in tree
         if f"{name}_low" in tree
     }
+
+
+def _read_difference(tree: Mapping[str, Any]) -> Difference:
+    value, low, high = (tree[f"recall@1{end}"] for end in ("", "_low", "_high"))
+    return Difference(value=value, low=low, high=high)
 
 
 def _read_near(tree: Mapping[str, Any]) -> NearResult:

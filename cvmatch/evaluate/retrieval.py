@@ -15,9 +15,8 @@ from torch import Tensor
 
 from cvmatch.data import schema
 from cvmatch.data.geography import haversine_distance
-from cvmatch.evaluate.results import NearResult, Recall, RetrievalResult, TwoStageResult
+from cvmatch.evaluate.results import Difference, NearResult, Recall, RetrievalResult, TwoStageResult
 from cvmatch.index.reader import Index, TopTiles, rank
-from cvmatch.match.fusion import Query
 from cvmatch.nn import metrics
 
 KS = (1, 5, 10)
@@ -52,7 +51,11 @@ class Ranking:
 
 @torch.inference_mode()
 def search_exactly(
-    index: Index, query: Query, truth: Int64[Tensor, " query"], near_m: float, seed: int = 0
+    index: Index,
+    query: Float[Tensor, "query width"],
+    truth: Int64[Tensor, " query"],
+    near_m: float,
+    seed: int = 0,
 ) -> Ranking:
     """Score every tile for every query, and rank the true ones.
 
@@ -69,7 +72,7 @@ def search_exactly(
     step = max(1, _BLOCK // len(index))
     blocks = []
     for begin in range(0, len(truth), step):
-        block = query.rows(slice(begin, begin + step))
+        block = query[begin : begin + step]
         score = torch.cat([part.float().cpu() for part in index.iter_scores(block)], dim=1)[:, rows]
         true = positions[begin : begin + step]
         blocks.append(_rank_block(score, true, coordinates, near_m, seed + begin))
@@ -116,16 +119,28 @@ def summarize(
     )
 
 
+def compare_first(
+    ranking: Ranking, other: Ranking, resamples: int = 1000, seed: int = 0
+) -> Difference:
+    """Return how much more often the true tile comes first than in another ranking."""
+    gain = (ranking.rank == 0).float() - (other.rank == 0).float()
+    low, high = metrics.bootstrap(gain, resamples, seed)
+    return Difference(value=gain.mean().item(), low=low, high=high)
+
+
 @torch.inference_mode()
 def compare_two_stage(
-    index: Index, query: Query, truth: Int64[Tensor, " query"], exact: Ranking
+    index: Index,
+    query: Float[Tensor, "query width"],
+    truth: Int64[Tensor, " query"],
+    exact: Ranking,
 ) -> TwoStageResult:
     """Measure the two-stage search, and how much of the `exact` answers it keeps."""
     # The whole shortlist: among its ten best alone, ties with the tenth would not be seen.
     size = max(_BEST, index.manifest.shortlist)
     ranks, answers = [], []
     for number, row in enumerate(truth.tolist()):
-        answer = rank(index, query.rows(slice(number, number + 1)), size, "two-stage")
+        answer = rank(index, query[number : number + 1], size, "two-stage")
         ranks.append(_rank_in_answer(answer, row))
         answers.append(answer.rows[:, :_BEST])
     best, rows = exact.best.numpy(), np.concatenate(answers)
@@ -138,12 +153,14 @@ def compare_two_stage(
     )
 
 
-def measure_latency(index: Index, query: Query, mode: Literal["exact", "two-stage"]) -> float:
+def measure_latency(
+    index: Index, query: Float[Tensor, "query width"], mode: Literal["exact", "two-stage"]
+) -> float:
     """Return the median milliseconds of one embedded query's search, after a warm-up."""
     times = []
-    for number in [0, 0, *range(min(_TIMED, len(query.query_proj)))]:
+    for number in [0, 0, *range(min(_TIMED, len(query)))]:
         begin = time.perf_counter()
-        rank(index, query.rows(slice(number, number + 1)), _BEST, mode)
+        rank(index, query[number : number + 1], _BEST, mode)
         times.append(time.perf_counter() - begin)
     return float(np.median(times[2:]) * 1000)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from pyarrow import parquet
 from torch import Tensor
 
@@ -33,7 +33,6 @@ from cvmatch.evaluate.queries import (
 from cvmatch.evaluate.results import FILE, IndexSummary, Results, RetrievalResult
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.reader import Index
-from cvmatch.match.fusion import Query
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
 from cvmatch.match.task import IDS, read_training_ids
@@ -75,8 +74,15 @@ def evaluate(config: Evaluate) -> Results:
         queries = embed_queries(config, model)
         by_view: dict[str, dict[str, RetrievalResult]] = {}
         rankings = []
+        alone: dict[str, retrieval.Ranking] = {}
         for (view, modality), query in progress.each("search", len(queries), queries.items()):
             result, ranking = _measure_retrieval(config, index, query, truth)
+            alone |= {view.name: ranking} if modality == "G" else {}
+            if modality != "G" and view.name in alone:
+                minus_g = retrieval.compare_first(
+                    ranking, alone[view.name], config.bootstrap, config.seed
+                )
+                result = replace(result, minus_g=minus_g)
             by_view.setdefault(view.name, {})[modality] = result
             rankings.append(_ranking_table(ids, index, view, modality, ranking))
         results = Results(
@@ -150,7 +156,10 @@ def flatten_numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, floa
 
 
 def _measure_retrieval(
-    config: Evaluate, index: Index, query: Query, truth: Int64[Tensor, " query"]
+    config: Evaluate,
+    index: Index,
+    query: Float[Tensor, "query width"],
+    truth: Int64[Tensor, " query"],
 ) -> tuple[RetrievalResult, retrieval.Ranking]:
     ranking = retrieval.search_exactly(index, query, truth, config.near_m, config.seed)
     result = retrieval.summarize(ranking, len(index.live_rows), config.bootstrap, config.seed)

@@ -1,10 +1,10 @@
-"""The index: an immutable directory of tiles' numbers that a search opens by itself.
+"""The index: an immutable directory of tiles' vectors that a search opens by itself.
 
     CURRENT                   name of the published version; the only file that ever changes
     versions/v000001/         manifest.json, rejected.jsonl
-    shards/<sha>/             tile_projections.npy, tiles.arrow, shard.json (`shard`)
+    shards/<sha>/             vectors.npy, tiles.arrow, shard.json (`shard`)
     codes/<sha>.faiss         FAISS codes of one shard, array lists; ids are its rows
-    shortlist/<sha>/          shortlist head and trained, empty FAISS index (`shortlist`)
+    shortlist/<sha>/          trained, empty FAISS index (`shortlist`)
     ann/<sha>.faiss           codes of some shards, merged in their order, packed for fast scans
     matcher/<fingerprint>/    copy of the matcher's directory
     check_samples/<sha>.parquet  some tiles' pictures, to embed again (`verify`)

@@ -1,58 +1,50 @@
-"""Tiles -> the next version of an index: their projections, shards, the shortlist, its recall."""
+"""Tiles -> the next version of an index: their vectors, shards, the shortlist, its recall."""
 
 import contextlib
 import dataclasses
 import logging
+import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from cvmatch import config as configs
 from cvmatch.data import manifest, storage, tables
 from cvmatch.data.images import PREPROCESS
 from cvmatch.index import shard, verify, versions
 from cvmatch.index.embedding import (
-    QuerySplit,
+    QuerySample,
     building_directory,
     embed_gallery,
     fingerprint_gallery,
     ray_map,
     read_gallery,
-    split_queries,
+    sample_queries,
 )
-from cvmatch.index.manifest import AnnInfo, Files, HeadKind, IndexManifest, Recall, TileOrigin
-from cvmatch.index.reader import MAX_EXACT_TILES, Index, open_version, rank
+from cvmatch.index.manifest import AnnInfo, IndexManifest, Recall, TileOrigin
+from cvmatch.index.reader import Index, open_version, rank
 from cvmatch.index.settings import BuildIndex
-from cvmatch.index.shortlist import (
-    MatcherHead,
-    ShortlistHead,
-    default_factory_key,
-    default_shortlist_size,
-    distil,
-)
+from cvmatch.index.shortlist import default_factory_key, default_shortlist_size
 from cvmatch.index.writer import (
     IndexWriter,
     TaskMapper,
-    load_matcher,
     open_writer,
-    sample_rows,
     serial_map,
 )
-from cvmatch.match.fusion import Fusion, Query
-from cvmatch.match.model import fingerprint_parts
+from cvmatch.match.model import fingerprint_parts, load_scorer, read_config
 from cvmatch.runtime import session, tracking
 
 SHARD_ROWS = 100_000
 """Tiles of a shard, the unit of parallel work."""
 
-RECALL_TARGET = {"top1": 0.99, "top10": 0.98}
-"""Shares of the exact best tiles that a shortlist should hold."""
-
-_SAMPLE = 65_536  # tiles from which a distilled head learns: 32 MiB of projections
+MIN_SHORTLIST, MAX_SHORTLIST = 16, 16_384
+"""Tiles at least and at most that are re-ranked where queries measure it."""
 
 _STEP = 16  # queries that are ranked at a time
 
@@ -116,7 +108,7 @@ def publish(
     """Make embedded tiles the current version; return its manifest.
 
     Args:
-        parts: directory of Parquet files (pair_id, tile_proj, latitude, longitude, error).
+        parts: directory of Parquet files (pair_id, tile_vector, latitude, longitude, error).
         config: settings of the build.
         run: does the work on shards.
         shard_rows: tiles of a shard.
@@ -126,7 +118,7 @@ def publish(
         embed_seconds: what embedding took.
 
     Raises:
-        ValueError: no good row, a pair_id twice, tile_proj of another width or not finite in half
+        ValueError: no good row, a pair_id twice, tile_vector of another width or not finite in half
             precision, or more than `max_rejected` of the rows failed.
     """
     root = versions.local_root(config.output)
@@ -135,20 +127,18 @@ def publish(
     with open_writer(root, run) as writer:
         writer.seconds["embed"] = embed_seconds
         model = writer.copy_matcher(config.model)
-        matcher, model_parts = load_matcher(root, model), fingerprint_parts(config.model)
+        width, model_parts = read_config(config.model).width, fingerprint_parts(config.model)
         if known:
             shards = tuple(replace(info, codes="") for info in known.shards)
             writer.files |= known.select_files("shards", "check_samples")
         else:
-            shards = writer.write_shards(
-                parts, tiles, matcher.hidden, model_parts["tile"], shard_rows
-            )
+            shards = writer.write_shards(parts, tiles, width, model_parts["tile"], shard_rows)
         rows = sum(info.rows for info in shards)
-        auto_key = default_factory_key(rows, matcher.hidden)
+        auto_key = default_factory_key(rows, load_scorer(config.model).shortlist_width)
         key = auto_key if config.key == "auto" else config.key
         info = IndexManifest(
             rows=rows,
-            hidden=matcher.hidden,
+            width=width,
             preprocess=PREPROCESS,
             model=model,
             model_parts=model_parts,
@@ -156,13 +146,13 @@ def publish(
             shard_rows=shard_rows,
             shards=shards,
             ann=AnnInfo(key, config.nprobe),
-            shortlist=min(rows, config.shortlist or default_shortlist_size(rows)),
+            shortlist=default_shortlist_size(rows),
             tile_origin=origin,
             request=_request(config),
             rejected=known.rejected if known else 0,
         )
-        queries = split_queries(config.queries, config.model, config.seed)
-        info = _add_shortlist(writer, config, info, matcher, queries)
+        queries = sample_queries(config.queries, config.model, config.seed)
+        info = _add_shortlist(writer, config, info, queries)
         if queries:
             info = replace(info, queries=queries.origin)
         stored = known.check_samples if known else verify.store_check_samples(writer, check_samples)
@@ -170,100 +160,75 @@ def publish(
 
 
 def measure_recall(
-    writer: IndexWriter, info: IndexManifest, queries: QuerySplit | None
+    writer: IndexWriter, info: IndexManifest, queries: QuerySample | None
 ) -> Recall | None:
     """Measure a version that is not published yet; None without queries."""
     if not queries:
         return None
     with writer.time_stage("recall"):
-        return compute_recall(open_version(writer.root, info), queries.measure)
+        return compute_recall(open_version(writer.root, info), queries.vectors)
 
 
-@torch.inference_mode()
-def compute_recall(index: Index, query: Query) -> Recall:
-    """Compute the share of the exact model's best 1 and best 10 tiles that the shortlist holds."""
-    best = min(10, len(index) - len(index.deleted))
-    held = torch.zeros(len(query.query_proj), best, dtype=torch.bool)
-    for begin in range(0, len(held), _STEP):
-        step = query.rows(slice(begin, begin + _STEP))
-        exact = rank(index, step, best, "exact").rows
-        pairs = zip(exact, index.find_nearest(step), strict=True)
-        for number, (rows, shortlist) in enumerate(pairs, begin):
-            held[number] = torch.from_numpy(np.isin(rows, shortlist))
+def compute_recall(index: Index, query: Float[Tensor, "query width"]) -> Recall:
+    """Compute the share of the exact best 1 and best 10 tiles that the shortlist holds."""
+    places = _find_places(index, query, index.manifest.shortlist)
+    held = places < index.manifest.shortlist
     return Recall(
-        top1=held[:, 0].double().mean().item(),
-        top10=held.double().mean().item(),
+        top1=held[:, 0].mean().item(),
+        top10=held.mean().item(),
         shortlist=index.manifest.shortlist,
         queries=len(held),
     )
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A shortlist that was tried."""
+def choose_shortlist_size(index: Index, query: Float[Tensor, "query width"], recall: float) -> int:
+    """Return the fewest tiles, a power of two, that hold the share `recall` of the exact best.
 
-    info: IndexManifest
-    files: Files
-    seconds: dict[str, float]
+    They hold the share of 1 - 2 (1 - recall) of the exact ten, too.
+    """
+    most = min(len(index), MAX_SHORTLIST)
+    places = _find_places(index, query, most)
+    needed = max(
+        np.quantile(places[:, 0], recall, method="higher"),
+        np.quantile(places, max(0.0, 2 * recall - 1), method="higher"),
+    )
+    return min(most, max(MIN_SHORTLIST, 2 ** math.ceil(math.log2(needed + 1))))
+
+
+@torch.inference_mode()
+def _find_places(
+    index: Index, query: Float[Tensor, "query width"], count: int
+) -> Int64[np.ndarray, "query best"]:
+    """Return where the shortlist of `count` tiles has each query's exact ten; `count`: nowhere."""
+    best = min(10, len(index) - len(index.deleted))
+    places = np.full((len(query), best), count)
+    for begin in range(0, len(query), _STEP):
+        step = query[begin : begin + _STEP]
+        exact = rank(index, step, best, "exact").rows
+        near = index.find_nearest(step, count)
+        for number, (rows, shortlist) in enumerate(zip(exact, near, strict=True), begin):
+            found, where = np.nonzero(rows[:, None] == shortlist[None])
+            places[number, found] = where
+    return places
 
 
 def _add_shortlist(
-    writer: IndexWriter,
-    config: BuildIndex,
-    info: IndexManifest,
-    matcher: Fusion,
-    queries: QuerySplit | None,
+    writer: IndexWriter, config: BuildIndex, info: IndexManifest, queries: QuerySample | None
 ) -> IndexManifest:
-    """Make the shortlist: of the heads that are tried, the one that holds the most.
-
-    The matcher's own comes first. A distilled one follows where exact search is too slow, there
-    are queries to learn from, and the first holds too little.
-    """
-    tile_proj, files, seconds = writer.open_projections(info.shards), writer.files, writer.seconds
-    kinds: list[HeadKind] = ["matcher"]
-    if queries and info.rows > MAX_EXACT_TILES:
-        kinds.append("distilled")
-    tried: list[_Candidate] = []
-    for kind in kinds:
-        writer.files, writer.seconds = dict(files), dict(seconds)
-        head = _make_head(writer, kind, config, tile_proj, matcher, queries)
-        name = writer.train_shortlist(head, info.ann.key, tile_proj, config.seed)
-        shards = writer.encode_shards(info.shards, name, info.model)
-        ann = replace(info.ann, parts=(writer.merge_shards(shards, name),))
-        candidate = replace(info, head=kind, shortlist_dir=name, shards=shards, ann=ann)
-        recall = measure_recall(writer, candidate, queries)
-        tried.append(_Candidate(replace(candidate, recall=recall), writer.files, writer.seconds))
-        if recall:
-            held = 100 * recall.top1, 100 * recall.top10
-            _log.info("%s head: holds %.1f %% of the exact first, %.1f %% of the ten", kind, *held)
-        if recall and all(getattr(recall, top) >= share for top, share in RECALL_TARGET.items()):
-            break
-    best = max(tried, key=lambda candidate: _sum_recall(candidate.info.recall))
-    writer.files, writer.seconds = best.files, best.seconds
-    if others := [one for one in tried if one is not best]:
-        spent = sum(sum(one.seconds.values()) - sum(seconds.values()) for one in others)
-        writer.seconds["discarded"] = spent
-    return best.info
-
-
-def _sum_recall(recall: Recall | None) -> float:
-    return recall.top1 + recall.top10 if recall else 0.0
-
-
-def _make_head(
-    writer: IndexWriter,
-    kind: HeadKind,
-    config: BuildIndex,
-    tile_proj: shard.ShardedArray,
-    matcher: Fusion,
-    queries: QuerySplit | None,
-) -> ShortlistHead:
-    if kind == "matcher":
-        return MatcherHead(matcher)
-    assert queries, "a distilled head learns from queries"
-    with writer.time_stage("head"):
-        sample = tile_proj.take(sample_rows(len(tile_proj), _SAMPLE, config.seed))
-        return distil(matcher, queries.distil, sample, config.seed)
+    """Make the codes, and choose how many of the tiles that they find are re-ranked."""
+    width = load_scorer(config.model).shortlist_width
+    name = writer.train_shortlist(
+        info.ann.key, writer.open_vectors(info.shards), width, config.seed
+    )
+    shards = writer.encode_shards(info.shards, name)
+    ann = replace(info.ann, parts=(writer.merge_shards(shards, name),))
+    info = replace(info, shortlist_dir=name, shards=shards, ann=ann)
+    if queries:
+        with writer.time_stage("shortlist"):
+            index = open_version(writer.root, info)
+            size = choose_shortlist_size(index, queries.vectors, config.recall)
+        info = replace(info, shortlist=size)
+    return replace(info, recall=measure_recall(writer, info, queries))
 
 
 def _tile_origin(config: BuildIndex, shard_rows: int) -> TileOrigin:

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.pairs import PairDataset, read_pictures
@@ -19,15 +21,8 @@ from cvmatch.index.manifest import QueryOrigin
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.index.shard import CHUNK
 from cvmatch.index.writer import TaskMapper
-from cvmatch.match.fusion import Query
-from cvmatch.match.infer import (
-    EMBEDDING,
-    QUERY_PROJ,
-    TILE_PROJ,
-    EmbedQuery,
-    EmbedTile,
-    embed_tiles,
-)
+from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
+from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.model import read_config
 from cvmatch.match.settings import Embed, Modality
 from cvmatch.runtime import hardware, pools, session
@@ -36,20 +31,18 @@ from cvmatch.runtime.stream import Stream, write_stream
 RECALL_QUERIES = 200
 """Queries at most that measure a shortlist."""
 
-DISTIL_QUERIES = 1_000
-"""Other queries at most from which a head is distilled."""
-
 SAMPLING = tuple(field.name for field in fields(Sampling) if field.name != "seed")
 """Settings of the generator that queries of one index should share."""
 
-_MODALITIES = ("G", "G+A", "G+A+S")
+FULLEST: dict[str, Modality] = {"G": "G", "GA": "G+A", "GAS": "G+A+S"}
+"""The modality of queries that have all the letters that a matcher looks at."""
 
 _COLUMNS = pa.schema(
     schema.SYNTHESIZED.field(name)
     for name in (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
 )
 
-_PARTS = _COLUMNS.remove(1).append(pa.field(TILE_PROJ, pa.large_list(pa.float16())))
+_PARTS = _COLUMNS.remove(1).append(pa.field(TILE_VECTOR, pa.large_list(pa.float16())))
 
 
 def read_gallery(gallery: GalleryConfig) -> ray.data.Dataset:
@@ -127,47 +120,31 @@ def ray_map(uri: str) -> TaskMapper:
 
 
 @dataclass(frozen=True)
-class QuerySplit:
-    """Embedded queries."""
+class QuerySample:
+    """Embedded queries that measure a shortlist."""
 
-    measure: Query
+    vectors: Float[Tensor, "query width"]
     """Of the fullest modality that the model knows."""
-    distil: Query
-    """Others, of all modalities in turns; where there are no others, the same."""
     origin: QueryOrigin
     """What made the rows."""
 
 
-def split_queries(
-    location: str, model: str, seed: int, sample: int | None = None
-) -> QuerySplit | None:
-    """Embed some rows, half to measure and half to distil from; None where `location` is empty.
-
-    `sample`: rows that measure; None: RECALL_QUERIES.
+def sample_queries(location: str, model: str, seed: int) -> QuerySample | None:
+    """Embed at most RECALL_QUERIES rows; None where `location` is empty.
 
     Raises:
         ValueError: no row has the pictures that the model's queries consist of.
     """
     if not location:
         return None
-    sample = RECALL_QUERIES if sample is None else sample
-    modalities: tuple[Modality, ...] = ("G",) if read_config(model).ground_only else _MODALITIES
-    columns = [schema.PAIR_ID, schema.ERROR]
     ids = [
         pair_id
-        for table in tables.batches(location, columns, CHUNK)
+        for table in tables.batches(location, [schema.PAIR_ID, schema.ERROR], CHUNK)
         for pair_id in schema.good_rows(table)[schema.PAIR_ID].to_pylist()
     ]
-    shuffled = np.random.default_rng(seed).permutation(ids).tolist()
-    others = shuffled[sample : sample + DISTIL_QUERIES]
-    measure = _embed(location, model, modalities[-1], shuffled[:sample])
-    parts = [
-        _embed(location, model, modality, others[start :: len(modalities)])
-        for start, modality in enumerate(modalities)
-        if len(others) >= len(modalities)
-    ]
-    distil = Query(*map(torch.cat, zip(*parts, strict=True))) if parts else measure
-    return QuerySplit(measure, distil, _read_origin(location))
+    chosen = np.random.default_rng(seed).permutation(ids).tolist()[:RECALL_QUERIES]
+    modality = FULLEST[read_config(model).letters]
+    return QuerySample(_embed(location, model, modality, chosen), _read_origin(location))
 
 
 def _count(gallery: GalleryConfig) -> int:
@@ -194,7 +171,9 @@ def _read_origin(location: str) -> QueryOrigin:
     )
 
 
-def _embed(location: str, model: str, modality: Modality, ids: list[str]) -> Query:
+def _embed(
+    location: str, model: str, modality: Modality, ids: list[str]
+) -> Float[Tensor, "query width"]:
     pictures = schema.query_columns(modality)
     columns = [schema.PAIR_ID, *pictures, schema.ERROR]
     embed, parts = EmbedQuery(model, modality), []
@@ -208,7 +187,5 @@ def _embed(location: str, model: str, modality: Modality, ids: list[str]) -> Que
             f"build-index: expected {pictures} in some rows of {location}, got none. "
             "Run cvmatch synthesize on them, or leave --queries out."
         )
-    arrays = (
-        np.concatenate([part[name] for part in parts])[good] for name in (EMBEDDING, QUERY_PROJ)
-    )
-    return Query(*(torch.from_numpy(values).to(hardware.device()) for values in arrays))
+    vectors = np.concatenate([part[QUERY_VECTOR] for part in parts])[good]
+    return torch.from_numpy(vectors).to(hardware.device())

@@ -6,15 +6,12 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-FORMAT = 3
+FORMAT = 4
 """Version of the layout; a directory of another one is refused."""
 
 NAME = "manifest.json"
-
-HeadKind = Literal["matcher", "distilled"]
-"""The matcher's own shortlist head, or one that is distilled from its joint scores."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +125,8 @@ class IndexManifest:
     """Hash of all other fields, hex."""
     rows: int
     """Tiles, deleted ones too."""
-    hidden: int
-    """Numbers of a tile projection."""
+    width: int
+    """Numbers of a tile's vector."""
     preprocess: str
     """Name of the decoding and resizing."""
     model: str
@@ -141,8 +138,6 @@ class IndexManifest:
     shard_rows: int
     """Tiles of a full shard."""
     shards: tuple[ShardInfo, ...]
-    head: HeadKind = "matcher"
-    """Whose vectors FAISS holds."""
     shortlist_dir: str = ""
     """Name below `shortlist/`."""
     ann: AnnInfo

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from cvmatch.data import geography, schema
 from cvmatch.data.images import PREPROCESS
-from cvmatch.data.manifest import fingerprint
 from cvmatch.index import shard, versions
 from cvmatch.index.manifest import AnnPartInfo, IndexManifest
 from cvmatch.index.settings import Mode
-from cvmatch.index.shortlist import AnnPart, ShortlistHead, load_head, search_parts
-from cvmatch.match.fusion import Fusion, Query
-from cvmatch.match.model import fingerprint_parts, load_fusion
-from cvmatch.match.scoring import joint_scores
+from cvmatch.index.shortlist import AnnPart, search_parts
+from cvmatch.match.model import fingerprint_parts, load_scorer
+from cvmatch.match.scoring import Scorer
 from cvmatch.runtime import hardware
 
 MAX_EXACT_TILES = 100_000
@@ -46,25 +44,23 @@ class Tile(TypedDict):
 class Index:
     """A version of an index, opened for searching."""
 
-    tile_proj: shard.ShardedArray
+    vectors: shard.ShardedArray
     """What is stored of each tile, memory-mapped."""
     tiles: pa.Table
-    """pair_id, latitude and longitude (degrees or null) of each row of tile_proj, memory-mapped."""
+    """pair_id, latitude and longitude (degrees or null) of each row of vectors, memory-mapped."""
     ann: list[AnnPart]
-    """Codes of the shortlist: scores are cosines of the head's vectors."""
-    shortlist_head: ShortlistHead
-    """What makes these vectors."""
+    """Codes of the shortlist."""
     deleted: Int64[np.ndarray, " row"]
     """Rows that were deleted, sorted."""
-    matcher: Fusion
-    """What scores need of the model that made tile_proj, in evaluation mode."""
+    scorer: Scorer
+    """What scores the vectors, of the model that made them."""
     manifest: IndexManifest
     """What the version consists of, and what was measured."""
     matcher_dir: str
     """Local directory of the whole model."""
 
     def __len__(self) -> int:
-        return len(self.tile_proj)
+        return len(self.vectors)
 
     @classmethod
     def open(cls, uri: str, model: str = "", version: str = "", deep: bool = False) -> "Index":
@@ -88,7 +84,7 @@ class Index:
     @property
     def device(self) -> torch.device:
         """Where scores are computed."""
-        return self.matcher.device
+        return self.scorer.device
 
     @property
     def live_rows(self) -> Int64[np.ndarray, " row"]:
@@ -113,18 +109,18 @@ class Index:
 
     def iter_scores(
         self,
-        query: Query,
+        query: Float[Tensor, "query width"],
         dtype: torch.dtype = torch.float32,
         rows: Int64[np.ndarray, " row"] | None = None,
     ) -> Iterator[Float[Tensor, "query chunk"]]:
         """Score all tiles (or some) in the order of the rows, a chunk of them at a time.
 
-        Exact but for the rounding of tile_proj to half precision (3e-4), and of `dtype`; -inf of
+        Exact but for the rounding of vectors to half precision (3e-4), and of `dtype`; -inf of
         deleted tiles.
         """
         begin = 0
         for chunk in self._chunks(rows):
-            score = joint_scores(self.matcher, query, self._tensor(chunk), dtype)
+            score = self.scorer(query, self._tensor(chunk), dtype)
             end = begin + len(chunk)
             deleted = self._is_deleted(np.arange(begin, end) if rows is None else rows[begin:end])
             if deleted.any():
@@ -133,19 +129,20 @@ class Index:
             begin = end
 
     def score_rows(
-        self, query: Query, rows: Int64[np.ndarray, " row"]
+        self, query: Float[Tensor, "query width"], rows: Int64[np.ndarray, " row"]
     ) -> Float[Tensor, "query row"]:
         """Score some tiles in fp32."""
-        return joint_scores(self.matcher, query, self._tensor(self.tile_proj.take(rows)))
+        return self.scorer(query, self._tensor(self.vectors.take(rows)))
 
-    def find_nearest(self, query: Query, count: int = 0) -> Int64[np.ndarray, "query near"]:
+    def find_nearest(
+        self, query: Float[Tensor, "query width"], count: int = 0
+    ) -> Int64[np.ndarray, "query near"]:
         """Return the rows of the shortlist, best first, -1 behind the end.
 
         `count`: 0 takes the number that the index was built for.
         """
         count = min(count or self.manifest.shortlist, len(self))
-        with torch.inference_mode():
-            vectors = self.shortlist_head.query(query).float().cpu().numpy()
+        vectors = query[:, : self.scorer.shortlist_width].float().cpu().numpy()
         if not len(self.deleted):
             return search_parts(self.ann, vectors, count)
         rows = self._search_past_deleted(vectors, count)
@@ -168,14 +165,14 @@ class Index:
 
     def _chunks(
         self, rows: Int64[np.ndarray, " row"] | None
-    ) -> Iterator[Float16[np.ndarray, "_ h"]]:
+    ) -> Iterator[Float16[np.ndarray, "_ width"]]:
         if rows is None:
-            yield from self.tile_proj.chunks()
+            yield from self.vectors.chunks()
             return
         for begin in range(0, len(rows), shard.CHUNK):
-            yield self.tile_proj.take(rows[begin : begin + shard.CHUNK])
+            yield self.vectors.take(rows[begin : begin + shard.CHUNK])
 
-    def _tensor(self, chunk: Float16[np.ndarray, "row hidden"]) -> Float16[Tensor, "row hidden"]:
+    def _tensor(self, chunk: Float16[np.ndarray, "row width"]) -> Float16[Tensor, "row width"]:
         if not chunk.flags.writeable:  # memory-mapped: torch wants memory that it may write to
             chunk = chunk.copy()
         return torch.from_numpy(chunk).to(self.device)
@@ -190,18 +187,18 @@ class TopTiles(NamedTuple):
     rows: Int64[np.ndarray, "query k"]
     """Rows of the index; -1 behind the end, where a shortlist held fewer than k tiles."""
     scores: Float[np.ndarray, "query k"]
-    """Exact joint scores, in [-1, 1]; -inf where there is no tile."""
+    """Exact scores, in [-1, 1]; -inf where there is no tile."""
 
 
 def rank(
     index: Index,
-    query: Query,
+    query: Float[Tensor, "query width"],
     top_k: int = 10,
     mode: Mode = "auto",
     shortlist: int = 0,
     rows: Int64[np.ndarray, " row"] | None = None,
 ) -> TopTiles:
-    """Find the best `top_k` tiles (or all, where there are fewer) by the exact joint score.
+    """Find the best `top_k` tiles (or all, where there are fewer) by the exact score.
 
     Equal scores are ordered by row.
 
@@ -209,7 +206,7 @@ def rank(
         index: the tiles.
         query: embedded queries.
         top_k: tiles to return for each query.
-        mode: exact ranks all tiles; two-stage those that the shortlist head finds nearest; auto is
+        mode: exact ranks all tiles; two-stage those whose codes are nearest; auto is
             exact up to MAX_EXACT_TILES.
         shortlist: tiles that two-stage re-ranks; 0: the index's number.
         rows: rank only these, and exactly.
@@ -221,10 +218,13 @@ def rank(
 
 @torch.inference_mode()
 def _rank_exact(
-    index: Index, query: Query, top_k: int, among: Int64[np.ndarray, " row"] | None = None
+    index: Index,
+    query: Float[Tensor, "query width"],
+    top_k: int,
+    among: Int64[np.ndarray, " row"] | None = None,
 ) -> TopTiles:
     """Rank all tiles: in the type that is fastest, then in fp32 those that may be the best."""
-    dtype = hardware.fastest_dtype(query.query_proj.device)
+    dtype = hardware.fastest_dtype(query.device)
     if dtype == torch.float32:
         return _sort(*_best(index, query, top_k, dtype, among), top_k)
     rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype, among)
@@ -235,7 +235,7 @@ def _rank_exact(
         error = np.abs(scores - rough, where=rows >= 0, out=np.zeros_like(scores)).max(axis=1)
         unsure = np.sort(scores, axis=1)[:, -top_k] <= rough.min(axis=1) + 2 * error
         if unsure.any():
-            again = query.rows(torch.from_numpy(unsure))
+            again = query[torch.from_numpy(unsure)]
             count = rows.shape[1]
             rows[unsure], scores[unsure] = _best(index, again, count, torch.float32, among)
     return _sort(rows, scores, top_k)
@@ -243,15 +243,15 @@ def _rank_exact(
 
 def _best(
     index: Index,
-    query: Query,
+    query: Float[Tensor, "query width"],
     count: int,
     dtype: torch.dtype,
     among: Int64[np.ndarray, " row"] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return rows of the `count` best tiles (or all) by scores in `dtype`, and these; -1 and -inf
     where only deleted tiles are left."""
-    best = torch.empty(len(query.query_proj), 0)
-    rows = torch.empty(len(query.query_proj), 0, dtype=torch.int64)
+    best = torch.empty(len(query), 0)
+    rows = torch.empty(len(query), 0, dtype=torch.int64)
     begin = 0
     for chunk in index.iter_scores(query, dtype, among):
         best = torch.cat([best, chunk.cpu()], dim=1)
@@ -278,17 +278,19 @@ def _top(scores: Tensor, rows: Tensor, count: int, ties: bool) -> tuple[Tensor, 
 
 
 @torch.inference_mode()
-def _rank_two_stage(index: Index, query: Query, top_k: int, shortlist: int) -> TopTiles:
+def _rank_two_stage(
+    index: Index, query: Float[Tensor, "query width"], top_k: int, shortlist: int
+) -> TopTiles:
     near = index.find_nearest(query, max(shortlist or index.manifest.shortlist, top_k))
     return _sort(near, _score_each(index, query, near), top_k)
 
 
-def _score_each(index: Index, query: Query, rows: np.ndarray) -> np.ndarray:
+def _score_each(index: Index, query: Float[Tensor, "query width"], rows: np.ndarray) -> np.ndarray:
     """Score each query's own rows in fp32; -inf where there is none."""
     scores = np.full(rows.shape, -np.inf, dtype=np.float32)
     for number, query_rows in enumerate(rows):
         known = query_rows >= 0
-        single = query.rows(slice(number, number + 1))
+        single = query[number : number + 1]
         scores[number, known] = index.score_rows(single, query_rows[known])[0].cpu()
     return scores
 
@@ -304,17 +306,16 @@ def open_version(root: str, manifest: IndexManifest) -> Index:
     folders = [os.path.join(root, "shards", info.sha) for info in manifest.shards]
     arrays, tables = zip(*(shard.open_shard(folder, rereads) for folder in folders), strict=True)
     matcher_dir = os.path.join(root, "matcher", manifest.model)
-    matcher = load_fusion(matcher_dir, hardware.device())
+    scorer = load_scorer(matcher_dir, hardware.device())
     deleted = np.empty(0, np.int64)
     if manifest.deleted:
         deleted = np.load(os.path.join(root, manifest.deleted))
     return Index(
-        tile_proj=shard.ShardedArray(arrays),
+        vectors=shard.ShardedArray(arrays),
         tiles=pa.concat_tables(tables),
         ann=[_open_part(root, info, manifest.ann.nprobe) for info in manifest.ann.parts],
-        shortlist_head=load_head(os.path.join(root, "shortlist", manifest.shortlist_dir), matcher),
         deleted=deleted,
-        matcher=matcher,
+        scorer=scorer,
         manifest=manifest,
         matcher_dir=matcher_dir,
     )
@@ -338,14 +339,9 @@ def _check_model(uri: str, manifest: IndexManifest, model: str) -> None:
             f"index {uri}: expected preprocessing {manifest.preprocess}, but this version of "
             f"cvmatch has {PREPROCESS}. Build it again: cvmatch build-index --output {uri}"
         )
-    if model and (got := fingerprint(model)) != manifest.model:
-        parts = fingerprint_parts(model)
-        changed = sorted(
-            name for name, value in parts.items() if value != manifest.model_parts[name]
-        )
-        note = "" if "tile" in changed else " (no tile is embedded again: that part is the same)"
+    if model and (tower := fingerprint_parts(model)["tile"]) != manifest.tower:
         raise ValueError(
-            f"index {uri}: expected matcher {manifest.model}, got {got} (of {model}); these parts "
-            f"differ: {changed}. Search with the model that built it (leave --model out), or "
-            f"build the index again{note}: cvmatch build-index --model {model} --output {uri}"
+            f"index {uri}: expected tiles embedded by {tower} (of {model}), got those of "
+            f"{manifest.tower}. Search with the model that built it (leave --model out), or build "
+            f"the index again: cvmatch build-index --model {model} --output {uri}"
         )

@@ -30,8 +30,8 @@ class GalleryConfig:
     """Directory of the index, local or in an object store; a new version joins those there. On
     several nodes: a path that all of them mount."""
     queries: str = ""
-    """URI of synthesized rows that measure the shortlist (others of them train its head, where that
-    is needed); their tiles need not be known. Empty: not measured."""
+    """URI of synthesized rows that measure the shortlist; their tiles need not be known. Empty: not
+    measured."""
     seed: int = 0
     """Seed of the choice of queries and of training vectors."""
 
@@ -42,12 +42,17 @@ class BuildIndex(GalleryConfig):
 
     model: str = "models/matcher"
     """Local directory of the matcher."""
-    shortlist: int = 0
-    """Tiles that a two-stage search re-ranks exactly; 0 chooses by the number of tiles."""
+    recall: float = 0.99
+    """Share of the exact best tiles, in (0, 1], that a two-stage search should find: it re-ranks
+    the fewest tiles with which the build's `queries` do. Without these: by the number of tiles."""
     key: str = "auto"
     """FAISS factory key of the shortlist; "auto" chooses by the number of tiles."""
     nprobe: int = 64
     """Lists that a query visits, where the key has lists (IVF: beyond 10 million tiles)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.recall <= 1:
+            raise ValueError(f"build-index: recall is a share in (0, 1], got {self.recall}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Embedded tiles (Parquet rows) -> shard directories of an index, and these, memory-mapped.
 
-tile_projections.npy   (tile, hidden) float16, C order: a search reads its part of it
-tiles.arrow            pair_id, latitude, longitude of each row; processes share its pages
-shard.json             rows, tower and hashes; the shard is named by its hash
+vectors.npy    (tile, width) float16, C order: a search reads its part of it
+tiles.arrow    pair_id, latitude, longitude of each row; processes share its pages
+shard.json     rows, tower and hashes; the shard is named by its hash
 """
 
 import dataclasses
@@ -20,34 +20,32 @@ from jaxtyping import Float16, Int64, Shaped
 from cvmatch.data import schema, tables
 from cvmatch.data.schema import ERROR, LATITUDE, LONGITUDE, PAIR_ID
 from cvmatch.index import versions
-
-TILE_PROJ = "tile_proj"
-"""Column of the parts: Matcher.tile, fp16."""
+from cvmatch.match.heads import TILE_VECTOR
 
 PART_ROW = "part_row"
 """Column of accepted tiles: their row among all rows of the parts."""
 
-PROJECTIONS = "tile_projections.npy"
-"""File of the tile projections."""
+VECTORS = "vectors.npy"
+"""File of the tiles' vectors."""
 
 CHUNK = 65_536
-"""Tiles a step: 64 MiB of tile_proj in float32 at 256 wide."""
+"""Tiles a step: 160 MiB of vectors in float32 at 640 wide."""
 
 TILES = pa.schema([schema.PAIRS.field(name) for name in (PAIR_ID, LATITUDE, LONGITUDE)])
 """What is known of each tile."""
 
 
 class ShardedArray:
-    """The tile projections of all tiles: arrays of shards, one behind the other."""
+    """The vectors of all tiles: arrays of shards, one behind the other."""
 
-    def __init__(self, arrays: Sequence[Float16[np.ndarray, "_ hidden"]]) -> None:
+    def __init__(self, arrays: Sequence[Float16[np.ndarray, "_ width"]]) -> None:
         self.arrays = list(arrays)
         self.starts = np.cumsum([0, *(len(array) for array in arrays)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def take(self, rows: Int64[np.ndarray, " row"]) -> Float16[np.ndarray, "row hidden"]:
+    def take(self, rows: Int64[np.ndarray, " row"]) -> Float16[np.ndarray, "row width"]:
         """Copy some rows, in their order."""
         copy = np.empty((len(rows), self.arrays[0].shape[1]), np.float16)
         shard = np.searchsorted(self.starts, rows, side="right") - 1
@@ -56,7 +54,7 @@ class ShardedArray:
             copy[inside] = self.arrays[number][rows[inside] - self.starts[number]]
         return copy
 
-    def chunks(self, size: int = CHUNK) -> Iterator[Float16[np.ndarray, "_ hidden"]]:
+    def chunks(self, size: int = CHUNK) -> Iterator[Float16[np.ndarray, "_ width"]]:
         """Iterate over all rows in their order, at most `size` at a time."""
         for array in self.arrays:
             for begin in range(0, len(array), size):
@@ -102,13 +100,13 @@ def _null_unknown(table: pa.Table) -> pa.Table:
     return table
 
 
-def gather_projections(
+def gather_vectors(
     parts: str, rows: Int64[np.ndarray, " tile"], width: int
 ) -> Float16[np.ndarray, "tile w"]:
-    """Return tile_proj of some rows of the parts, in that order; read only files that hold some.
+    """Return vectors of some rows of the parts, in that order; read only files that hold some.
 
     Raises:
-        ValueError: tile_proj of another width than `width`, or not finite in half precision.
+        ValueError: vectors of another width than `width`, or not finite in half precision.
     """
     gathered = np.empty((len(rows), width), np.float16)
     order = np.argsort(rows)
@@ -117,21 +115,21 @@ def gather_projections(
         if np.diff(np.searchsorted(ordered, [file_begin, file_end])) == 0:
             continue
         begin = file_begin
-        for table in tables.batches(parts, [TILE_PROJ], CHUNK, [name]):
+        for table in tables.batches(parts, [TILE_VECTOR], CHUNK, [name]):
             first, last = np.searchsorted(ordered, [begin, begin + len(table)])
             if last > first:
-                values = _matrix(table[TILE_PROJ].combine_chunks(), width)
+                values = _matrix(table[TILE_VECTOR].combine_chunks(), width)
                 gathered[order[first:last]] = _finite(values[ordered[first:last] - begin], parts)
             begin += len(table)
     return gathered
 
 
 def write_shard_files(
-    folder: str, tile_proj: Float16[np.ndarray, "tile width"], tiles: pa.Table, tower: str
+    folder: str, vectors: Float16[np.ndarray, "tile width"], tiles: pa.Table, tower: str
 ) -> str:
     """Write a shard; return its name. `tower`: fingerprint of what embedded the tiles."""
     os.makedirs(folder)
-    np.save(os.path.join(folder, PROJECTIONS), tile_proj)
+    np.save(os.path.join(folder, VECTORS), vectors)
     # Made anew, since equal columns may have other buffers, and so other bytes, by their history.
     table = pa.table([tiles[name].to_pylist() for name in TILES.names], schema=TILES)
     with pa.ipc.new_file(os.path.join(folder, "tiles.arrow"), TILES) as file:
@@ -142,18 +140,18 @@ def write_shard_files(
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_shard(folder: str, rereads: bool) -> tuple[Float16[np.ndarray, "tile hidden"], pa.Table]:
-    """Memory-map tile_proj and the tiles. `rereads`: tile_proj will be read whole, not in spots."""
-    with open(os.path.join(folder, PROJECTIONS), "rb") as file:
+def open_shard(folder: str, rereads: bool) -> tuple[Float16[np.ndarray, "tile width"], pa.Table]:
+    """Memory-map vectors and the tiles. `rereads`: vectors will be read whole, not in spots."""
+    with open(os.path.join(folder, VECTORS), "rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if not rereads and hasattr(mmap, "MADV_RANDOM"):
             # A cold gather is 5 times faster: docs/decisions.md#shards-are-read-without-read-ahead
             content.madvise(mmap.MADV_RANDOM)
-        tile_proj = np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
+        vectors = np.frombuffer(content, dtype, offset=file.tell()).reshape(shape)
     with pa.memory_map(os.path.join(folder, "tiles.arrow")) as file:
-        return tile_proj, pa.ipc.open_file(file).read_all()
+        return vectors, pa.ipc.open_file(file).read_all()
 
 
 def read_tower(folder: str) -> str:
@@ -173,7 +171,7 @@ def _row_ranges(parts: str) -> Iterator[tuple[int, int, str]]:
 def _finite(values: np.ndarray, parts: str) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(
-            f"build-index: tile_proj of some rows of {parts} is not finite in half precision "
+            f"build-index: tile_vector of some rows of {parts} is not finite in half precision "
             "(65,504 at most). Check the matcher's training."
         )
     return values
@@ -184,7 +182,7 @@ def _matrix(column: pa.Array, width: int) -> Shaped[np.ndarray, "row width"]:
     flat = values.flatten().to_numpy(zero_copy_only=False)
     if flat.size != len(column) * width:
         raise ValueError(
-            f"build-index: expected tile_proj of {width} numbers a row, as the matcher has, got "
+            f"build-index: expected tile_vector of {width} numbers a row, as the matcher has, got "
             f"{flat.size} for {len(column)} rows. Embed the tiles with the model that is indexed."
         )
     with np.errstate(over="ignore"):  # beyond fp16: reported by the caller

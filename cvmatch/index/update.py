@@ -122,9 +122,9 @@ def join(
     with open_writer(root, run) as writer:
         writer.seconds["embed"] = embed_seconds
         writer.files |= _shared_files(info)
-        written = writer.write_shards(parts, tiles, info.hidden, info.tower, shard_rows)
+        written = writer.write_shards(parts, tiles, info.width, info.tower, shard_rows)
         added, revived = _separate_revived(writer, written, info)
-        added = writer.encode_shards(added, info.shortlist_dir, info.model)
+        added = writer.encode_shards(added, info.shortlist_dir)
         shards, ann_parts = (*info.shards, *added), info.ann.parts
         if added and len(ann_parts) < MAX_ANN_PARTS:
             ann_parts = (*ann_parts, writer.merge_shards(added, info.shortlist_dir))
@@ -135,7 +135,7 @@ def join(
         if len(revived):
             deleted = _store_deleted(writer, np.setdiff1d(index.deleted, revived))
             new = replace(new, deleted=deleted)
-        queries = embedding.split_queries(config.queries, index.matcher_dir, config.seed)
+        queries = embedding.sample_queries(config.queries, index.matcher_dir, config.seed)
         new = replace(new, recall=measure_recall(writer, new, queries))
         if queries:
             new = replace(new, queries=queries.origin)
@@ -178,7 +178,7 @@ def delete(config: DeleteTiles) -> DeleteResult:
 
 
 def compact(config: Compact, run: TaskMapper = serial_map) -> IndexManifest:
-    """Write the live tiles as new shards by pair_id, with the same head; return the manifest.
+    """Write the live tiles as new shards by pair_id, with the same codebooks; return the manifest.
 
     Where they are so already, it is that of the current version, and none is published.
 
@@ -203,7 +203,7 @@ def compact(config: Compact, run: TaskMapper = serial_map) -> IndexManifest:
         writer.files |= info.select_files("matcher", "shortlist")
         with writer.time_stage("shards"):
             shards = writer.number_shards(run(_rewrite, tasks))
-        shards = writer.encode_shards(shards, info.shortlist_dir, info.model)
+        shards = writer.encode_shards(shards, info.shortlist_dir)
         part = writer.merge_shards(shards, info.shortlist_dir)
         samples = verify.store_check_samples(writer, verify.live_check_samples(root, index))
         new = _derive_manifest(info, shards, (part,))
@@ -275,8 +275,8 @@ class _RewriteTask:
 def _rewrite(task: _RewriteTask) -> tuple[str, int, Files]:
     folders = [os.path.join(task.root, "shards", sha) for sha in task.shas]
     arrays = [shard.open_shard(folder, rereads=False)[0] for folder in folders]
-    tile_proj = ShardedArray(arrays).take(task.rows)
-    return store_shard(task.root, tile_proj, task.tiles, task.tower)
+    vectors = ShardedArray(arrays).take(task.rows)
+    return store_shard(task.root, vectors, task.tiles, task.tower)
 
 
 def _live_table(index: Index) -> pa.Table:
@@ -304,15 +304,13 @@ def _derive_manifest(
 ) -> IndexManifest:
     """Return the manifest of a change; what publishing adds is left out."""
     rows = sum(part.rows for part in shards)
-    chosen = info.config["shortlist"]
-    size = chosen if isinstance(chosen, int) and chosen else default_shortlist_size(rows)
     return replace(
         info,
         parent=info.version,
         rows=rows,
         shards=tuple(shards),
         ann=replace(info.ann, parts=tuple(parts)),
-        shortlist=min(rows, size),
+        shortlist=min(rows, max(info.shortlist, default_shortlist_size(rows))),
         tile_origin=None,
         request=None,
         recall=None,

@@ -20,6 +20,7 @@ from cvmatch.index.manifest import IndexManifest, ShardInfo
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import Info, Verify
 from cvmatch.index.writer import EncodeShardTask, IndexWriter, compute_codes
+from cvmatch.match.heads import TILE_VECTOR
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import fingerprint_parts
 
@@ -27,7 +28,7 @@ CHECK_SAMPLES = 16
 """Tiles whose pictures are stored."""
 
 TOLERANCE = 0.02
-"""Largest distance of a check sample's projection, of its norm: docs/decisions.md#check-samples"""
+"""Largest distance of a check sample's vector, of its norm: docs/decisions.md#check-samples"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class VerifyResult:
     check_samples: int | None = None
     """Tiles that were embedded again."""
     largest_distance: float | None = None
-    """Of their projections, of the norm."""
+    """Of their vectors, of the norm."""
 
 
 def verify(config: Verify) -> VerifyResult:
@@ -126,12 +127,12 @@ def _check_ids(index: Index, uri: str) -> None:
 
 
 def _check_codes(root: str, info: IndexManifest, part: ShardInfo) -> None:
-    codes = compute_codes(EncodeShardTask(root, part.sha, info.shortlist_dir, info.model))
+    codes = compute_codes(EncodeShardTask(root, part.sha, info.shortlist_dir))
     stored = faiss.read_index(os.path.join(root, part.codes))
     if not np.array_equal(faiss.serialize_index(codes), faiss.serialize_index(stored)):
         raise ValueError(
-            f"index {root}: the codes of shard {part.sha} are not what the shortlist head "
-            f"{info.shortlist_dir} makes of its tiles. {_advise(root)}"
+            f"index {root}: the codes of shard {part.sha} are not what the codebooks "
+            f"{info.shortlist_dir} make of its tiles. {_advise(root)}"
         )
 
 
@@ -146,8 +147,8 @@ def _check_samples(root: str, index: Index) -> tuple[int, float | None]:
     batch[schema.ERROR] = np.full(len(samples), None)
     origin = index.manifest.tile_origin
     again = EmbedTile(index.matcher_dir, origin.batch if origin else len(samples))(batch)
-    stored = index.tile_proj.take(rows).astype(np.float64)
-    distance = np.linalg.norm(again[shard.TILE_PROJ] - stored, axis=1)
+    stored = index.vectors.take(rows).astype(np.float64)
+    distance = np.linalg.norm(again[TILE_VECTOR] - stored, axis=1)
     distance /= np.linalg.norm(stored, axis=1)
     if not (distance <= TOLERANCE).all():
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -15,8 +14,7 @@ from typing import TypeVar
 import faiss
 import numpy as np
 import pyarrow as pa
-import torch
-from jaxtyping import Float16, Float32, Int64
+from jaxtyping import Float16, Int64
 
 from cvmatch.data import manifest
 from cvmatch.index import shard, versions
@@ -24,16 +22,11 @@ from cvmatch.index.manifest import AnnPartInfo, BytesPerTile, Files, IndexManife
 from cvmatch.index.shard import ShardedArray
 from cvmatch.index.shortlist import (
     EMPTY_INDEX,
-    ShortlistHead,
     encode,
-    load_head,
     merge_codes,
     train_empty_index,
     training_size,
 )
-from cvmatch.match.fusion import Fusion
-from cvmatch.match.model import load_fusion
-from cvmatch.runtime import hardware
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,7 +37,7 @@ TaskMapper = Callable[[Callable[[T], R], Sequence[T]], list[R]]
 STAGING = ".staging-"
 """Begins the names of directories in which files are written before they are put into place."""
 
-_STEP = 4096  # tiles whose vectors are computed at a time
+_STEP = 16_384  # tiles whose codes are made at a time
 
 
 def serial_map(function: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
@@ -83,12 +76,12 @@ class IndexWriter:
         Args:
             parts: directory of Parquet files.
             tiles: as `shard.select_good_rows` returns them.
-            width: numbers of a tile projection.
+            width: numbers of a tile's vector.
             tower: fingerprint of what embedded the tiles.
             size: tiles of a shard.
 
         Raises:
-            ValueError: see `shard.gather_projections`.
+            ValueError: see `shard.gather_vectors`.
         """
         tasks = [
             WriteShardTask(self.root, parts, tiles.slice(row, size).combine_chunks(), width, tower)
@@ -108,21 +101,18 @@ class IndexWriter:
             begin += rows
         return tuple(numbered)
 
-    def open_projections(self, shards: Sequence[ShardInfo]) -> ShardedArray:
-        """Memory-map the tile projections of shards."""
+    def open_vectors(self, shards: Sequence[ShardInfo]) -> ShardedArray:
+        """Memory-map the vectors of shards."""
         folders = [os.path.join(self.root, "shards", info.sha) for info in shards]
         return ShardedArray([shard.open_shard(folder, rereads=True)[0] for folder in folders])
 
-    def train_shortlist(
-        self, head: ShortlistHead, key: str, tile_proj: ShardedArray, seed: int
-    ) -> str:
-        """Train the FAISS index of the head's vectors; return the name of both in `shortlist/`."""
+    def train_shortlist(self, key: str, vectors: ShardedArray, width: int, seed: int) -> str:
+        """Train the FAISS index of the vectors' first `width` numbers; return its name."""
         with self.time_stage("train"):
-            width = compute_vectors(head, tile_proj.take(np.arange(1))).shape[1]
-            rows = sample_rows(len(tile_proj), training_size(key, width), seed)
-            index = train_empty_index(key, compute_vectors(head, tile_proj.take(rows)))
+            rows = sample_rows(len(vectors), training_size(key, width), seed)
+            index = train_empty_index(key, vectors.take(rows)[:, :width].astype(np.float32))
             folder = os.path.join(self.staging, "shortlist")
-            head.save(folder)
+            os.makedirs(folder)
             faiss.write_index(index, os.path.join(folder, EMPTY_INDEX))
             files = versions.hash_files(folder, "")
             plain = {file: dataclasses.asdict(info) for file, info in files.items()}
@@ -131,11 +121,11 @@ class IndexWriter:
         return name
 
     def encode_shards(
-        self, shards: Sequence[ShardInfo], shortlist_dir: str, model: str
+        self, shards: Sequence[ShardInfo], shortlist_dir: str
     ) -> tuple[ShardInfo, ...]:
         """Make the FAISS codes of shards that have none."""
         missing = [info for info in shards if not info.codes]
-        tasks = [EncodeShardTask(self.root, info.sha, shortlist_dir, model) for info in missing]
+        tasks = [EncodeShardTask(self.root, info.sha, shortlist_dir) for info in missing]
         with self.time_stage("codes"):
             encoded = self.run(encode_shard, tasks)
         codes = {info.sha: info.codes for info in shards}
@@ -206,17 +196,17 @@ class WriteShardTask:
 def write_shard(task: WriteShardTask) -> tuple[str, int, Files]:
     """Write a shard; return name, rows and files. Doing it again ends in the same files."""
     rows = task.tiles[shard.PART_ROW].to_numpy()
-    tile_proj = shard.gather_projections(task.parts, rows, task.width)
-    return store_shard(task.root, tile_proj, task.tiles, task.tower)
+    vectors = shard.gather_vectors(task.parts, rows, task.width)
+    return store_shard(task.root, vectors, task.tiles, task.tower)
 
 
 def store_shard(
-    root: str, tile_proj: Float16[np.ndarray, "tile width"], tiles: pa.Table, tower: str
+    root: str, vectors: Float16[np.ndarray, "tile width"], tiles: pa.Table, tower: str
 ) -> tuple[str, int, Files]:
     """Write a shard and move it into place; return name, rows and files."""
     with _staging_directory(root) as staging:
         folder = os.path.join(staging, "shard")
-        sha = shard.write_shard_files(folder, tile_proj, tiles, tower)
+        sha = shard.write_shard_files(folder, vectors, tiles, tower)
         return sha, len(tiles), versions.move_into_place(root, folder, f"shards/{sha}")
 
 
@@ -227,7 +217,6 @@ class EncodeShardTask:
     root: str
     sha: str
     shortlist_dir: str
-    model: str
 
 
 def encode_shard(task: EncodeShardTask) -> tuple[str, Files]:
@@ -239,32 +228,11 @@ def encode_shard(task: EncodeShardTask) -> tuple[str, Files]:
 
 def compute_codes(task: EncodeShardTask) -> faiss.Index:
     """Make the codes of a shard."""
-    tile_proj, _ = shard.open_shard(os.path.join(task.root, "shards", task.sha), rereads=True)
+    vectors, _ = shard.open_shard(os.path.join(task.root, "shards", task.sha), rereads=True)
     folder = os.path.join(task.root, "shortlist", task.shortlist_dir)
-    head = load_head(folder, load_matcher(task.root, task.model))
     empty_index = faiss.read_index(os.path.join(folder, EMPTY_INDEX))
-    chunks = ShardedArray([tile_proj]).chunks()
-    return encode(empty_index, (compute_vectors(head, chunk) for chunk in chunks))
-
-
-@functools.lru_cache(maxsize=1)
-def load_matcher(root: str, model: str) -> Fusion:
-    """Load the matcher in an index; a process that encodes many shards loads it once."""
-    return load_fusion(os.path.join(root, "matcher", model), hardware.device())
-
-
-@torch.inference_mode()
-def compute_vectors(
-    head: ShortlistHead, tile_proj: Float16[np.ndarray, "tile _"]
-) -> Float32[np.ndarray, "tile _"]:
-    """Compute the head's vectors of tiles, always in the same steps and on one thread: the last
-    bits of a matrix product depend on both, and so would codes at the edge of a cell."""
-    with hardware.one_thread():
-        vectors = [
-            head.tile(torch.from_numpy(chunk.astype(np.float32)).to(head.device)).cpu()
-            for chunk in ShardedArray([tile_proj]).chunks(_STEP)
-        ]
-    return torch.cat(vectors).float().numpy()
+    chunks = ShardedArray([vectors]).chunks(_STEP)
+    return encode(empty_index, (chunk[:, : empty_index.d].astype(np.float32) for chunk in chunks))
 
 
 def sample_rows(rows: int, count: int, seed: int) -> Int64[np.ndarray, " row"]:

@@ -11,26 +11,19 @@ from ray.data import Dataset
 from cvmatch.data import images, manifest, schema, storage
 from cvmatch.nn import rng
 
-_DIRECT = (
-    schema.PAIR_ID,
-    schema.GROUND,
-    schema.AERIAL,
-    schema.LATITUDE,
-    schema.LONGITUDE,
-    schema.ERROR,
-)
-_JOINT = (*_DIRECT, schema.SYNTHETIC, schema.SYNTHETIC_CLASSES)
+_ALWAYS = (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
+_PICTURES = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
 
 
-def read_pairs(location: str, joint: bool = True) -> Dataset:
-    """Read the rows that cvmatch synthesize wrote; without A and S where not `joint`.
+def read_pairs(location: str, letters: str) -> Dataset:
+    """Read the rows that cvmatch synthesize wrote, with the pictures of `letters` (G, A, S) and C.
 
     Raises:
         FileNotFoundError: no finished output there.
     """
     manifest.read(location)
     filesystem, path = storage.resolve(location)
-    columns: list[str] = [*(_JOINT if joint else _DIRECT)]
+    columns: list[str] = [*_ALWAYS, *(_PICTURES[letter] for letter in letters)]
     return ray.data.read_parquet(path, filesystem=filesystem, columns=columns)
 
 
@@ -93,7 +86,8 @@ def decode_batch(
         "key": np.array(keys, dtype=np.int64),
     }
     if schema.SYNTHETIC in batch:
-        masks = [images.decode_ids(batch[schema.SYNTHETIC_CLASSES][i], side) for i in good]
         tensors["synthetic"] = pictures(schema.SYNTHETIC, side)
+    if schema.SYNTHETIC_CLASSES in batch:
+        masks = [images.decode_ids(batch[schema.SYNTHETIC_CLASSES][i], side) for i in good]
         tensors["synthetic_mask"] = np.array(masks, dtype=np.uint8).reshape(-1, *side)
     return tensors

@@ -1,9 +1,13 @@
-"""Fusion heads and learned nulls: all of the matcher except its towers.
+"""The published form of the score: one cosine, of a query and of a candidate that has its A.
 
 `candidate = FFN_C([a; c])` uses the *query's* synthetic aerial, so a tile has no embedding of its
 own. FFN_C's first layer is linear, hence W1 [a; c] + b1 = (W1c c) + (W1a a + b1) = tile_proj +
 query_proj: a tile keeps `tile_proj`, a query computes `query_proj` once, and a pair costs two small
 layers. Exact, and ~10^5 times faster than running the towers for each pair.
+
+A vector of a tile is its embedding under the null synthetic aerial, then its `tile_proj`; that of a
+query its embedding, then its `query_proj`. The product of the first halves is the score of a query
+of modality G, and the shortlist of all others.
 """
 
 from typing import NamedTuple
@@ -12,12 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-GROUND_ONLY = (
-    "matcher: trained on G alone (joint_weight 0), expected queries of modality G, got A or S. "
-    "Pass --modalities G (cvmatch evaluate), leave the generator out, or train it with "
-    "joint_weight."
-)
-"""Why a model without a tower of S refuses a query."""
+from cvmatch.match.heads import Features, ResidualMLP
 
 
 class Query(NamedTuple):
@@ -28,33 +27,14 @@ class Query(NamedTuple):
     query_proj: Float[Tensor, "query hidden"]
     """W1a a + b1: the query's half of FFN_C's first layer."""
 
-    def rows(self, which: "slice | Tensor") -> "Query":
-        """Select some of the queries."""
-        return Query(self.embedding[which], self.query_proj[which])
 
-
-class ResidualMLP(nn.Module):
-    """Map what a head's first layer returns: x + W3 relu(W2 relu(x) + b2) + b3, unit norm.
-
-    The skip makes a head start as a linear one (docs/decisions.md#residual-heads).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.middle, self.last = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Float[Tensor, "*row hidden"]) -> Float[Tensor, "*row hidden"]:
-        """Return the embedding, of unit norm."""
-        return nn.functional.normalize(x + self.last(self.middle(x.relu()).relu()), dim=-1)
-
-
-class Fusion(nn.Module):
+class JointHeads(nn.Module):
     """FFN_G, FFN_C, and learned nulls that stand in for an absent g, a or s.
 
     Args:
         ground: Width of g.
         aerial: Width of a, and of c.
-        mask: Width of s; 0: queries of G alone.
+        mask: Width of s.
         hidden: Width of the heads.
     """
 
@@ -74,13 +54,22 @@ class Fusion(nn.Module):
 
     @property
     def hidden(self) -> int:
-        """Width of tile_proj, of query_proj and of the embeddings."""
+        """Width of the embeddings, of tile_proj and of query_proj."""
         return self.tile_linear.out_features
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.null_ground.device
+    def embed_tiles(self, tiles: Features) -> Float[Tensor, "tile 2*{self.hidden}"]:
+        """Return the vectors of tiles: `shortlist_embedding`, then `tile_proj`."""
+        assert tiles.aerial is not None
+        tile_proj = self.tile_linear(tiles.aerial)
+        return torch.cat([self.shortlist_embedding(tile_proj), tile_proj], dim=1).float()
+
+    def embed_queries(self, queries: Features) -> Float[Tensor, "query 2*{self.hidden}"]:
+        """Return the vectors of queries: `embedding`, then `query_proj`."""
+        return torch.cat(self.fuse(queries.ground, queries.aerial, queries.mask), dim=1).float()
+
+    def split(self, vectors: Float[Tensor, "query both"]) -> Query:
+        """Return the parts of queries' vectors."""
+        return Query(vectors[:, : self.hidden], vectors[:, self.hidden :])
 
     def fuse(
         self,
@@ -91,7 +80,7 @@ class Fusion(nn.Module):
         """Fuse tower features to a query; None stands for the learned null.
 
         Raises:
-            ValueError: all three are None, or the model was trained on G alone and there is more.
+            ValueError: all three are None.
         """
         features = [feature for feature in (ground, synthetic, mask) if feature is not None]
         if not features:
@@ -99,8 +88,6 @@ class Fusion(nn.Module):
                 "matcher: a query needs at least one of ground, synthetic and synthetic_mask, got "
                 "none. Pass a picture."
             )
-        if not len(self.null_mask) and not (synthetic is None and mask is None):
-            raise ValueError(GROUND_ONLY)
         count = len(features[0])
         g = self.null_ground.expand(count, -1) if ground is None else ground
         a = self.null_synthetic.expand(count, -1) if synthetic is None else synthetic
@@ -121,7 +108,7 @@ class Fusion(nn.Module):
     ) -> Float[Tensor, "query tile"]:
         """Score each query and tile by cosine, the tile embedded with that query's own A.
 
-        All pairs at once, with gradient; `scoring.joint_scores` is for many tiles.
+        All pairs at once, with gradient; `scoring.JointScorer` is for many tiles.
         """
         candidate = self.candidate_embedding(tile_proj[None], query.query_proj[:, None])
         return (candidate.float() * query.embedding[:, None].float()).sum(-1)
@@ -129,7 +116,7 @@ class Fusion(nn.Module):
     def shortlist_embedding(
         self, tile_proj: Float[Tensor, "tile hidden"]
     ) -> Float[Tensor, "tile hidden"]:
-        """Embed a tile under the null synthetic aerial (unit norm): what FAISS holds.
+        """Embed a tile under the null synthetic aerial (unit norm).
 
         Its product with a query of modality G is that modality's exact score.
         """

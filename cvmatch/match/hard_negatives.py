@@ -11,14 +11,14 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
-import torch
 from jaxtyping import Float, Int64
 from ray.data import Dataset
 from scipy.spatial import KDTree
 
 from cvmatch.data import schema
-from cvmatch.match.infer import EMBEDDING, TILE_PROJ, EmbedQuery, EmbedTile
-from cvmatch.match.model import Matcher
+from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
+from cvmatch.match.infer import EmbedQuery, EmbedTile
+from cvmatch.match.model import load_scorer
 from cvmatch.runtime import pools
 from cvmatch.runtime.settings import Pool
 
@@ -118,16 +118,15 @@ def _neighbours_by_score(rows: Dataset, model: str, pool: Pool) -> tuple[list[st
     )
     good = _drop_failed(embedded.take_all())
     good.sort(key=lambda row: row[schema.PAIR_ID])
-    net = Matcher.load(model)
-    with torch.inference_mode():
-        tile_proj = torch.from_numpy(np.stack([row[TILE_PROJ] for row in good])).float()
-        tile = net.shortlist_embedding(tile_proj).numpy()
-    query = np.stack([row[EMBEDDING] for row in good])
+    width = load_scorer(model).shortlist_width
+    query, tile = (
+        np.stack([row[name][:width] for row in good]) for name in (QUERY_VECTOR, TILE_VECTOR)
+    )
     return [row[schema.PAIR_ID] for row in good], nearest_tiles(query, tile, _NEIGHBOURS)
 
 
 class _EmbedPair:
-    """`embedding` of modality G, and `tile_proj`, of each pair."""
+    """`query_vector` of modality G, and `tile_vector`, of each pair."""
 
     def __init__(self, model: str, batch: int) -> None:
         self.query, self.tile = EmbedQuery(model, "G"), EmbedTile(model, batch)

@@ -1,4 +1,4 @@
-"""Embed rows with a trained matcher: `tile_proj` of tiles, `embedding`, `query_proj` of queries."""
+"""Embed rows with a trained matcher: the vectors of tiles and of queries."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,14 +8,11 @@ from ray.data import Dataset
 from torch import Tensor
 
 from cvmatch.data import images, schema
+from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Embed, Modality
 from cvmatch.runtime import hardware, pools
 from cvmatch.runtime.batch_invariant import FixedBatch, call_rows, error_line, require_any
-
-TILE_PROJ = "tile_proj"
-EMBEDDING = "embedding"
-QUERY_PROJ = "query_proj"
 
 _PICTURES = (
     schema.GROUND,
@@ -27,10 +24,10 @@ _PICTURES = (
 
 
 class EmbedTile:
-    """`aerial` (encoded) -> `tile_proj` (hidden, float16); pictures are dropped.
+    """`aerial` (encoded) -> `tile_vector` (width, float16); pictures are dropped.
 
     A row with `error`, or with a picture that cannot be decoded, gets zeros. The network takes
-    `batch` tiles at a time: tile_proj depends on the tile and on this number, on nothing else.
+    `batch` tiles at a time: a vector depends on the tile and on this number, on nothing else.
     """
 
     def __init__(self, model: str, batch: int) -> None:
@@ -46,20 +43,20 @@ class EmbedTile:
         side = (config.tile_size, config.tile_size)
         decoders = {schema.AERIAL: lambda data: images.decode(data, side)}
         good, errors, (aerial,) = _decode(batch, decoders, "embed tile")
-        tile_proj = np.zeros((len(errors), config.hidden), dtype=np.float16)
-        for row, projection in zip(good, self.tiles(aerial), strict=True):
-            if isinstance(projection, Exception):
-                errors[row] = f"embed tile: {error_line(projection)}"
+        vectors = np.zeros((len(errors), config.width), dtype=np.float16)
+        for row, vector in zip(good, self.tiles(aerial), strict=True):
+            if isinstance(vector, Exception):
+                errors[row] = f"embed tile: {error_line(vector)}"
             else:
-                tile_proj[row] = projection
-        return _drop_pictures(batch) | {TILE_PROJ: tile_proj, schema.ERROR: errors}
+                vectors[row] = vector
+        return _drop_pictures(batch) | {TILE_VECTOR: vectors, schema.ERROR: errors}
 
     def _tiles(self, aerial: list[np.ndarray]) -> list[np.ndarray]:
-        return [*self.model.project_tiles(_planes(aerial, self.device)).cpu().half().numpy()]
+        return [*self.model.embed_tiles(_planes(aerial, self.device)).cpu().half().numpy()]
 
 
 class EmbedQuery:
-    """`ground`, `synthetic`, `synthetic_classes` -> `embedding` (unit norm), `query_proj`; float32.
+    """`ground`, `synthetic`, `synthetic_classes` -> `query_vector` (width, float32).
 
     Reads what `modality` names, and drops pictures. A row with `error`, or with a picture that
     cannot be decoded, gets zeros.
@@ -85,8 +82,7 @@ class EmbedQuery:
         columns = schema.query_columns(self.modality)
         decoders = {name: every[letter] for name, letter in zip(columns, letters, strict=True)}
         good, errors, pictures = _decode(batch, decoders, "embed query")
-        embedding = np.zeros((len(errors), config.hidden), dtype=np.float32)
-        query_proj = np.zeros((len(errors), config.hidden), dtype=np.float32)
+        vectors = np.zeros((len(errors), config.width), dtype=np.float32)
         rows = [dict(zip(letters, row, strict=True)) for row in zip(*pictures, strict=True)]
         # All at once, not in batches of one size: a query need not wait for padding.
         results = require_any(call_rows(self._embed, rows)) if rows else []
@@ -94,15 +90,11 @@ class EmbedQuery:
             if isinstance(result, Exception):
                 errors[row] = f"embed query: {error_line(result)}"
             else:
-                embedding[row], query_proj[row] = result
-        return _drop_pictures(batch) | {
-            EMBEDDING: embedding,
-            QUERY_PROJ: query_proj,
-            schema.ERROR: errors,
-        }
+                vectors[row] = result
+        return _drop_pictures(batch) | {QUERY_VECTOR: vectors, schema.ERROR: errors}
 
-    def _embed(self, rows: Sequence[dict[str, np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return embedding and query_proj of rows; a row holds pictures by their letters."""
+    def _embed(self, rows: Sequence[dict[str, np.ndarray]]) -> list[np.ndarray]:
+        """Return the vectors of rows; a row holds pictures by their letters."""
         pictures = {letter: [row[letter] for row in rows] for letter in rows[0]}
         ground, synthetic = (
             _planes(pictures[letter], self.device) if letter in pictures else None
@@ -110,19 +102,17 @@ class EmbedQuery:
         )
         ids = pictures.get("S")
         mask = None if ids is None else torch.from_numpy(np.stack(ids)).to(self.device)
-        query = self.model.embed_queries(ground, synthetic, mask)
-        embedding, query_proj = (one.cpu().numpy() for one in (query.embedding, query.query_proj))
-        return list(zip(embedding, query_proj, strict=True))
+        return [*self.model.embed_queries(ground, synthetic, mask).cpu().numpy()]
 
 
 def embed_tiles(rows: Dataset, config: Embed) -> Dataset:
-    """Add `tile_proj` to rows with `aerial`; drop pictures."""
+    """Add `tile_vector` to rows with `aerial`; drop pictures."""
     size = config.pool.batch
     return pools.map_actors(rows, EmbedTile, config.pool, model=config.model, batch=size)
 
 
 def embed_queries(rows: Dataset, config: Embed) -> Dataset:
-    """Add `embedding` and `query_proj` to rows with what `config.modality` reads; drop pictures."""
+    """Add `query_vector` to rows with what `config.modality` reads; drop pictures."""
     return pools.map_actors(
         rows, EmbedQuery, config.pool, model=config.model, modality=config.modality
     )

@@ -1,6 +1,7 @@
-"""The matcher: pictures of a query (G, A, S) and of tiles (C) -> what scores need.
+"""The matcher: pictures of a query (G, A, S) and of tiles (C) -> their vectors.
 
-The towers are here; what joins their features, and how a pair is scored, is in `fusion.py`.
+The towers are here. What makes vectors of their features is in `heads.py` and `fusion.py`, and how
+a pair is scored in `scoring.py`.
 """
 
 import dataclasses
@@ -16,18 +17,34 @@ from torch import Tensor, nn
 
 from cvmatch.data import geometry, images, manifest
 from cvmatch.data.schema import PALETTE
-from cvmatch.match.fusion import GROUND_ONLY, Fusion, Query
+from cvmatch.match.fusion import JointHeads
+from cvmatch.match.heads import (
+    BranchHeads,
+    Features,
+    FusionWeights,
+    branch_widths,
+    embed_layout,
+)
+from cvmatch.match.scoring import JointScorer, Scorer, SumScorer
 from cvmatch.match.settings import MatcherShape
 from cvmatch.nn.backbones import Tower, TowerSpec
 
 _TOWERS = ("ground", "aerial", "mask")
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
-_FORMAT = 3  # 1 had heads without a skip; 2 other names, and a polar view of its own size
+_FORMAT = 4  # 1 had heads without a skip; 2 other names; 3 joint scores alone
 
-_TILE = ("aerial_tower.", "tile_linear.")
-_TAIL = ("candidate_mlp.",)
-_TILE_CONFIG = ("aerial", "projection", "panorama", "tile_size", "preprocess", "format")
+_HEADS = "heads."
+_TILE = (
+    "aerial_tower.",
+    "heads.tile.",
+    "heads.tile_linear.",
+    "heads.candidate_mlp.",
+    "heads.query_aerial_linear.",
+    "heads.null_synthetic",
+)
+_TILE_CONFIG = ("score", "branches", "hidden", "aerial", "projection", "panorama", "tile_size")
+_TILE_CONFIG += ("preprocess", "format")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +56,7 @@ class MatcherConfig(MatcherShape):
     aerial: TowerSpec = dataclasses.field(default_factory=TowerSpec)
     """Tower of both A and C; of G too where it is `shared`."""
     mask: TowerSpec = dataclasses.field(default_factory=TowerSpec)
-    """Tower of S, which sees the class map in the palette's colours."""
-    ground_only: bool = False
-    """Only G against C: no tower of S, and no query with A or S."""
+    """Tower of S, which sees the class map in the palette's colours; only of a joint score."""
     preprocess: str = images.PREPROCESS
     """Version of decoding and resizing that the weights were trained with."""
 
@@ -49,6 +64,18 @@ class MatcherConfig(MatcherShape):
         """Return what `from_json` reads."""
         towers = {name: getattr(self, name).to_json() for name in _TOWERS}
         return json.loads(json.dumps(dataclasses.asdict(self))) | towers | {"format": _FORMAT}
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Names and widths of the parts of a tile's vector."""
+        if self.score == "joint":
+            return {"embedding": self.hidden, "tile_proj": self.hidden}
+        return dict(branch_widths(self.branches, self.hidden))
+
+    @property
+    def width(self) -> int:
+        """Numbers of a tile's vector, and of a query's."""
+        return sum(self.parts.values())
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "MatcherConfig":
@@ -66,7 +93,8 @@ class MatcherConfig(MatcherShape):
             )
         for name in _TOWERS:
             fields[name] = TowerSpec.from_json(fields[name])
-        fields["panorama"] = tuple(fields["panorama"])
+        for name in ("panorama", "branches"):
+            fields[name] = tuple(fields[name])
         config = cls(**fields)
         if config.preprocess != images.PREPROCESS:
             raise ValueError(
@@ -77,31 +105,37 @@ class MatcherConfig(MatcherShape):
         return config
 
 
-class Matcher(Fusion):
-    """Towers for G, S and (one for both) A and C, in front of the fusion heads.
+class Matcher(nn.Module):
+    """Towers for G, S and (one for both) A and C, in front of the heads.
 
-    Where the config says so, one tower is shared by G, A and C, or there is none for S.
+    Where the config says so, one tower is shared by G, A and C. S has one for a joint score alone.
     """
 
     def __init__(
         self, config: MatcherConfig, towers: tuple[Tower, Tower, Tower] | None = None
     ) -> None:
         """`towers` for G, for A and C, and for S; untrained ones of `config` by default."""
+        super().__init__()
         ground, aerial, mask = towers or _build_towers(config)
-        super().__init__(
-            aerial.dim if config.shared else ground.dim,
-            aerial.dim,
-            0 if config.ground_only else mask.dim,
-            config.hidden,
-        )
         self.config = config
         self.aerial_tower = aerial
         self.ground_tower = None if config.shared else ground
-        self.mask_tower = None if config.ground_only else mask
+        self.mask_tower = mask if config.score == "joint" else None
+        ground_dim = aerial.dim if config.shared else ground.dim
+        self.heads: JointHeads | BranchHeads
+        if config.score == "joint":
+            self.heads = JointHeads(ground_dim, aerial.dim, mask.dim, config.hidden)
+        else:
+            self.heads = BranchHeads(config.branches, ground_dim, aerial.dim, config.hidden)
         self.palette: Tensor
         palette = torch.zeros(256, 3)  # ignored pixels stay black
         palette[: len(PALETTE)] = torch.tensor(PALETTE) / 255
         self.register_buffer("palette", palette, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.aerial_tower.parameters()).device
 
     @property
     def ground_mean(self) -> tuple[float, float, float]:
@@ -120,37 +154,59 @@ class Matcher(Fusion):
         """Return s of maps of class ids, seen in the palette's colours.
 
         Raises:
-            ValueError: the model was trained on G alone.
+            ValueError: the model does not look at S.
         """
         if self.mask_tower is None:
-            raise ValueError(GROUND_ONLY)
+            raise ValueError("matcher: S is looked at by a joint score alone. Leave it out.")
         colours = self.palette[ids.int()].permute(0, 3, 1, 2)
         return _features(self.mask_tower, self._project(colours, "nearest"))
 
-    def project_tiles(self, aerial: Float[Tensor, "tile 3 s s"]) -> Float[Tensor, "tile hidden"]:
-        """Return `tile_proj` = W1c c of tiles in [0, 1]: all that is stored of them."""
-        return self.tile_linear(self.aerial_features(aerial))
+    def tile_features(self, aerial: Float[Tensor, "tile 3 s s"]) -> Features:
+        """Return what the heads see of tiles in [0, 1]."""
+        return Features(aerial=self.aerial_features(aerial), layout=self._layout(aerial))
+
+    def query_features(
+        self,
+        ground: Float[Tensor, "query 3 h w"] | None = None,
+        synthetic: Float[Tensor, "query 3 s s"] | None = None,
+        synthetic_mask: UInt8[Tensor, "query s s"] | None = None,
+    ) -> Features:
+        """Return what the heads see of whatever there is of G, A (both in [0, 1]) and S (ids)."""
+        if self.mask_tower is None:
+            synthetic_mask = None
+        return Features(
+            None if ground is None else self.ground_features(ground),
+            None if synthetic is None else self.aerial_features(synthetic),
+            None if synthetic_mask is None else self.mask_features(synthetic_mask),
+            None if synthetic is None else self._layout(synthetic),
+        )
+
+    def embed_tiles(self, aerial: Float[Tensor, "tile 3 s s"]) -> Float[Tensor, "tile width"]:
+        """Return the vectors of tiles in [0, 1]: all that is stored of them."""
+        return self.heads.embed_tiles(self.tile_features(aerial))
 
     def embed_queries(
         self,
         ground: Float[Tensor, "query 3 h w"] | None = None,
         synthetic: Float[Tensor, "query 3 s s"] | None = None,
         synthetic_mask: UInt8[Tensor, "query s s"] | None = None,
-    ) -> Query:
-        """Embed queries from whatever there is of G, A (both in [0, 1]) and S (ids)."""
-        return self.fuse(
-            None if ground is None else self.ground_features(ground),
-            None if synthetic is None else self.aerial_features(synthetic),
-            None if synthetic_mask is None else self.mask_features(synthetic_mask),
-        )
+    ) -> Float[Tensor, "query width"]:
+        """Return the vectors of queries of whatever there is of G, A (both in [0, 1]) and S (ids).
+
+        Raises:
+            ValueError: the model cannot use what there is.
+        """
+        return self.heads.embed_queries(self.query_features(ground, synthetic, synthetic_mask))
 
     def save(self, directory: str) -> None:
-        """Write `config.json` and `model.safetensors`."""
+        """Write `config.json`, `model.safetensors` and, of a sum, `fusion.json`."""
         os.makedirs(directory, exist_ok=True)
         with open(os.path.join(directory, _CONFIG), "w") as file:
             json.dump(self.config.to_json(), file, indent=2)
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(state, os.path.join(directory, _WEIGHTS))
+        if isinstance(self.heads, BranchHeads):
+            self.heads.weights.save(directory)
 
     @classmethod
     def load(cls, directory: str, device: torch.device | str = "cpu") -> "Matcher":
@@ -164,7 +220,12 @@ class Matcher(Fusion):
             towers = _build_towers(config)
         model = cls(config, towers)
         model.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)), assign=True)
+        if isinstance(model.heads, BranchHeads):
+            model.heads.weights = FusionWeights.load(directory)
         return model.to(device).eval()
+
+    def _layout(self, tile: Tensor) -> Tensor | None:
+        return embed_layout(tile) if "layout" in self.config.parts else None
 
     def _project(self, tile: Tensor, mode: str) -> Tensor:
         if self.config.projection == "square":
@@ -188,31 +249,32 @@ def read_config(directory: str) -> MatcherConfig:
         return MatcherConfig.from_json(json.load(file))
 
 
-def load_fusion(directory: str, device: torch.device | str = "cpu") -> Fusion:
-    """Load the heads of the model that `Matcher.save` wrote, in evaluation mode.
+def load_scorer(directory: str, device: torch.device | str = "cpu") -> Scorer:
+    """Load what scores the vectors of the model that `Matcher.save` wrote.
 
-    Its towers are not read: with three VGG16, that leaves 22 MB of 1.6 GB.
+    Its towers are not read: with three VGG16, that leaves at most 22 MB of 1.6 GB.
 
     Raises:
         ValueError: see `Matcher.load`.
     """
     config = read_config(directory)
+    if config.score == "sum":
+        return SumScorer(config.width, device)
     with safe_open(os.path.join(directory, _WEIGHTS), "pt") as file:
-        names = [name for name in file.keys() if "_tower." not in name]  # noqa: SIM118 (no dict)
-        state = {name: file.get_tensor(name) for name in names}
+        names = [name for name in file.keys() if name.startswith(_HEADS)]  # noqa: SIM118 (no dict)
+        state = {name.removeprefix(_HEADS): file.get_tensor(name) for name in names}
     ground, aerial, mask = (
         len(state[name]) for name in ("null_ground", "null_synthetic", "null_mask")
     )
-    model = Fusion(ground, aerial, mask, config.hidden)
-    model.load_state_dict(state)
-    return model.to(device).eval()
+    heads = JointHeads(ground, aerial, mask, config.hidden)
+    heads.load_state_dict(state)
+    return JointScorer(heads.to(device).eval())
 
 
 def fingerprint_parts(directory: str) -> dict[str, str]:
     """Hash (SHA-256, hex) each part of a saved matcher, so that a change redoes only what it must.
 
-    `tile`: what makes `tile_proj` of a tile, the tower of tiles and W1c. `tail`: what follows
-    FFN_C's first layer, so scores and the shortlist. `query`: everything else.
+    `tile`: what makes the vector of a tile. `query`: everything else.
 
     Raises:
         ValueError: see `Matcher.load`.
@@ -220,18 +282,13 @@ def fingerprint_parts(directory: str) -> dict[str, str]:
     config = read_config(directory).to_json()
     lines: dict[str, list] = {
         "tile": [[config[name] for name in _TILE_CONFIG]],
-        "tail": [],
         "query": [config],
     }
     for name, line in sorted(manifest.tensors(directory).items()):
-        lines[_part_of(name)].append(line)
+        lines["tile" if name.startswith(_TILE) else "query"].append(line)
+    if config["score"] == "sum":
+        lines["query"].append(dataclasses.asdict(FusionWeights.load(directory)))
     return {part: manifest.digest(values) for part, values in lines.items()}
-
-
-def _part_of(name: str) -> str:
-    if name.startswith(_TILE):
-        return "tile"
-    return "tail" if name.startswith(_TAIL) else "query"
 
 
 def _build_towers(config: MatcherConfig) -> tuple[Tower, Tower, Tower]:

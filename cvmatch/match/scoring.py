@@ -1,43 +1,100 @@
-"""Exact joint scores of many tiles: the split form, a chunk of tiles at a time."""
+"""Scores of many tiles, from the vectors of queries and of tiles."""
+
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cvmatch.match.fusion import Fusion, Query, ResidualMLP
+from cvmatch.match.fusion import JointHeads
+from cvmatch.match.heads import ResidualMLP
 
 CHUNK = {"cpu": 2048, "cuda": 65_536}
-"""Tiles scored at a time (docs/decisions.md#scoring-in-chunks)."""
+"""Tiles that a joint score takes at a time (docs/decisions.md#scoring-in-chunks)."""
 
 
-@torch.no_grad()
-def joint_scores(
-    model: Fusion,
-    query: Query,
-    tile_proj: Float[Tensor, "tile hidden"],
-    dtype: torch.dtype = torch.float32,
-    chunk: int = 0,
-) -> Float[Tensor, "query tile"]:
-    """Score every query against every tile, each tile embedded with that query's own A.
+@runtime_checkable
+class Scorer(Protocol):
+    """How well tiles fit queries."""
 
-    Equal to the joint form FFN_C([a; c]) but for rounding: 1e-6 in fp32.
+    @property
+    def device(self) -> torch.device:
+        """Where scores are computed."""
+        ...
 
-    Args:
-        model: Heads of the matcher.
-        query: Queries.
-        tile_proj: Tile projections; may be in the stored half precision.
-        dtype: Type to compute in; the scores are in fp32.
-        chunk: Tiles at a time; 0: CHUNK's number.
+    width: int
+    """Numbers of a tile's vector."""
+    shortlist_width: int
+    """Its first numbers, whose product with a query's is the score, or comes near it."""
+
+    def __call__(
+        self,
+        query: Float[Tensor, "query width"],
+        tile: Float[Tensor, "tile width"],
+        dtype: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "query tile"]:
+        """Score every query against every tile, in fp32, computed in `dtype`."""
+        ...
+
+
+class SumScorer:
+    """Inner products: the weighted sum of the branches' cosines."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.width = self.shortlist_width = width
+        self._device = torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the queries have to be."""
+        return self._device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        query: Float[Tensor, "query width"],
+        tile: Float[Tensor, "tile width"],
+        dtype: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "query tile"]:
+        """Return query x tile products."""
+        return (query.to(dtype) @ tile.to(dtype).T).float()
+
+
+class JointScorer:
+    """The published form: every query against every tile, embedded with that query's own A.
+
+    Equal to FFN_C([a; c]) but for rounding: 1e-6 in fp32.
     """
-    cosine = _CandidateCosine(model.candidate_mlp, dtype)
-    embedding, query_proj = query.embedding.float(), query.query_proj.to(dtype)
-    scores = torch.empty(len(query_proj), len(tile_proj), device=query_proj.device)
-    step = chunk or CHUNK[query_proj.device.type]
-    for begin in range(0, len(tile_proj), step):
-        tiles = tile_proj[begin : begin + step].to(dtype)
-        for row in range(len(query_proj)):
-            scores[row, begin : begin + step] = cosine(tiles, query_proj[row], embedding[row])
-    return scores
+
+    def __init__(self, heads: JointHeads) -> None:
+        self.heads = heads
+        self.width, self.shortlist_width = 2 * heads.hidden, heads.hidden
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.heads.null_ground.device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        query: Float[Tensor, "query width"],
+        tile: Float[Tensor, "tile width"],
+        dtype: torch.dtype = torch.float32,
+        chunk: int = 0,
+    ) -> Float[Tensor, "query tile"]:
+        """Score a chunk of tiles at a time (0: CHUNK's number); tiles may be in half precision."""
+        cosine = _CandidateCosine(self.heads.candidate_mlp, dtype)
+        embedding, query_proj = self.heads.split(query)
+        embedding, query_proj = embedding.float(), query_proj.to(dtype)
+        scores = torch.empty(len(query), len(tile), device=query.device)
+        step = chunk or CHUNK[query.device.type]
+        for begin in range(0, len(tile), step):
+            tile_proj = tile[begin : begin + step, self.shortlist_width :].to(dtype)
+            for row in range(len(query)):
+                found = cosine(tile_proj, query_proj[row], embedding[row])
+                scores[row, begin : begin + step] = found
+        return scores
 
 
 class _CandidateCosine:

@@ -10,6 +10,17 @@ Modality = Literal["G", "G+A", "G+A+S", "A"]
 MODALITIES: tuple[Modality, ...] = ("G", "G+A", "G+A+S", "A")
 """What a query may consist of; learned nulls stand in for the rest."""
 
+Branch = Literal["direct", "aerial", "layout"]
+"""What of a query meets what of a tile: G and C, A and C, A and C at low resolution."""
+
+BRANCHES_OF: dict[Modality, tuple[Branch, ...]] = {
+    "G": ("direct",),
+    "G+A": ("direct", "aerial", "layout"),
+    "G+A+S": ("direct", "aerial", "layout"),
+    "A": ("aerial", "layout"),
+}
+"""Branches that know something of a query."""
+
 Projection = Literal["polar", "square"]
 Loss = Literal["infonce", "triplet"]
 
@@ -18,6 +29,12 @@ Loss = Literal["infonce", "triplet"]
 class MatcherShape:
     """What the towers of a matcher see, and how wide its heads are."""
 
+    score: Literal["sum", "joint"] = "sum"
+    """sum: of the branches' cosines, weighted; each tile has a vector of its own. joint: the
+    published form, one cosine of FFN_G([g; a; s]) and FFN_C([a; c]) with the query's own A."""
+    branches: tuple[Branch, ...] = ("direct", "aerial", "layout")
+    """Cosines that are added: direct of G and C, aerial of A and C, layout of A and C at low
+    resolution, which is not trained."""
     shared: bool = False
     """One tower for G, A and C, as Sample4Geo has it."""
     projection: Projection = "polar"
@@ -28,8 +45,7 @@ class MatcherShape:
     tile_size: int = 256
     """Height and width to which tiles are decoded, in pixels."""
     hidden: int = 256
-    """Width of the fusion layers, of the embeddings, and of the vector stored for each tile (2
-    bytes a number)."""
+    """Width of the heads, and of each learned embedding (2 bytes a number in an index)."""
 
     def __post_init__(self) -> None:
         if self.panorama[1] % 4:
@@ -37,10 +53,24 @@ class MatcherShape:
                 "matcher: expected a panorama whose width is a multiple of 4 (quarter turns), got "
                 f"{self.panorama}. Change --panorama."
             )
+        if not self.branches or len(set(self.branches)) < len(self.branches):
+            raise ValueError(f"matcher: expected each branch once, got {self.branches}.")
+        if self.score == "sum" and self.branches == ("layout",):
+            raise ValueError("matcher: branch layout has nothing to train: add direct or aerial.")
+
+    @property
+    def ground_only(self) -> bool:
+        """Whether queries are of G alone, and A and S are not looked at."""
+        return self.score == "sum" and self.branches == ("direct",)
+
+    @property
+    def letters(self) -> str:
+        """Which pictures of a query are looked at."""
+        return "GAS" if self.score == "joint" else "G" if self.ground_only else "GA"
 
     @property
     def shape(self) -> dict[str, Any]:
-        """Returns the fields of `MatcherShape` alone."""
+        """Return the fields of `MatcherShape` alone."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(MatcherShape)}
 
 
@@ -52,14 +82,12 @@ class MatcherLossConfig:
     """infonce (learned temperature), or triplet over all negatives of the batch."""
     margin: float = 0.3
     """Margin of the triplet loss, in cosine distance (0 to 2)."""
-    joint_weight: float = 0.5
-    """Weight of the loss on joint scores, where each query brings its own A to all tiles; 0: only G
-    meets C, and no tower looks at A or S."""
-    direct_weight: float = 1.0
-    """Weight of the same loss on G alone against the tiles' own embeddings (the shortlist)."""
+    direct_weight: float = 2.0
+    """Joint score: weight of the loss on G alone against the tiles' own embeddings, beside the
+    loss on joint scores, where each query brings its own A to all tiles."""
     modality_dropout: tuple[float, float, float] = (0.1, 0.5, 0.5)
-    """Shares of rows, in [0, 1], whose G, A and S are replaced by the learned null; G only in rows
-    that keep their A."""
+    """Joint score: shares of rows, in [0, 1], whose G, A and S are replaced by the learned null; G
+    only in rows that keep their A."""
     augment: bool = True
     """Quarter turns and mirroring of whole pairs, and colours and blur of each picture."""
     fov: float = 360.0
@@ -86,23 +114,10 @@ class MatcherLossConfig:
             raise ValueError(f"train-matcher: fov is in (0, 360] degrees, got {self.fov}.")
         if self.chunk < 0:
             raise ValueError(f"train-matcher: expected chunk of at least 0, got {self.chunk}.")
-        weights = (self.joint_weight, self.direct_weight)
-        if min(weights) < 0 or max(weights) == 0:
+        if self.direct_weight < 0:
             raise ValueError(
-                "train-matcher: expected joint_weight and direct_weight of at least 0, one of them "
-                f"above, got {self.joint_weight:g} and {self.direct_weight:g}."
+                f"train-matcher: expected direct_weight of at least 0, got {self.direct_weight:g}."
             )
-        if self.limits_view and self.joint:
-            raise ValueError(
-                "train-matcher: A and S are made from the whole, aligned panorama, so that limited "
-                f"views need G alone: expected joint_weight 0 with fov {self.fov:g} and "
-                f"unknown_heading {self.unknown_heading}, got {self.joint_weight:g}."
-            )
-
-    @property
-    def joint(self) -> bool:
-        """Whether A and S are looked at."""
-        return self.joint_weight > 0
 
     @property
     def limits_view(self) -> bool:
@@ -136,6 +151,12 @@ class TrainMatcher(MatcherShape, MatcherLossConfig):
     def __post_init__(self) -> None:
         MatcherShape.__post_init__(self)
         MatcherLossConfig.__post_init__(self)
+        if self.limits_view and not self.ground_only:
+            raise ValueError(
+                "train-matcher: A and S are made from the whole, aligned panorama, so that limited "
+                f"views need G alone: expected --branches direct with fov {self.fov:g} and "
+                f"unknown_heading {self.unknown_heading}, got {self.branches}."
+            )
         if self.hard_negatives_every < 0:
             raise ValueError(
                 "train-matcher: expected hard_negatives_every >= 0, got "

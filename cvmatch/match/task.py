@@ -1,7 +1,7 @@
 """The matcher's training step: a batch of pairs -> losses of all its queries and tiles."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from cvmatch.data import storage
 from cvmatch.match import losses
 from cvmatch.match.augment import TowerInputs, augment, crop_fov
+from cvmatch.match.fusion import JointHeads
+from cvmatch.match.heads import BranchHeads, Features, FusionWeights
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import MatcherLossConfig
 from cvmatch.nn import metrics, rng
@@ -22,13 +24,16 @@ IDS = "training_ids.txt"
 SMOOTHING = 0.1
 """Label smoothing of InfoNCE, as Sample4Geo's (Deuser et al. 2023)."""
 
+LAYOUT_SCALE = 5.0
+"""Inverse temperature of layouts, which are not trained, before weights are fitted."""
+
 _TRAINING = "training.json"
 
 
 class MatcherTask(nn.Module):
     """`ground`, `aerial`, `synthetic` (uint8, CHW), `synthetic_mask` (ids, HW), `key` -> the loss.
 
-    Where `joint_weight` is 0, `synthetic` and `synthetic_mask` need not be there.
+    A model of G alone needs neither `synthetic` nor `synthetic_mask`, and a sum no mask.
 
     Args:
         model: The matcher.
@@ -42,9 +47,11 @@ class MatcherTask(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.config, self.ids, self.seed = model, config, ids, seed
-        # Only where it is used: DDP waits for the gradient of every parameter.
-        learned = config.loss == "infonce"
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log()) if learned else None
+        terms = ("",) if isinstance(model.heads, JointHeads) else tuple(model.heads.query)
+        # Only where they are used: DDP waits for the gradient of every parameter.
+        terms = terms if config.loss == "infonce" else ()
+        start = torch.tensor(1 / 0.07).log()
+        self.log_scale = nn.ParameterDict({f"scale{t}": nn.Parameter(start.clone()) for t in terms})
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the loss and its terms; in evaluation mode also the recall within the batch.
@@ -53,22 +60,26 @@ class MatcherTask(nn.Module):
         whole one.
         """
         scores = self.scores(batch)
-        terms = {name: self._loss(score) for name, score in scores.items()}
-        weights = {"joint": self.config.joint_weight, "direct": self.config.direct_weight}
-        total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+        terms = {name: self._loss(name, score) for name, score in scores.items()}
+        weights = {"direct": self.config.direct_weight, "joint": 1.0}
+        joint = isinstance(self.model.heads, JointHeads)
+        total = torch.stack(
+            [weights[name] * value if joint else value for name, value in terms.items()]
+        ).sum()
         values = {"loss": total} | {name: value.detach() for name, value in terms.items()}
         if self.training:
             return values
         recalls = {f"batch_recall_at_1_{name}": _recall_at_1(s) for name, s in scores.items()}
         # Of the fullest queries there are: what trials and epochs are compared by.
-        best = recalls[f"batch_recall_at_1_{'joint' if 'joint' in scores else 'direct'}"]
-        return values | recalls | {"batch_recall_at_1": best}
+        fullest = scores["joint"] if joint else torch.stack([*self._scaled(scores)]).sum(0)
+        return values | recalls | {"batch_recall_at_1": _recall_at_1(fullest)}
 
     def scores(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, "all all"]]:
-        """Score all queries (rows) and tiles (columns) of all workers: `direct`, and `joint`.
+        """Score all queries (rows) and tiles (columns) of all workers, by each learned branch.
 
-        Every tile of a row is embedded with that query's own A. With a tile's own A, A would tell
-        the pair without a look at the tile, and a loss near zero would mean nothing.
+        A joint score has two, `direct` and `joint`. There every tile of a row is embedded with that
+        query's own A. With a tile's own A, A would tell the pair without a look at the tile, and a
+        loss near zero would mean nothing.
         """
         inputs = self._inputs(batch)
         model = self.model
@@ -77,18 +88,37 @@ class MatcherTask(nn.Module):
         tile, *synthetic = self._features(model.aerial_features, torch.cat(pictures)).split(
             len(ground)
         )
-        # In validation, workers see different numbers of batches, so nothing can be gathered.
-        gather = losses.all_gather if self.training else nn.Identity()
-        tile_proj = model.tile_linear(tile)
-        ground_only = model.fuse(ground, None, None)
-        tiles = gather(model.shortlist_embedding(tile_proj).float())
-        with torch.autocast(tiles.device.type, enabled=False):  # bf16 has ties: 8 bits of a cosine
-            scores = {"direct": gather(ground_only.embedding.float() @ tiles.T)}
-        if inputs.synthetic_mask is not None:
-            mask = self._features(model.mask_features, inputs.synthetic_mask)
-            query = model.fuse(*self._drop_modalities(ground, synthetic[0], mask, batch))
-            scores["joint"] = gather(model.pair_scores(query, gather(tile_proj.float())))
-        return scores
+        if isinstance(model.heads, BranchHeads):
+            queries = model.heads.query_parts(Features(ground, *synthetic))
+            tiles = model.heads.tile_parts(Features(aerial=tile))
+            return {name: self._products(queries[name], tiles[name]) for name in tiles}
+        assert inputs.synthetic_mask is not None
+        mask = self._features(model.mask_features, inputs.synthetic_mask)
+        tile_proj = model.heads.tile_linear(tile)
+        direct = model.heads.fuse(ground, None, None).embedding
+        query = model.heads.fuse(
+            *self._drop_modalities(model.heads, (ground, synthetic[0], mask), batch)
+        )
+        gathered = self._gather(tile_proj.float())
+        return {
+            "direct": self._products(direct, model.heads.shortlist_embedding(tile_proj)),
+            "joint": self._gather(model.heads.pair_scores(query, gathered)),
+        }
+
+    def fusion_weights(self) -> FusionWeights:
+        """Return weights in the proportion of the learned inverse temperatures.
+
+        A sum of the branches' logits is the logarithm of a product of what each believes. They are
+        a start; `fusion_fit` fits weights on pairs.
+        """
+        assert isinstance(self.model.heads, BranchHeads)
+        scales = {
+            name: float(self._scale(name).detach())
+            if name in self.model.heads.query
+            else LAYOUT_SCALE
+            for name in self.model.heads.branches
+        }
+        return FusionWeights.normalised(scales)
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameters by learning rate: backbones, and what starts at random."""
@@ -101,6 +131,8 @@ class MatcherTask(nn.Module):
 
     def save(self, directory: str) -> None:
         """Write the directory that `Matcher.load` and `read_training_ids` read."""
+        if isinstance(self.model.heads, BranchHeads):
+            self.model.heads.weights = self.fusion_weights()
         self.model.save(directory)
         text = "".join(f"{pair_id}\n" for pair_id in self.ids)
         storage.write_text(storage.join(directory, IDS), text)
@@ -113,12 +145,12 @@ class MatcherTask(nn.Module):
 
     def _inputs(self, batch: dict[str, Tensor]) -> TowerInputs:
         """Return what the towers see; a validation sees the same in every epoch."""
-        joint = self.config.joint
+        letters = self.model.config.letters
         inputs = TowerInputs(
             batch["ground"].float() / 255,
             batch["aerial"].float() / 255,
-            batch["synthetic"].float() / 255 if joint else None,
-            batch["synthetic_mask"] if joint else None,
+            batch["synthetic"].float() / 255 if "A" in letters else None,
+            batch["synthetic_mask"] if "S" in letters else None,
         )
         epoch = int(batch["epoch"])
         if self.training and self.config.augment:
@@ -143,11 +175,12 @@ class MatcherTask(nn.Module):
         return torch.cat([checkpoint(tower, some, use_reentrant=False) for some in chunks])
 
     def _drop_modalities(
-        self, ground: Tensor, synthetic: Tensor, mask: Tensor, batch: dict[str, Tensor]
+        self, heads: JointHeads, features: tuple[Tensor, Tensor, Tensor], batch: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Put the learned null in the place of some rows' features, never of both G and A."""
+        """Put the learned null in the place of some rows' g, a or s, never of both g and a."""
         if not self.training:
-            return ground, synthetic, mask
+            return features
+        ground, synthetic, mask = features
 
         def drops(share: float, purpose: str) -> Tensor:
             stream = rng.fold_in(self.seed, int(batch["epoch"]), purpose)
@@ -158,15 +191,35 @@ class MatcherTask(nn.Module):
         no_g = drops(ground_share, "drop ground") & ~no_a
         no_s = drops(mask_share, "drop classes")
         return (
-            torch.where(no_g, self.model.null_ground, ground),
-            torch.where(no_a, self.model.null_synthetic, synthetic),
-            torch.where(no_s, self.model.null_mask, mask),
+            torch.where(no_g, heads.null_ground, ground),
+            torch.where(no_a, heads.null_synthetic, synthetic),
+            torch.where(no_s, heads.null_mask, mask),
         )
 
-    def _loss(self, score: Tensor) -> Tensor:
-        if self.log_scale is None:
+    def _gather(self, local: Tensor) -> Tensor:
+        """Concatenate all workers' rows; in validation, where workers have other counts, none."""
+        return losses.all_gather(local) if self.training else local
+
+    def _products(self, query: Tensor, tile: Tensor) -> Float[Tensor, "all all"]:
+        query, tile = self._gather(query.float()), self._gather(tile.float())
+        with torch.autocast(tile.device.type, enabled=False):  # bf16 has ties: 8 bits of a cosine
+            return query @ tile.T
+
+    def _scale(self, name: str) -> Tensor:
+        """Return the inverse temperature of a branch (or of both terms of a joint score)."""
+        for key in (f"scale{name}", "scale"):
+            if key in self.log_scale:
+                return self.log_scale[key].exp().clamp(max=100.0)
+        return torch.tensor(1.0)
+
+    def _scaled(self, scores: dict[str, Tensor]) -> Iterator[Tensor]:
+        for name, score in scores.items():
+            yield self._scale(name) * score
+
+    def _loss(self, name: str, score: Tensor) -> Tensor:
+        if self.config.loss == "triplet":
             return losses.triplet(score, self.config.margin)
-        return losses.info_nce(score, self.log_scale.exp().clamp(max=100.0), SMOOTHING)
+        return losses.info_nce(score, self._scale(name), SMOOTHING)
 
 
 def read_training_ids(directory: str) -> frozenset[str]:

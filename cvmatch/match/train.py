@@ -2,21 +2,36 @@
 
 import dataclasses
 import functools
+import logging
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 from ray.data import Dataset
+from torch import Tensor
 
-from cvmatch.data import manifest
+from cvmatch.data import manifest, schema
 from cvmatch.match.batches import decode, read_pair_ids, read_pairs
 from cvmatch.match.hard_negatives import order_hard_negatives
+from cvmatch.match.heads import BranchHeads, FusionWeights, fit_weights
 from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import backbones, rng
-from cvmatch.runtime import session, tracking
+from cvmatch.runtime import hardware, session, tracking
 from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
 from cvmatch.training.task import EpochOrder
+
+FUSION_PAIRS = 512
+"""Validation pairs at most that the branches' weights are fitted on."""
+
+HELD_OUT = 64
+"""Training pairs, at most a tenth, that are left out for that where there are none to validate."""
+
+_log = logging.getLogger(__name__)
 
 
 def train(config: TrainMatcher) -> TrainResult:
@@ -31,14 +46,19 @@ def train(config: TrainMatcher) -> TrainResult:
     config = with_absolute_paths(config)
     _check_tower(config)
     session.start()
-    rows = read_pairs(config.pairs, config.joint)
-    val = _decode(config, read_pairs(config.val, config.joint)) if config.val else None
+    rows = read_pairs(config.pairs, config.letters)
+    val = _decode(config, read_pairs(config.val, config.letters)) if config.val else None
     ids = read_pair_ids(config.pairs)
     if config.val and (both := set(ids).intersection(read_pair_ids(config.val))):
         raise ValueError(
             f"train-matcher: expected validation pairs apart from training, got {len(both)} "
             f"in both {config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
         )
+    fusion = val
+    held_out = _hold_out(ids) if val is None and len(config.branches) > 1 else []
+    if held_out and config.score == "sum":
+        fusion = _decode(config, _select_ids(rows, held_out, True))
+        rows = _select_ids(rows, held_out, False)
     order = _hard_negative_order(config, rows) if config.hard_negatives_every else None
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
@@ -47,7 +67,50 @@ def train(config: TrainMatcher) -> TrainResult:
         )
         result = launch.train(build, _decode(config, rows), val, config.fit, run, order, rows_of)
         launch.publish(result, config.output)
+        if fusion is not None and config.score == "sum":
+            fit_fusion(config.output, fusion)
     return result
+
+
+@torch.inference_mode()
+def fit_fusion(directory: str, rows: Dataset) -> FusionWeights:
+    """Fit the weights of a published model's branches on decoded rows, and save them."""
+    model = Matcher.load(directory, hardware.device())
+    assert isinstance(model.heads, BranchHeads)
+    queries: list[dict[str, Tensor]] = []
+    tiles: list[dict[str, Tensor]] = []
+    for batch in rows.limit(FUSION_PAIRS).iter_torch_batches(batch_size=32, device=model.device):
+        synthetic = batch["synthetic"].float() / 255 if "synthetic" in batch else None
+        query = model.query_features(batch["ground"].float() / 255, synthetic)
+        queries.append(model.heads.query_parts(query))
+        tile = model.tile_features(batch["aerial"].float() / 255)
+        tiles.append(model.heads.tile_parts(tile))
+    cosines: dict[str, Tensor] = {
+        branch: torch.cat([part[branch] for part in queries])
+        @ torch.cat([part[branch] for part in tiles]).T
+        for branch in model.heads.branches
+    }
+    weights = fit_weights(cosines)
+    weights.save(directory)
+    _log.info("%s: weights of the branches: %s", directory, weights.weights)
+    return weights
+
+
+def _hold_out(ids: tuple[str, ...]) -> list[str]:
+    """Choose pairs that the weights are fitted on, the same ones whatever their number."""
+    count = min(HELD_OUT, len(ids) // 10)
+    return sorted(ids, key=rng.row_key)[:count]
+
+
+def _select_ids(rows: Dataset, ids: list[str], inside: bool) -> Dataset:
+    """Keep the rows of some ids, or all others."""
+    kept: Any = functools.partial(_keep_ids, ids=ids, inside=inside)
+    return rows.map_batches(kept, batch_format="pyarrow", batch_size=None)
+
+
+def _keep_ids(rows: pa.Table, ids: list[str], inside: bool) -> pa.Table:
+    found = pc.field(schema.PAIR_ID).isin(ids)
+    return rows.filter(found if inside else ~found)
 
 
 def with_absolute_paths(config: TrainMatcher) -> TrainMatcher:
@@ -70,11 +133,7 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
         backbones.load_tower(config.tower, config.weights, config.grid) for _ in range(3)
     )
     model_config = MatcherConfig(
-        ground=ground.spec,
-        aerial=aerial.spec,
-        mask=mask.spec,
-        ground_only=not config.joint,
-        **config.shape,
+        ground=ground.spec, aerial=aerial.spec, mask=mask.spec, **config.shape
     )
     model = Matcher(model_config, (ground, aerial, mask))
     return MatcherTask(model, config, ids, config.fit.seed)

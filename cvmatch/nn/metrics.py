@@ -192,6 +192,13 @@ def planes(
     return nn.functional.adaptive_avg_pool2d(seen, size)
 
 
+def standardize(planes: Float[Tensor, "n plane h w"]) -> Float[Tensor, "n _"]:
+    """Return rows of mean 0 (of each plane) and norm 1; 0 for flat ones, which are noise."""
+    rows = (planes - planes.mean(dim=(2, 3), keepdim=True)).flatten(1)
+    norm = rows.norm(dim=1, keepdim=True)
+    return torch.where(norm > FLAT, rows / norm, 0.0)
+
+
 def retrieval_by_ncc(
     predicted: Float[Tensor, "row plane h w"], true: Float[Tensor, "column plane h w"]
 ) -> Float[Tensor, "row column"]:
@@ -200,7 +207,7 @@ def retrieval_by_ncc(
     Does a generated tile identify its place, with no trained model in between? Rank with
     `ranks(scores, torch.arange(n))`. Flat pictures score 0.
     """
-    return _standard(predicted) @ _standard(true).T
+    return standardize(predicted) @ standardize(true).T
 
 
 def _check_truth(score: Tensor, truth: Tensor) -> None:
@@ -224,11 +231,4 @@ def _blurred(pictures: Tensor) -> Tensor:
 
 def _centred(pictures: Tensor) -> Tensor:
     """Luminance as rows of mean 0 and norm 1."""
-    return _standard(torch.einsum("nchw,c->nhw", pictures, pictures.new_tensor(_LUMA))[:, None])
-
-
-def _standard(planes: Tensor) -> Tensor:
-    """Rows of mean 0 (of each plane) and norm 1; 0 for flat ones, whose rounding is no signal."""
-    rows = (planes - planes.mean(dim=(2, 3), keepdim=True)).flatten(1)
-    norm = rows.norm(dim=1, keepdim=True)
-    return torch.where(norm > FLAT, rows / norm, 0.0)
+    return standardize(torch.einsum("nchw,c->nhw", pictures, pictures.new_tensor(_LUMA))[:, None])

@@ -78,6 +78,7 @@ _GROUPS = {
     "ablation": (
         _Kind(r"(?P<first>.+)", "recall@1 of queries made of these pictures alone", True),
     ),
+    "minus_G": (_Kind(r"recall@1", "more often than G alone, in pairs of one panorama", True),),
     "recall": (
         _Kind(r"top1", "first answers of exhaustive search that the shortlist holds", True),
         _Kind(r"top10", "of its first ten answers", True),

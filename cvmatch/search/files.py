@@ -21,8 +21,8 @@ from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.settings import Sampling
 from cvmatch.index.embedding import SAMPLING
 from cvmatch.index.reader import Index, rank
-from cvmatch.match.fusion import Query
-from cvmatch.match.infer import EMBEDDING, QUERY_PROJ, EmbedQuery
+from cvmatch.match.heads import QUERY_VECTOR
+from cvmatch.match.infer import EmbedQuery
 from cvmatch.runtime.batch_invariant import call_rows, error_line
 from cvmatch.search.settings import SearchFiles
 from cvmatch.segment.infer import SegmentAerial
@@ -31,7 +31,6 @@ _log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
-_VECTORS = (EMBEDDING, QUERY_PROJ)
 _BATCH = 16  # panoramas a step
 _PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -78,10 +77,10 @@ class _Panorama:
 
 @dataclass(frozen=True)
 class _Query:
-    """A panorama's pictures and vectors, or why it has none."""
+    """A panorama's pictures and vector, or why it has none."""
 
     pictures: dict[str, bytes | None] = field(default_factory=dict)
-    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+    vector: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     error: str | None = None
 
 
@@ -100,11 +99,6 @@ def search_files(config: SearchFiles) -> Iterator[SearchResult]:
     readable = sum(one.error is None for one in panoramas)
     actors = _load_actors(config, index, min(readable, _BATCH))  # a network pads to its batch
     return _search(config, panoramas, index, rows, actors)
-
-
-def as_query(batch: Batch, index: Index) -> Query:
-    """Return what `EmbedQuery` made of a batch, on the device of the index's model."""
-    return Query(*(torch.from_numpy(batch[name]).to(index.device) for name in _VECTORS))
 
 
 def _search(
@@ -140,10 +134,8 @@ def _search_batch(
     good = [query for query in queries if query.error is None]
     answers = iter(())
     if good:
-        columns = {name: np.stack([query.vectors[name] for query in good]) for name in _VECTORS}
-        ranking = rank(
-            index, as_query(columns, index), config.top_k, config.mode, config.shortlist, rows
-        )
+        vectors = torch.from_numpy(np.stack([query.vector for query in good])).to(index.device)
+        ranking = rank(index, vectors, config.top_k, config.mode, config.shortlist, rows)
         answers = zip(ranking.rows, ranking.scores, strict=True)
     for panorama, query in zip(panoramas, queries, strict=True):
         if query.error is not None:
@@ -166,7 +158,7 @@ def _embed(panoramas: Sequence[_Panorama], actors: Sequence[Any]) -> list[_Query
     return [
         _Query(
             {name: batch[name][row] for name in columns},
-            {name: embedded[name][row] for name in _VECTORS},
+            embedded[QUERY_VECTOR][row],
             errors[row],
         )
         for row in range(len(panoramas))

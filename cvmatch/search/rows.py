@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+import torch
 
 from cvmatch import config as configs
 from cvmatch.data import manifest, schema, storage
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import Mode
+from cvmatch.match.heads import QUERY_VECTOR
 from cvmatch.match.infer import EmbedQuery, embed_queries
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import hardware, pools
 from cvmatch.runtime.stream import Stream, write_stream
-from cvmatch.search.files import as_query
 from cvmatch.search.settings import SearchRows
 
 TILES, SCORES = "tiles", "scores"
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class RankTiles:
-    """`embedding`, `query_proj` -> `tiles`, `scores`: lists, empty where a row has an `error`."""
+    """`query_vector` -> `tiles`, `scores`: lists, empty where a row has an `error`."""
 
     def __init__(self, index: str, version: str, top_k: int, mode: Mode) -> None:
         hardware.keep_freed_memory()
@@ -48,7 +49,7 @@ class RankTiles:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rank one batch."""
-        query = as_query(batch, self.index)
+        query = torch.tensor(batch[QUERY_VECTOR], device=self.index.device)
         ranking = rank(self.index, query, self.top_k, self.mode)
         errors = schema.read_errors(batch[schema.ERROR])
         tiles, scores = (np.empty(len(errors), dtype=object) for _ in range(2))

@@ -35,8 +35,6 @@ SPACES: dict[str, dict[str, dict[str, list]]] = {
     "matcher": {
         "loss": {"choice": ["triplet", "infonce"]},
         "margin": {"uniform": [0.05, 0.6]},
-        "joint_weight": {"loguniform": [0.3, 3.0]},
-        "direct_weight": {"loguniform": [0.1, 2.0]},
         "lr_towers": {"loguniform": [1e-5, 1e-3]},
         "lr_heads": {"loguniform": [1e-4, 1e-2]},
     },

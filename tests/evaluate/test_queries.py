@@ -21,8 +21,7 @@ def test_embed_queries_modalities_equal_the_actors(index, model, folder):
     for modality in MODALITIES:
         batch = EmbedQuery(index.matcher_dir, modality)(tiny.columns(tiny.rows(10)))
         query = queries[QueryView(360.0, False), modality]
-        np.testing.assert_allclose(query.embedding.numpy(), batch["embedding"], atol=1e-4)
-        np.testing.assert_allclose(query.query_proj.numpy(), batch["query_proj"], atol=1e-3)
+        np.testing.assert_allclose(query.numpy(), batch["query_vector"], atol=1e-4)
 
 
 def test_embed_queries_limited_views_have_g_alone(model, folder):
@@ -33,9 +32,9 @@ def test_embed_queries_limited_views_have_g_alone(model, folder):
     names = [(view.name, modality) for view, modality in queries]
     limited = [("360-unknown", "G"), ("90-north", "G"), ("90-unknown", "G")]
     assert sorted(names) == sorted([("360-north", modality) for modality in MODALITIES] + limited)
-    whole = queries[QueryView(360.0, False), "G"].embedding
+    whole = queries[QueryView(360.0, False), "G"]
     for view in (QueryView(360.0, True), QueryView(90.0, False), QueryView(90.0, True)):
-        assert not torch.allclose(queries[view, "G"].embedding, whole, atol=1e-3)
+        assert not torch.allclose(queries[view, "G"], whole, atol=1e-3)
     with pytest.raises(ValueError, match="limited views need modality G"):
         Evaluate(modalities=("A",), fov=(90.0,))
 

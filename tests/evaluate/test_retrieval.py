@@ -14,28 +14,25 @@ from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.manifest import AnnInfo, IndexManifest
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import ShardedArray
-from cvmatch.index.shortlist import MatcherHead
-from cvmatch.match.fusion import Fusion, Query
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import Matcher
+from cvmatch.match.scoring import JointScorer, SumScorer
 from cvmatch.match.settings import MODALITIES
 from tests.helpers import index as tiny
+from tests.helpers.matcher import copy_of_a, joint_heads
 from tests.helpers.present import present
 
 COUNT = 24  # tiles of the index of conftest.py
 
 
-def of_equal_tiles(index, model):
-    """The index with zeros for all tiles, and another model."""
-    tile_proj = ShardedArray([np.zeros_like(array) for array in index.tile_proj.arrays])
-    return Index(**{**vars(index), "matcher": model, "tile_proj": tile_proj})
+def of_equal_tiles(index):
+    """The index with zeros for all tiles."""
+    vectors = ShardedArray([np.zeros_like(array) for array in index.vectors.arrays])
+    return dataclasses.replace(index, vectors=vectors)
 
 
 def plane(angles, places=None, dead=()):
     """An index of tiles at angles (degrees) of a plane, whose score is the cosine of the angle."""
-    model = Fusion(ground=4, aerial=4, mask=4, hidden=2).eval()
-    for weight in model.candidate_mlp.parameters():
-        torch.nn.init.zeros_(weight)
     places = places or [(0.01 * number, 0.0) for number in range(len(angles))]
     tiles = pa.table(
         {
@@ -44,26 +41,25 @@ def plane(angles, places=None, dead=()):
             schema.LONGITUDE: pa.array([place[1] for place in places], pa.float64()),
         }
     )
-    tile_proj = directions(angles).numpy().astype(np.float16)
+    vectors = directions(angles).numpy().astype(np.float16)
     about = IndexManifest(
-        rows=len(tile_proj),
-        hidden=2,
+        rows=len(vectors),
+        width=2,
         preprocess="",
         model="",
         model_parts={},
         config={},
-        shard_rows=len(tile_proj),
+        shard_rows=len(vectors),
         shards=(),
         ann=AnnInfo(key="Flat", nprobe=0),
-        shortlist=len(tile_proj),
+        shortlist=len(vectors),
     )
     return Index(
-        ShardedArray([tile_proj]),
+        ShardedArray([vectors]),
         tiles,
         [],
-        MatcherHead(model),
         np.array(dead, np.int64),
-        model,
+        SumScorer(2),
         about,
         "",
     )
@@ -75,7 +71,7 @@ def directions(angles):
 
 
 def looking(*angles):
-    return Query(directions(angles), torch.zeros(len(angles), 2))
+    return directions(angles)
 
 
 def test_search_exactly_angles_in_a_plane_give_the_ranks_one_can_see():
@@ -166,9 +162,10 @@ def test_summarize_guess_among_the_tiles_nearby_is_that_of_each_query():
     assert near.chance["recall@5"] == pytest.approx((1 + 5 / 100) / 2)
 
 
-def test_compare_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, folder):
+def test_compare_two_stage_of_the_whole_gallery_keeps_every_exact_answer(tmp_path):
+    index = tiny.index(str(tmp_path), score="joint")
     batch = EmbedQuery(index.matcher_dir, "G+A+S")(tiny.columns(tiny.rows(10)))
-    query = Query(torch.from_numpy(batch["embedding"]), torch.from_numpy(batch["query_proj"]))
+    query = torch.from_numpy(batch["query_vector"])
     truth = torch.arange(10)
     ranking = search_exactly(index, query, truth, 1000.0)
     result = compare_two_stage(index, query, truth, ranking)
@@ -182,30 +179,25 @@ def test_compare_two_stage_of_the_whole_gallery_keeps_every_exact_answer(index, 
     assert result.recalls["recall@10"] == held.mean() < 1
 
 
-def test_compare_two_stage_equal_scores_count_against_the_query(index, model):
-    collapsed = Fusion(ground=4, aerial=4, mask=4, hidden=model.hidden).eval()
-    for weight in collapsed.candidate_mlp.parameters():
-        torch.nn.init.zeros_(weight)
-    opened, truth = of_equal_tiles(index, collapsed), torch.arange(10)
-    same = Query(torch.ones(10, model.hidden), torch.zeros(10, model.hidden))
+def test_compare_two_stage_equal_scores_count_against_the_query(index):
+    opened, truth = of_equal_tiles(index), torch.arange(10)
+    same = torch.ones(10, 16)
     ranking = search_exactly(opened, same, truth, 1000.0)
     result = compare_two_stage(opened, same, truth, ranking)
     for k in KS:
         assert result.recalls[f"recall@{k}"] == (ranking.rank < k).double().mean().item() == 0.0
 
 
-def test_constant_embeddings_are_never_above_chance(tmp_path):
-    opened = tiny.index(str(tmp_path), COUNT)
+@pytest.mark.parametrize("score", ["sum", "joint"])
+def test_constant_embeddings_are_never_above_chance(tmp_path, score):
+    opened = of_equal_tiles(tiny.index(str(tmp_path), COUNT, score=score))
     model = Matcher.load(opened.matcher_dir)
-    opened = of_equal_tiles(opened, model)
-    for weight in (model.query_linear.weight, model.query_aerial_linear.weight):
-        torch.nn.init.zeros_(weight)
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
     config = Evaluate(queries=str(tmp_path / "queries"))
     queries = embed_queries(config, model)
     assert [modality for _, modality in queries] == list(MODALITIES)
     for query in queries.values():
-        ranking = search_exactly(opened, query, torch.arange(COUNT), 1000.0)
+        ranking = search_exactly(opened, query[:1].expand(COUNT, -1), torch.arange(COUNT), 1000.0)
         result = summarize(ranking, COUNT, resamples=10)
         assert result.recalls["recall@1"].value <= 1 / COUNT
         assert result.recalls["recall@10"].value <= 10 / COUNT
@@ -214,29 +206,19 @@ def test_constant_embeddings_are_never_above_chance(tmp_path):
         assert result.median_rank == COUNT
 
 
-def test_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
+def test_joint_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
     # A query and a tile's embedding with that query's A are equal: in a loss or a protocol that
     # embedded each tile with the A of its own pair, it would find every tile.
-    opened = tiny.index(str(tmp_path), COUNT)
+    opened = tiny.index(str(tmp_path), COUNT, score="joint")
     model = Matcher.load(opened.matcher_dir)
-    g, a = model.null_ground.numel(), model.null_synthetic.numel()
-    with torch.no_grad():
-        for layer in (model.query_linear, model.query_aerial_linear, model.tile_linear):
-            for weight in layer.parameters():
-                weight.zero_()
-        code = torch.randn(model.hidden, a, generator=torch.Generator().manual_seed(0))
-        model.query_aerial_linear.weight.copy_(code)
-        model.query_linear.weight[:, g : g + a] = code
-        for rest in (model.query_mlp, model.candidate_mlp):
-            for weight in rest.parameters():
-                weight.zero_()
-    opened = of_equal_tiles(opened, model)
+    heads = copy_of_a(joint_heads(model))
+    opened = dataclasses.replace(of_equal_tiles(opened), scorer=JointScorer(heads))
     tiny.write(tiny.rows(COUNT), str(tmp_path / "queries"))
     queries = embed_queries(Evaluate(queries=str(tmp_path / "queries")), model)
     query = queries[QueryView(360.0, False), "G+A"]
     with torch.inference_mode():
-        candidate = model.candidate_embedding(torch.zeros(COUNT, model.hidden), query.query_proj)
-    own = (candidate * query.embedding).sum(1)
-    torch.testing.assert_close(own, torch.ones(COUNT))  # the leak
+        embedding, query_proj = heads.split(query)
+        candidate = heads.candidate_embedding(torch.zeros_like(query_proj), query_proj)
+    torch.testing.assert_close((candidate * embedding).sum(1), torch.ones(COUNT))  # the leak
     ranking = search_exactly(opened, query, torch.arange(COUNT), 1000.0)
     assert (ranking.rank == COUNT - 1).all()  # every tile ties

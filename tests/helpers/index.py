@@ -15,25 +15,29 @@ from cvmatch.index.build import publish
 from cvmatch.index.manifest import AnnInfo, IndexManifest
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import BuildIndex, Mode
-from cvmatch.match.fusion import Query
+from cvmatch.match.fusion import JointHeads
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import Matcher, MatcherConfig
+from cvmatch.match.settings import Branch
 from cvmatch.nn.backbones import TowerSpec
+from tests.helpers import matcher as joint
 
 TOWER = TowerSpec(arch="shufflenet_v2_x0_5")  # small, and made without a large classifier
 
 
-def matcher(directory: str, seed: int = 0, hidden: int = 16, ground_only: bool = False) -> str:
+BRANCHES: tuple[Branch, ...] = ("direct", "aerial")
+
+
+def matcher(directory: str, seed: int = 0, **changes: Any) -> str:
     torch.manual_seed(seed)
+    fields: dict[str, Any] = {"hidden": 8, "branches": BRANCHES} | changes
     config = MatcherConfig(
         ground=TOWER, aerial=TOWER, mask=TOWER, panorama=(16, 64), tile_size=32,
-        hidden=hidden, ground_only=ground_only,
+        **fields,
     )  # fmt: skip
     model = Matcher(config)
-    for null in (model.null_ground, model.null_synthetic, model.null_mask):
-        torch.nn.init.normal_(null)
-    for layer in (model.query_linear, model.query_aerial_linear):  # A and S begin without a say
-        torch.nn.init.xavier_normal_(layer.weight)
+    if isinstance(model.heads, JointHeads):
+        joint.wake(model.heads)
     _calibrate(model)
     model.save(directory)
     return directory
@@ -53,11 +57,7 @@ def _calibrate(model: Matcher) -> None:
     ids = torch.from_numpy(rng.integers(0, 5, (32, 4, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2))
     seen = (ground.float() / 255, tile.float() / 255, ids)
     model.train()
-    if model.config.ground_only:
-        model.aerial_features(seen[1])
-        model.embed_queries(seen[0])
-    else:
-        model.embed_queries(*seen)
+    model.query_features(*seen)
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -103,11 +103,11 @@ def columns(table: pa.Table) -> dict[str, np.ndarray]:
 def parts(table: pa.Table, model: str, directory: str) -> str:
     """What the pool writes for these rows, as two files, in an order of their own."""
     embedded = EmbedTile(model, 8)(columns(table))
-    tile_proj = pa.FixedSizeListArray.from_arrays(
-        pa.array(embedded["tile_proj"].reshape(-1)), embedded["tile_proj"].shape[1]
+    vectors = pa.FixedSizeListArray.from_arrays(
+        pa.array(embedded["tile_vector"].reshape(-1)), embedded["tile_vector"].shape[1]
     )
     names = (schema.PAIR_ID, schema.LATITUDE, schema.LONGITUDE)
-    done = table.select(names).append_column("tile_proj", tile_proj)
+    done = table.select(names).append_column("tile_vector", vectors)
     done = done.append_column(schema.ERROR, pa.array(embedded[schema.ERROR], pa.string()))
     return write_parts(done.take(np.random.default_rng(1).permutation(len(done))), directory)
 
@@ -120,20 +120,19 @@ def write_parts(done: pa.Table, directory: str) -> str:
     return directory
 
 
-def index(folder: str, count: int = 24, **config: Any) -> Index:
-    """An index of `rows(count)` under `folder`, built without Ray."""
-    model = matcher(os.path.join(folder, "model"))
+def index(folder: str, count: int = 24, **changes: Any) -> Index:
+    """An index of `rows(count)` under `folder`, by a `matcher` of these changes, without Ray."""
+    model = matcher(os.path.join(folder, "model"), **changes)
     found = parts(rows(count), model, os.path.join(folder, "parts"))
     output = os.path.join(folder, "index")
-    publish(found, BuildIndex(model=model, output=output, **config))
+    publish(found, BuildIndex(model=model, output=output))
     return Index.open(output)
 
 
-def queries(count: int = 3, seed: int = 0) -> Query:
+def queries(count: int = 3, seed: int = 0) -> torch.Tensor:
     """Random queries of the width of `matcher`."""
     random = torch.Generator().manual_seed(seed)
-    embedding = torch.nn.functional.normalize(torch.randn(count, 16, generator=random), dim=1)
-    return Query(embedding, torch.randn(count, 16, generator=random))
+    return torch.nn.functional.normalize(torch.randn(count, 16, generator=random), dim=1)
 
 
 def find_ids(index: Index, mode: Mode, top_k: int = 24) -> list[list[str]]:
@@ -146,7 +145,7 @@ def find_ids(index: Index, mode: Mode, top_k: int = 24) -> list[list[str]]:
 def manifest_of(**fields: Any) -> IndexManifest:
     """A manifest of no tiles."""
     empty = IndexManifest(
-        rows=0, hidden=16, preprocess="", model="", model_parts={}, config={}, shard_rows=1,
+        rows=0, width=16, preprocess="", model="", model_parts={}, config={}, shard_rows=1,
         shards=(), ann=AnnInfo("Flat", 1), shortlist=0,
     )  # fmt: skip
     return dataclasses.replace(empty, **fields)

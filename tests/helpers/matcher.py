@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 
 from cvmatch.data import images, manifest, schema
 from cvmatch.match.augment import TowerInputs
+from cvmatch.match.fusion import JointHeads
+from cvmatch.match.heads import BranchHeads
 from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
@@ -33,15 +36,31 @@ CONFIG = MatcherConfig(
 )
 
 
-def network(seed=0, **changes):
+def network(seed: int = 0, **changes: Any) -> Matcher:
+    """A matcher of branches, or with `score="joint"` of the published form."""
     torch.manual_seed(seed)
     model = Matcher(dataclasses.replace(CONFIG, **changes))
-    # As training leaves them; zeros, with which they begin, would hide what is forgotten.
-    for null in (model.null_ground, model.null_synthetic, model.null_mask):
-        torch.nn.init.normal_(null)
-    for layer in (model.query_linear, model.query_aerial_linear):
-        torch.nn.init.normal_(layer.weight, std=0.3)
+    if isinstance(model.heads, JointHeads):
+        wake(model.heads)
     return model.eval()
+
+
+def joint_heads(model: Matcher) -> JointHeads:
+    assert isinstance(model.heads, JointHeads)
+    return model.heads
+
+
+def branch_heads(model: Matcher) -> BranchHeads:
+    assert isinstance(model.heads, BranchHeads)
+    return model.heads
+
+
+def wake(heads: JointHeads) -> None:
+    """Make nulls and weights as training leaves them; zeros would hide what is forgotten."""
+    for null in (heads.null_ground, heads.null_synthetic, heads.null_mask):
+        torch.nn.init.normal_(null)
+    for layer in (heads.query_linear, heads.query_aerial_linear):
+        torch.nn.init.normal_(layer.weight, std=0.3)
 
 
 def rows(count, seed=0):
@@ -66,15 +85,27 @@ def views(batch):
     return TowerInputs(pictures[0], pictures[1], pictures[2], batch["synthetic_mask"])
 
 
-def joined(model, synthetic, tile):
-    """FFN_C of the issue: one linear layer over the concatenation [a; c]."""
-    weight = torch.cat([model.query_aerial_linear.weight, model.tile_linear.weight], dim=1)
-    first = F.linear(torch.cat([synthetic, tile]), weight, model.query_aerial_linear.bias)
-    rest = model.candidate_mlp
+def copy_of_a(heads: JointHeads) -> JointHeads:
+    """Make both embeddings a code of A alone: the tile is never looked at."""
+    g, a = heads.null_ground.numel(), heads.null_synthetic.numel()
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.zero_()
+        code = torch.randn(heads.hidden, a, generator=torch.Generator().manual_seed(3))
+        heads.query_aerial_linear.weight.copy_(code)
+        heads.query_linear.weight[:, g : g + a].copy_(code)  # a stands between g and s
+    return heads
+
+
+def joined(heads: JointHeads, synthetic, tile):
+    """FFN_C as published: one linear layer over the concatenation [a; c]."""
+    weight = torch.cat([heads.query_aerial_linear.weight, heads.tile_linear.weight], dim=1)
+    first = F.linear(torch.cat([synthetic, tile]), weight, heads.query_aerial_linear.bias)
+    rest = heads.candidate_mlp
     return F.normalize(first + rest.last(rest.middle(first.relu()).relu()), dim=0)
 
 
-def task_of(model, **changes):
+def task_of(model: Matcher, **changes: Any) -> MatcherTask:
     return MatcherTask(model, dataclasses.replace(TrainMatcher(augment=False), **changes))
 
 

@@ -1,7 +1,7 @@
 import pytest
+import torch
 
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.search.files import as_query
 from tests.helpers import index as tiny
 
 
@@ -38,4 +38,5 @@ def index(tmp_path_factory):
 @pytest.fixture(scope="package")
 def query(index):
     """Embedded queries of six panoramas."""
-    return as_query(EmbedQuery(index.matcher_dir, "G+A+S")(tiny.columns(tiny.rows(6))), index)
+    embedded = EmbedQuery(index.matcher_dir, "G+A")(tiny.columns(tiny.rows(6)))
+    return torch.from_numpy(embedded["query_vector"])

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import psutil
@@ -21,19 +20,17 @@ from cvmatch.index import embedding
 from cvmatch.index.build import build, compute_recall, publish
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import BuildIndex
-from cvmatch.index.shortlist import HEAD_WIDTH, DistilledHead, distil
-from cvmatch.match.fusion import Query
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from tests.helpers import index as tiny
 from tests.helpers.present import present
 
 
-def table(ids, tile_proj, errors=None):
+def table(ids, vectors, errors=None):
     return pa.table(
         {
             schema.PAIR_ID: ids,
-            "tile_proj": pa.FixedSizeListArray.from_arrays(
-                pa.array(np.ravel(tile_proj).astype(np.float32)), 16
+            "tile_vector": pa.FixedSizeListArray.from_arrays(
+                pa.array(np.ravel(vectors).astype(np.float32)), 16
             ),
             schema.ERROR: pa.array(errors or [None] * len(ids), pa.string()),
         }
@@ -45,10 +42,10 @@ def test_publish_rows_in_any_order_stores_each_projection_under_its_own_id(model
     opened = Index.open(output, model=model, deep=True)
     embedded = EmbedTile(model, 8)(tiny.columns(tiny.rows(12)))
     assert opened.tiles[schema.PAIR_ID].to_pylist() == list(embedded[schema.PAIR_ID])
-    (tile_proj,) = opened.tile_proj.arrays
-    np.testing.assert_array_equal(tile_proj, embedded["tile_proj"])
-    assert tile_proj.dtype == np.float16
-    assert not tile_proj.flags.writeable
+    (vectors,) = opened.vectors.arrays
+    np.testing.assert_array_equal(vectors, embedded["tile_vector"])
+    assert vectors.dtype == np.float16
+    assert not vectors.flags.writeable
     assert opened.tiles[schema.LATITUDE].to_pylist() == [0.01 * number for number in range(12)]
 
 
@@ -87,7 +84,7 @@ def test_publish_unusable_rows_are_refused(model, output, tmp_path, done, messag
 
 def test_publish_projections_of_another_width_is_refused(parts, output, tmp_path):
     wide = tiny.matcher(str(tmp_path / "wide"), hidden=20)
-    with pytest.raises(ValueError, match="expected tile_proj of 20 numbers a row"):
+    with pytest.raises(ValueError, match="expected tile_vector of 40 numbers a row"):
         publish(parts["twelve"], BuildIndex(model=wide, output=output))
 
 
@@ -96,39 +93,59 @@ def test_publish_without_rows_names_the_directory(model, output, tmp_path):
         publish(str(tmp_path), BuildIndex(model=model, output=output))
 
 
-def test_recall_measured_at_build_equals_brute_force(model, parts, output, tmp_path):
+@pytest.mark.parametrize("score", ["sum", "joint"])
+def test_recall_measured_at_build_equals_brute_force(output, tmp_path, score):
+    model = tiny.matcher(str(tmp_path / "model"), score=score)
     queries = tiny.rows(12)
     location = tiny.write(queries, str(tmp_path / "queries"))
-    config = BuildIndex(model=model, output=output, queries=location, shortlist=3)
-    info = publish(parts["twelve"], config)
+    parts = tiny.parts(queries, model, str(tmp_path / "parts"))
+    publish(parts, BuildIndex(model=model, output=output, queries=location))
     opened = Index.open(output)
-    embedded = EmbedQuery(model, "G+A+S")(tiny.columns(queries))
-    query = Query(*(torch.from_numpy(embedded[name]) for name in ("embedding", "query_proj")))
-    tile_proj = torch.from_numpy(opened.tile_proj.take(np.arange(12))).float()
-    with torch.inference_mode():
-        exact = opened.matcher.pair_scores(query, tile_proj).topk(10).indices
-        near = (query.embedding @ opened.matcher.shortlist_embedding(tile_proj).T).topk(3).indices
+    embedded = EmbedQuery(model, "G+A+S" if score == "joint" else "G+A")(tiny.columns(queries))
+    query = torch.from_numpy(embedded["query_vector"])
+    vectors = torch.from_numpy(opened.vectors.take(np.arange(12))).float()
+    exact = torch.cat(list(opened.iter_scores(query)), dim=1).topk(10).indices
+    width = opened.scorer.shortlist_width
+    near = (query[:, :width] @ vectors[:, :width].T).topk(3).indices
     held = (exact[:, :, None] == near[:, None]).any(2).double()
-    recall = present(info.recall)
+    few = dataclasses.replace(opened.manifest, shortlist=3)
+    recall = compute_recall(dataclasses.replace(opened, manifest=few), query)
     assert recall.top1 == pytest.approx(held[:, 0].mean().item())
     assert recall.top10 == pytest.approx(held.mean().item())
     assert 0 < recall.top10 <= 0.3  # three of ten at most
     assert (recall.shortlist, recall.queries) == (3, 12)
-    whole = compute_recall(
-        Index(**{**vars(opened), "manifest": dataclasses.replace(info, shortlist=12)}), query
-    )
-    assert (whole.top1, whole.top10) == (1.0, 1.0)
+    measured = present(opened.manifest.recall)
+    assert (measured.top1, measured.top10) == (1.0, 1.0)
+
+
+def test_shortlist_is_the_smallest_that_holds_the_recall_asked_for(output, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "MIN_SHORTLIST", 1)
+    model = tiny.matcher(str(tmp_path / "model"), score="joint")
+    rows = tiny.rows(64)
+    location = tiny.write(rows, str(tmp_path / "queries"))
+    parts = tiny.parts(rows, model, str(tmp_path / "parts"))
+    config = BuildIndex(model=model, output=output, queries=location)
+    sizes = []
+    for recall in (0.5, 0.8, 1.0):
+        info = publish(parts, dataclasses.replace(config, recall=recall))
+        assert present(info.recall).top1 >= recall
+        sizes.append(info.shortlist)
+        half = dataclasses.replace(info, shortlist=info.shortlist // 2)
+        opened = dataclasses.replace(Index.open(output), manifest=half)
+        query = present(embedding.sample_queries(location, model, 0)).vectors
+        less = compute_recall(opened, query)
+        assert less.top1 < recall or less.top10 < 2 * recall - 1
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
 
 
 def test_recall_of_a_matcher_of_g_alone_needs_no_synthetic_pictures(output, tmp_path):
-    model = tiny.matcher(str(tmp_path / "alone"), ground_only=True)
+    model = tiny.matcher(str(tmp_path / "alone"), branches=("direct",))
     rows = tiny.rows(12)
     for name in (schema.SYNTHETIC, schema.SYNTHETIC_CLASSES):
         column = rows.column_names.index(name)
         rows = rows.set_column(column, name, pa.nulls(12, pa.binary()))
-    config = BuildIndex(
-        model=model, output=output, queries=tiny.write(rows, str(tmp_path / "q")), shortlist=12
-    )
+    config = BuildIndex(model=model, output=output, queries=tiny.write(rows, str(tmp_path / "q")))
     info = publish(tiny.parts(rows, model, str(tmp_path / "parts")), config)
     recall = present(info.recall)
     assert (recall.top1, recall.queries) == (1.0, 12)
@@ -159,7 +176,7 @@ def test_build_through_the_actor_pool_equals_the_model_run_here(
     kept = [number for number in range(30) if number != 4]
     assert opened.tiles[schema.PAIR_ID].to_pylist() == list(expected[schema.PAIR_ID][kept])
     np.testing.assert_allclose(
-        opened.tile_proj.take(np.arange(29)), expected["tile_proj"][kept], atol=1e-2
+        opened.vectors.take(np.arange(29)), expected["tile_vector"][kept], atol=1e-2
     )
     rejected = os.path.join(output, "versions", "v000001", "rejected.jsonl")
     with open(rejected) as file:
@@ -220,47 +237,3 @@ def test_build_that_was_killed_goes_on_and_ends_in_the_same_files(ray_session, m
     ]
     assert files[0] == files[1]
     assert [info.rows for info in infos] == [400, 400]
-
-
-def test_build_with_a_distilled_head_measures_other_queries_than_it_learns_from(
-    model, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(building, "MAX_EXACT_TILES", 10)
-    monkeypatch.setattr(building, "RECALL_TARGET", {"top1": 2.0})  # none is good enough
-    monkeypatch.setattr(building, "_sum_recall", lambda recall: recall.shortlist + count())
-    monkeypatch.setattr(building, "distil", partial(distil, steps=20))
-    monkeypatch.setattr(embedding, "RECALL_QUERIES", 6)
-    count = iter(range(9)).__next__  # the later of the two wins
-    rows = tiny.rows(24)
-    config = BuildIndex(
-        model=model, output=str(tmp_path / "index"), queries=tiny.write(rows, str(tmp_path / "q")),
-        shortlist=24,
-    )  # fmt: skip
-    parts = tiny.parts(rows, model, str(tmp_path / "parts"))
-    info = publish(parts, config, shard_rows=10)
-    recall = present(info.recall)
-    assert (info.head, recall.queries, recall.top10) == ("distilled", 6, 1.0)
-    index = Index.open(config.output, deep=True)
-    assert isinstance(index.shortlist_head, DistilledHead)
-    assert index.ann[0].index.d == HEAD_WIDTH
-    assert sorted(index.find_nearest(tiny.queries(1))[0]) == list(range(24))
-
-
-def test_build_takes_a_distilled_head_only_where_the_matchers_holds_too_little(
-    model, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(building, "MAX_EXACT_TILES", 10)
-    monkeypatch.setattr(building, "distil", partial(distil, steps=2))
-    monkeypatch.setattr(embedding, "RECALL_QUERIES", 8)
-    rows = tiny.rows(24)
-    config = BuildIndex(
-        model=model, output=str(tmp_path / "index"), queries=tiny.write(rows, str(tmp_path / "q")),
-        shortlist=24,
-    )  # fmt: skip
-    parts = tiny.parts(rows, model, str(tmp_path / "parts"))
-    enough = publish(parts, config)  # all tiles are in the shortlist
-    assert (enough.head, "discarded" in enough.seconds) == ("matcher", False)
-    few = publish(parts, dataclasses.replace(config, shortlist=1))
-    assert present(few.recall).top10 <= 0.1  # one of ten at most, with either head
-    assert few.seconds["discarded"] > 0
-    assert len(Index.open(config.output, deep=True).find_nearest(tiny.queries(1))[0]) == 1

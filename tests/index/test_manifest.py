@@ -45,7 +45,7 @@ def test_index_of_an_older_format_says_how_to_build_it_again(model, parts, outpu
     publish(parts["twelve"], BuildIndex(model=model, output=output))
     path = os.path.join(output, "versions", "v000001", "manifest.json")
     versions.write_file(path, json.dumps({"format": 2, "ann": {"probes": 64}}).encode())
-    expected = r"expected an index of format 3, got 2.* again with: cvmatch build-index --output"
+    expected = r"expected an index of format 4, got 2.* again with: cvmatch build-index --output"
     with pytest.raises(ValueError, match=expected):
         Index.open(output)
     assert publish(parts["twelve"], BuildIndex(model=model, output=output)).version == "v000002"

@@ -16,7 +16,7 @@ def test_shard_names_its_files_and_tower(model, parts, output):
     with open(os.path.join(folder, "shard.json")) as file:
         about = json.load(file)
     assert (about["rows"], about["tower"]) == (12, info.tower)
-    size = os.path.getsize(os.path.join(folder, "tile_projections.npy"))
+    size = os.path.getsize(os.path.join(folder, "vectors.npy"))
     assert size % 64 == 12 * 16 * 2 % 64  # aligned
 
 
@@ -30,6 +30,6 @@ def test_shards_of_any_size_hold_the_same_tiles_and_give_the_same_answers(
     one, other = Index.open(output), Index.open(many, deep=True)
     assert one.tiles[schema.PAIR_ID].to_pylist() == other.tiles[schema.PAIR_ID].to_pylist()
     rows = np.array([23, 0, 6, 7, 20])
-    np.testing.assert_array_equal(one.tile_proj.take(rows), other.tile_proj.take(rows))
+    np.testing.assert_array_equal(one.vectors.take(rows), other.vectors.take(rows))
     for mode in ("exact", "two-stage"):
         assert tiny.find_ids(one, mode) == tiny.find_ids(other, mode)

@@ -1,32 +1,13 @@
 import faiss
 import numpy as np
 import pytest
-import torch
 
 from cvmatch.index.shortlist import (
-    DistilledHead,
     default_factory_key,
-    distil,
     encode,
-    load_head,
     merge_codes,
     train_empty_index,
 )
-from cvmatch.match.model import Matcher
-from cvmatch.match.scoring import joint_scores
-from tests.helpers import index as tiny
-
-
-def gallery(count, seed):
-    return (np.random.default_rng(seed).normal(size=(count, 16)) * 2).astype(np.float16)
-
-
-def held(model, head, query, tile_proj, count):
-    """Share of the joint's best tiles among the head's best `count`."""
-    best = joint_scores(model, query, tile_proj).argmax(1)
-    with torch.inference_mode():
-        near = (head.query(query) @ head.tile(tile_proj.float()).T).topk(count).indices
-    return (near == best[:, None]).any(1).double().mean().item()
 
 
 def test_default_factory_key_by_size_follows_the_table():
@@ -64,26 +45,6 @@ def test_ann_of_coded_vectors_holds_nearest_among_its_best(key, kind):
 def test_ann_of_unknown_key_says_which_would_do():
     with pytest.raises(ValueError, match=r"'PQ7x4' does not fit vectors of 16.*--key auto"):
         train_empty_index("PQ7x4", np.ones((10, 16), np.float32))
-
-
-def test_distilled_head_ranks_unseen_tiles_for_unseen_queries_as_the_joint_does(model, tmp_path):
-    net = Matcher.load(model)
-    head = distil(net, tiny.queries(400, 0), gallery(3_000, 1), steps=300)
-    tile_proj, asked = torch.from_numpy(gallery(2_000, 2)), tiny.queries(100, 3)
-    assert held(net, DistilledHead(16), asked, tile_proj, 50) < 0.3
-    assert held(net, head, asked, tile_proj, 50) > 0.9
-    head.save(str(tmp_path))
-    again = load_head(str(tmp_path), net)
-    torch.testing.assert_close(again.query(asked), head.query(asked))
-    torch.testing.assert_close(again.tile(tile_proj.float()), head.tile(tile_proj.float()))
-
-
-def test_distillation_repeats_itself(model):
-    net = Matcher.load(model)
-    one, other = (
-        distil(net, tiny.queries(50, 0), gallery(200, 1), steps=5).state_dict() for _ in range(2)
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("key", ["Flat", "PQ8x4", "IVF4,PQ8x4", "SQ8"])

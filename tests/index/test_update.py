@@ -201,7 +201,7 @@ def test_vacuum_during_a_publication_leaves_the_files_that_it_put_into_place(
 
     # It takes the old shards of the version that goes again, and copies old files of a model.
     net = Matcher.load(model)
-    net.candidate_mlp.last.weight.data += 1
+    net.get_parameter("heads.query.direct.0.weight").data += 1
     net.save(str(tmp_path / "other"))
     age(str(tmp_path / "other"))
     publish(parts["last"], BuildIndex(model=str(tmp_path / "other"), output=output), run)

@@ -41,22 +41,20 @@ def test_verify_deep_of_samples_whose_tiles_are_gone_counts_none(model, parts, o
     assert verify(Verify(index=output, deep=True)).check_samples == 0
 
 
-def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
-    model, parts, output, monkeypatch
-):
+def test_verify_deep_finds_other_codes_and_other_pictures(model, parts, output, monkeypatch):
     samples = select_check_samples(tiny.rows(24))
     info = publish(parts["all"], BuildIndex(model=model, output=output), check_samples=samples)
     found = verify(Verify(index=output, deep=True))
     assert (found.tiles, found.check_samples, found.codes) == (24, 16, 24)
     assert present(found.largest_distance) < 1e-2
 
-    turned = Matcher.project_tiles
-    monkeypatch.setattr(Matcher, "project_tiles", lambda self, x: turned(self, x.flip(1)))
+    turned = Matcher.embed_tiles
+    monkeypatch.setattr(Matcher, "embed_tiles", lambda self, x: turned(self, x.flip(1)))
     with pytest.raises(ValueError, match=r"of 16 stored pictures \d+ have other numbers"):
         verify(Verify(index=output, deep=True))
     monkeypatch.undo()
 
-    # A head with other weights: its codes have the right number and size.
+    # Codes of other vectors, of the right number and size.
     wrong = encode(
         train_empty_index("Flat", np.ones((1, 16), np.float32)), [np.eye(24, 16, dtype=np.float32)]
     )
@@ -65,5 +63,5 @@ def test_verify_deep_finds_codes_of_another_head_and_other_pictures(
     files = info.files | versions.hash_files(path, os.path.relpath(path, output))
     tiny.change_manifest(output, info, files=files)
     assert verify(Verify(index=output)).tiles == 24
-    with pytest.raises(ValueError, match="are not what the shortlist head"):
+    with pytest.raises(ValueError, match="are not what the codebooks"):
         verify(Verify(index=output, deep=True))

@@ -64,7 +64,7 @@ def test_publish_interrupted_at_every_rename_keeps_the_old_version(
             break
         assert len(Index.open(str(place), model=model, deep=True)) == 12
         assert not [name for name in os.listdir(place) if name.startswith(".staging")]
-    # matcher, shard.json, shard, codes, ann, and these; the shortlist head is the same in both.
+    # matcher, shard.json, shard, codes, ann, and these; the empty index is the same in both.
     assert len(failed) == 8
     assert failed[-3:] == ["rejected.jsonl", "manifest.json", "CURRENT"]
 
@@ -72,11 +72,11 @@ def test_publish_interrupted_at_every_rename_keeps_the_old_version(
 def test_reader_while_a_new_version_is_published_keeps_its_own(model, parts, output, tmp_path):
     publish(parts["twelve"], BuildIndex(model=model, output=output))
     reader = Index.open(output)
-    before = np.array(reader.tile_proj.arrays[0])
+    before = np.array(reader.vectors.arrays[0])
     more = tiny.parts(tiny.rows(15, seed=1), model, str(tmp_path / "more"))
     info = publish(more, BuildIndex(model=model, output=output))
     assert (info.version, info.parent) == ("v000002", "v000001")
-    np.testing.assert_array_equal(reader.tile_proj.arrays[0], before)
+    np.testing.assert_array_equal(reader.vectors.arrays[0], before)
     assert len(Index.open(output)) == 15
     assert len(Index.open(output, version="v000001")) == 12
 
@@ -179,9 +179,7 @@ def test_index_in_an_object_store_is_searched_from_a_copy_and_grows(
     assert (len(index), index.manifest.version, list(index.deleted)) == (16, "v000002", [1])
     assert "0000001" not in tiny.find_ids(index, "exact")[0]
     # A copy that lost a file gets it again.
-    copy = os.path.join(
-        versions.local_root(uri), "shards", info.shards[0].sha, "tile_projections.npy"
-    )
+    copy = os.path.join(versions.local_root(uri), "shards", info.shards[0].sha, "vectors.npy")
     os.remove(copy)
     assert len(Index.open(uri, deep=True)) == 16
 

@@ -47,28 +47,26 @@ def test_mined_rows_near_in_space_or_for_the_model_follow_each_other(tmp_path, r
     names = [f"p{number:02}" for number in range(64)]
     directory = synthesized_rows(str(tmp_path / "rows"), names, towns=4)
     pool = Pool(batch=16)
-    kept = order_hard_negatives(read_pairs(directory), "", pool, seed=0).take_all()
+    kept = order_hard_negatives(read_pairs(directory, "GAS"), "", pool, seed=0).take_all()
     ids = [item[schema.PAIR_ID] for item in kept]
     assert sorted(ids) == names  # the row with an error is left out
-    nearby = order_hard_negatives(read_pairs(directory), "", pool, seed=0)
+    nearby = order_hard_negatives(read_pairs(directory, "GAS"), "", pool, seed=0)
     assert decode(nearby, (HIGH, WIDE), SIZE).count() == 64
     towns = np.array([int(name[1:]) % 4 for name in ids]).reshape(-1, GROUP)
     assert (towns == towns[:, :1]).all()
 
-    model = network(ground_only=True)
+    model = network(branches=("direct",))
     model.save(str(tmp_path / "model"))
     row_of = {item[schema.PAIR_ID]: item for item in kept}
     learnt = order_hard_negatives(
-        read_pairs(directory), str(tmp_path / "model"), pool, seed=0
+        read_pairs(directory, "G"), str(tmp_path / "model"), pool, seed=0
     ).take_all()
     ids = [item[schema.PAIR_ID] for item in learnt]
     assert sorted(ids) == names
     batch = decode_batch(columns(*(row_of[name] for name in ids)), (HIGH, WIDE), SIZE)
     with torch.no_grad():
         query = model.embed_queries(torch.from_numpy(batch["ground"]).float() / 255)
-        tile = model.shortlist_embedding(
-            model.project_tiles(torch.from_numpy(batch["aerial"]).float() / 255)
-        )
-    score = query.embedding @ tile.T
+        tile = model.embed_tiles(torch.from_numpy(batch["aerial"]).float() / 255)
+    score = query @ tile.T
     places = (-score[0]).argsort()
     assert set(places[: GROUP + 1].tolist()) >= set(range(1, GROUP))  # the first row's best tiles

@@ -23,19 +23,20 @@ def test_embed_tile_passes_failed_rows_through_and_drops_pictures(tmp_path):
     model.save(str(tmp_path))
     given = columns(row("a", shade=9), row("b", error="earlier"), row("c", aerial=b"no picture"))
     found = EmbedTile(str(tmp_path), 4)(given)
-    assert set(found) == {"pair_id", "latitude", "longitude", "error", "tile_proj"}
+    assert set(found) == {"pair_id", "latitude", "longitude", "error", "tile_vector"}
     assert found["error"][:2].tolist() == [None, "earlier"]
     assert found["error"][2].startswith("embed tile: aerial: ")
     with torch.no_grad():
-        expected = model.project_tiles(torch.full((1, 3, SIZE, SIZE), 9 / 255))[0].half().numpy()
-    assert found["tile_proj"].dtype == np.float16
-    assert np.array_equal(found["tile_proj"][0], expected)
-    assert not found["tile_proj"][1:].any()
+        expected = model.embed_tiles(torch.full((1, 3, SIZE, SIZE), 9 / 255))[0].half().numpy()
+    assert found["tile_vector"].dtype == np.float16
+    assert np.array_equal(found["tile_vector"][0], expected)
+    assert not found["tile_vector"][1:].any()
 
 
+@pytest.mark.parametrize("score", ["sum", "joint"])
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_embed_query_reads_what_its_modality_names(tmp_path, modality):
-    model = network()
+def test_embed_query_reads_what_its_modality_names(tmp_path, modality, score):
+    model = network(score=score)
     model.save(str(tmp_path))
     named = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
     unread = {name: None for letter, name in named.items() if letter not in modality.split("+")}
@@ -48,8 +49,7 @@ def test_embed_query_reads_what_its_modality_names(tmp_path, modality):
     with torch.no_grad():
         expected = model.embed_queries(ground, synthetic, classes)
     assert found["error"].tolist() == [None]
-    np.testing.assert_allclose(found["embedding"], expected.embedding.numpy(), atol=1e-6)
-    np.testing.assert_allclose(found["query_proj"], expected.query_proj.numpy(), atol=1e-5)
+    np.testing.assert_allclose(found["query_vector"], expected.numpy(), atol=1e-5)
 
 
 def test_embed_query_without_a_column_it_reads_says_so(tmp_path):
@@ -77,8 +77,8 @@ def test_embed_query_embeds_the_rows_on_which_the_network_does_not_fail(tmp_path
     assert result["error"].tolist() == [
         None, "embed query: RuntimeError: no kernel for this picture", None,
     ]  # fmt: skip
-    for name in ("embedding", "query_proj"):
-        np.testing.assert_allclose(result[name][[0, 2]], whole[name][[0, 2]], atol=1e-6)
-        assert not result[name][1].any()
+    vectors = result["query_vector"]
+    np.testing.assert_allclose(vectors[[0, 2]], whole["query_vector"][[0, 2]], atol=1e-6)
+    assert not vectors[1].any()
     with pytest.raises(RuntimeError, match="no kernel"):
         actor({name: values[[1, 1]] for name, values in batch.items()})

@@ -6,94 +6,101 @@ import pytest
 import torch
 
 from cvmatch.data import geometry, images
-from cvmatch.match.model import Matcher, load_fusion
-from cvmatch.match.scoring import joint_scores
+from cvmatch.match.heads import FusionWeights, embed_layout
+from cvmatch.match.model import Matcher, load_scorer
 from cvmatch.match.settings import MODALITIES
 from tests.helpers.matcher import (
     SIZE,
+    branch_heads,
+    joint_heads,
     network,
     rows,
     views,
 )
-from tests.helpers.present import present
+
+NAMED = {"G": "ground", "A": "synthetic", "S": "synthetic_mask"}
 
 
 @torch.no_grad()
-def test_query_of_each_modality_depends_on_its_own_pictures_only():
-    model, seen, other = network(), views(rows(3)), views(rows(3, seed=1))
-    named = {"G": "ground", "A": "synthetic", "S": "synthetic_mask"}
+@pytest.mark.parametrize("score", ["sum", "joint"])
+def test_query_of_each_modality_depends_on_its_own_pictures_only(score):
+    model, seen, other = network(score=score), views(rows(3)), views(rows(3, seed=1))
     for modality in MODALITIES:
-        used = [named[letter] for letter in modality.split("+")]
+        used = [NAMED[letter] for letter in modality.split("+")]
         before = model.embed_queries(**{name: getattr(seen, name) for name in used})
-        assert torch.allclose(before.embedding.norm(dim=1), torch.ones(3))
         for name in used:
             changed = {n: getattr(other if n == name else seen, n) for n in used}
-            assert not torch.allclose(model.embed_queries(**changed).embedding, before.embedding)
+            same = torch.allclose(model.embed_queries(**changed), before)
+            assert same == (score == "sum" and name == "synthetic_mask")  # S has no branch
 
 
-def test_query_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one of ground, synthetic and synthetic_mask"):
-        network().embed_queries()
+@pytest.mark.parametrize("score", ["sum", "joint"])
+def test_query_of_nothing_is_refused(score):
+    with pytest.raises(ValueError, match=r"matcher: .*a query"):
+        network(score=score).embed_queries()
+
+
+def test_query_of_g_by_a_model_without_a_branch_for_it_is_refused():
+    model = network(branches=("aerial", "layout"))
+    with pytest.raises(ValueError, match="know nothing of a query of G"):
+        model.embed_queries(views(rows(2)).ground)
+
+
+@torch.no_grad()
+def test_layout_correlates_pictures_at_low_resolution():
+    tiles = torch.rand(4, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    score = embed_layout(tiles) @ embed_layout(tiles * 0.5 + 0.2).T  # another light
+    torch.testing.assert_close(score.diagonal(), torch.ones(4), atol=1e-3, rtol=0)
+    assert score.fill_diagonal_(0).abs().max() < 0.6
+    assert not embed_layout(torch.full((1, 3, 64, 64), 0.3)).any()  # a flat one fits nothing
 
 
 @torch.no_grad()
 def test_square_view_and_polar_view_read_the_same_tile_differently():
     seen = views(rows(3))
     polar, square = (
-        network(panorama=(SIZE, SIZE), projection=kind) for kind in ("polar", "square")
+        network(panorama=(SIZE, SIZE), projection=kind, branches=("direct",))
+        for kind in ("polar", "square")
     )
     square.load_state_dict(polar.state_dict())
     unrolled = geometry.to_polar(seen.aerial, SIZE, SIZE)
-    torch.testing.assert_close(square.project_tiles(unrolled), polar.project_tiles(seen.aerial))
-    assert not torch.allclose(square.project_tiles(seen.aerial), polar.project_tiles(seen.aerial))
+    torch.testing.assert_close(square.embed_tiles(unrolled), polar.embed_tiles(seen.aerial))
+    assert not torch.allclose(square.embed_tiles(seen.aerial), polar.embed_tiles(seen.aerial))
 
 
-def test_model_saved_and_loaded_scores_the_same(tmp_path):
-    model, seen = network(), views(rows(3))
-    model.save(str(tmp_path))
-    again = Matcher.load(str(tmp_path))
-    assert again.config == model.config
-    with torch.no_grad():
-        first, second = (
-            joint_scores(
-                m,
-                m.embed_queries(seen.ground, seen.synthetic, seen.synthetic_mask),
-                m.project_tiles(seen.aerial),
-            )
-            for m in (model, again)
-        )
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("ground_only", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"score": "joint"}, {"branches": ("direct",)}])
 @torch.no_grad()
-def test_heads_loaded_without_towers_score_as_the_whole_model(tmp_path, ground_only):
-    model, seen = network(ground_only=ground_only), views(rows(3))
+def test_model_saved_and_loaded_scores_the_same_without_its_towers_too(tmp_path, changes):
+    model, seen = network(**changes), views(rows(3))
+    if not changes:
+        branch_heads(model).weights = FusionWeights.normalised({"direct": 1.0, "aerial": 2.0})
     model.save(str(tmp_path))
-    heads = load_fusion(str(tmp_path))
-    assert heads.training is False
-    features = {"ground": model.ground_features(seen.ground), "synthetic": None, "mask": None}
-    if not ground_only:
-        features["synthetic"] = model.aerial_features(present(seen.synthetic))
-        features["mask"] = model.mask_features(present(seen.synthetic_mask))
-    tile_proj = model.project_tiles(seen.aerial)
-    first, second = (joint_scores(m, m.fuse(**features), tile_proj) for m in (model, heads))
-    assert torch.equal(first, second)
-    assert torch.equal(model.shortlist_embedding(tile_proj), heads.shortlist_embedding(tile_proj))
+    again, scorer = Matcher.load(str(tmp_path)), load_scorer(str(tmp_path))
+    assert again.config == model.config
+    pictures = [getattr(seen, NAMED[letter]) for letter in model.config.letters]
+    query, tile = model.embed_queries(*pictures), model.embed_tiles(seen.aerial)
+    assert torch.equal(again.embed_queries(*pictures), query)
+    assert torch.equal(again.embed_tiles(seen.aerial), tile)
+    assert (query.shape[1], tile.shape[1]) == (scorer.width, model.config.width)
+    expected = query @ tile.T
+    if model.config.score == "joint":
+        heads = joint_heads(model)
+        expected = heads.pair_scores(heads.split(query), tile[:, scorer.shortlist_width :])
+    torch.testing.assert_close(scorer(query, tile), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("load", [Matcher.load, load_fusion])
+@pytest.mark.parametrize("load", [Matcher.load, load_scorer])
 def test_model_directory_absent_is_refused_with_advice(tmp_path, load):
     with pytest.raises(ValueError, match=r"cvmatch train-matcher published\), found none"):
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize("load", [Matcher.load, load_fusion])
+@pytest.mark.parametrize("load", [Matcher.load, load_scorer])
 def test_model_of_an_older_format_is_refused(tmp_path, load):
     network().save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"format": 1}))
-    with pytest.raises(ValueError, match="format 1, this version reads 3"):
+    with pytest.raises(ValueError, match="format 1, this version reads 4"):
         load(str(tmp_path))
 
 

@@ -9,8 +9,9 @@ from cvmatch.training.settings import TrainConfig
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"joint_weight": -1.0}, "joint_weight and direct_weight of at least 0"),
-        ({"joint_weight": 0.0, "direct_weight": 0.0}, "one of them above"),
+        ({"direct_weight": -1.0}, "direct_weight of at least 0"),
+        ({"branches": ("direct", "direct")}, "each branch once"),
+        ({"branches": ("layout",)}, "nothing to train"),
         ({"modality_dropout": (0.0, 1.5, 0.0)}, "shares in"),
         ({"panorama": (64, 250)}, "multiple of 4"),
         ({"chunk": -1}, "chunk of at least 0"),

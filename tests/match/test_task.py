@@ -1,21 +1,25 @@
 """The matcher's training step: no leak through A, dropout of modalities, DDP, training ids."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from cvmatch.match import losses
 from cvmatch.match.model import Matcher
-from cvmatch.match.scoring import joint_scores
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import IDS, MatcherTask, read_training_ids
 from tests.helpers.matcher import (
     WIDE,
+    branch_heads,
+    copy_of_a,
     joined,
+    joint_heads,
     network,
     rows,
     task_of,
@@ -23,62 +27,72 @@ from tests.helpers.matcher import (
 )
 from tests.helpers.present import present
 
+JOINT: dict[str, Any] = {"score": "joint"}
+ALONE: dict[str, Any] = {"branches": ("direct",)}
 
-def test_scores_of_training_embed_every_tile_with_the_querys_own_aerial():
+
+def test_scores_of_training_are_cosines_of_the_branches_embeddings():
     batch, model = rows(4), network()
+    found = task_of(model).train().scores(batch)
+    assert set(found) == {"direct", "aerial"}  # a layout is not trained
+    seen, heads = views(batch), branch_heads(model)
+    with torch.no_grad():
+        features = {
+            "direct": model.ground_features(seen.ground),
+            "aerial": model.aerial_features(present(seen.synthetic)),
+        }
+        tile = model.aerial_features(seen.aerial)
+        for name, feature in features.items():
+            query, own = heads.query[name](feature), heads.tile[name](tile)
+            expected = F.cosine_similarity(query[:, None], own[None], dim=2)
+            torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0)
+
+
+def test_scores_of_joint_training_embed_every_tile_with_the_querys_own_aerial():
+    batch, model = rows(4), network(**JOINT)
     task = task_of(model, modality_dropout=(0.0, 0.0, 0.0)).train()
     found = task.scores(batch)
     joint, direct = found["joint"], found["direct"]
-    seen = views(batch)
+    seen, heads = views(batch), joint_heads(model)
     with torch.no_grad():
         a, c = model.aerial_features(present(seen.synthetic)), model.aerial_features(seen.aerial)
-        whole = model.embed_queries(seen.ground, seen.synthetic, seen.synthetic_mask).embedding
-        alone = model.embed_queries(seen.ground).embedding
-        null = model.null_synthetic
-        expected = [[whole[i] @ joined(model, a[i], c[j]) for j in range(4)] for i in range(4)]
-        own = [[alone[i] @ joined(model, null, c[j]) for j in range(4)] for i in range(4)]
+        g, s = model.ground_features(seen.ground), model.mask_features(present(seen.synthetic_mask))
+        whole, alone = heads.fuse(g, a, s).embedding, heads.fuse(g, None, None).embedding
+        null = heads.null_synthetic
+        expected = [[whole[i] @ joined(heads, a[i], c[j]) for j in range(4)] for i in range(4)]
+        own = [[alone[i] @ joined(heads, null, c[j]) for j in range(4)] for i in range(4)]
     torch.testing.assert_close(joint, torch.tensor(expected), atol=1e-6, rtol=0)
     torch.testing.assert_close(direct, torch.tensor(own), atol=1e-6, rtol=0)
 
 
-def test_scores_of_training_pass_each_picture_through_its_tower_once():
-    model, passed = network(), {}
-    for name in ("ground_tower", "aerial_tower", "mask_tower"):
+@pytest.mark.parametrize("score", ["sum", "joint"])
+def test_scores_of_training_pass_each_picture_through_its_tower_once(score):
+    model, passed = network(score=score), {}
+    towers = ["ground_tower", "aerial_tower", *(["mask_tower"] if score == "joint" else [])]
+    for name in towers:
 
         def count(tower, given, features, name=name):
             passed[name] = passed.get(name, 0) + len(given[0])
 
         getattr(model, name).register_forward_hook(count)
-    joint = task_of(model).train().scores(rows(5))["joint"]
-    assert joint.shape == (5, 5)
+    for found in task_of(model).train().scores(rows(5)).values():
+        assert found.shape == (5, 5)
     # The aerial tower sees each A and each C; a tower pass for each pair would make it 25 or more.
-    assert passed == {"ground_tower": 5, "aerial_tower": 10, "mask_tower": 5}
-
-
-def copy_of_a(model):
-    """Weights with which both embeddings are a code of A, and the tile is never looked at."""
-    width = model.aerial_tower.dim
-    with torch.no_grad():
-        heads = (model.query_linear, model.query_mlp, model.tile_linear, model.query_aerial_linear)
-        for part in (*heads, model.candidate_mlp):
-            for weight in part.parameters():
-                weight.zero_()
-        code = torch.randn(model.config.hidden, width, generator=torch.Generator().manual_seed(3))
-        model.query_aerial_linear.weight.copy_(code)
-        model.query_linear.weight[:, width : 2 * width].copy_(code)  # a stands between g and s
-    return model
+    assert passed == {name: 10 if name == "aerial_tower" else 5 for name in towers}
 
 
 @pytest.mark.parametrize(("name", "chance"), [("triplet", 0.3), ("infonce", math.log(6))])
-def test_loss_does_not_reward_a_model_that_looks_at_a_alone(name, chance):
-    model = copy_of_a(network())
+def test_loss_does_not_reward_a_joint_model_that_looks_at_a_alone(name, chance):
+    model = network(**JOINT)
+    heads = copy_of_a(joint_heads(model))
     task = task_of(model, loss=name, margin=0.3).eval()
     batch = rows(6)
     with torch.no_grad():
         a = model.aerial_features(batch["synthetic"].float() / 255)
-        query = model.fuse(None, a, None)
+        query = heads.fuse(None, a, None)
         # What the leak would give: each tile embedded with its *own* pair's A finds itself.
-        leak = query.embedding @ model.candidate_embedding(torch.zeros(6, 10), query.query_proj).T
+        candidate = heads.candidate_embedding(torch.zeros(6, 10), query.query_proj)
+        leak = query.embedding @ candidate.T
         assert torch.allclose(leak.diagonal(), torch.ones(6))
         assert losses.triplet(leak, 0.3) < 0.25
         named = task(batch)
@@ -86,9 +100,10 @@ def test_loss_does_not_reward_a_model_that_looks_at_a_alone(name, chance):
     assert named["batch_recall_at_1"].item() == 0  # all tiles tie
 
 
-def test_loss_reaches_every_weight():
+@pytest.mark.parametrize("score", ["sum", "joint"])
+def test_loss_reaches_every_weight(score):
     task = task_of(
-        network(), loss="infonce", augment=True, modality_dropout=(0.5, 0.5, 0.5)
+        network(score=score), loss="infonce", augment=True, modality_dropout=(0.5, 0.5, 0.5)
     ).train()
     task(rows(12))["loss"].backward()
     without = [name for name, p in task.named_parameters() if p.grad is None or not p.grad.any()]
@@ -101,11 +116,12 @@ def test_groups_hold_every_weight_once_at_the_rate_of_its_part():
     assert sorted(grouped) == sorted(id(p) for p in task.parameters())
     rate = {id(p): group["lr"] for group in task.groups() for p in group["params"]}
     assert rate[id(next(task.model.aerial_tower.parameters()))] == 1e-5
-    assert rate[id(task.model.null_ground)] == rate[id(task.log_scale)] == 1e-2
+    assert rate[id(next(task.model.heads.parameters()))] == 1e-2
+    assert all(rate[id(scale)] == 1e-2 for scale in task.log_scale.values())
 
 
 def test_dropped_synthetic_aerial_has_no_part_in_the_loss():
-    task = task_of(network(), modality_dropout=(0.1, 1.0, 0.5)).train()
+    task = task_of(network(**JOINT), modality_dropout=(0.1, 1.0, 0.5)).train()
     batch = rows(4)
     other = batch | {"synthetic": rows(4, seed=9)["synthetic"]}
     assert torch.equal(task(batch)["loss"], task(other)["loss"])
@@ -114,11 +130,12 @@ def test_dropped_synthetic_aerial_has_no_part_in_the_loss():
 
 
 def test_dropped_rows_keep_ground_or_synthetic():
-    task = task_of(network(), modality_dropout=(1.0, 0.5, 0.5)).train()
-    task.model.null_ground.data.fill_(7.0)
-    task.model.null_synthetic.data.fill_(7.0)
+    task = task_of(network(**JOINT), modality_dropout=(1.0, 0.5, 0.5)).train()
+    heads = joint_heads(task.model)
+    heads.null_ground.data.fill_(7.0)
+    heads.null_synthetic.data.fill_(7.0)
     zero, batch = torch.zeros(64, 12), rows(64)
-    ground, synthetic, _ = task._drop_modalities(zero, zero, zero, batch)
+    ground, synthetic, _ = task._drop_modalities(heads, (zero, zero, zero), batch)
     no_ground, no_synthetic = ground[:, 0] == 7, synthetic[:, 0] == 7
     assert torch.equal(no_ground, ~no_synthetic)
     assert 16 <= int(no_synthetic.sum()) <= 48  # 4 standard deviations around a half
@@ -145,23 +162,21 @@ def test_chunks_have_the_loss_and_gradient_of_the_whole_batch(chunk):
 
 
 def test_direct_branch_alone_needs_neither_a_nor_s_and_refuses_them():
-    model = network(ground_only=True)
-    task = task_of(model, joint_weight=0.0, direct_weight=1.0).train()
+    model = network(**ALONE)
+    task = task_of(model).train()
     batch = rows(5)
     named = task({k: batch[k] for k in ("ground", "aerial", "key", "epoch")})
     assert named["loss"].item() == named["direct"].item()
-    query = model.embed_queries(batch["ground"].float() / 255)
+    ground, tile = (batch[name].float() / 255 for name in ("ground", "aerial"))
     with pytest.raises(ValueError, match=r"modality G.*--modalities G"):
-        model.fuse(torch.zeros(2, 12), torch.zeros(2, 12), None)
-    with pytest.raises(ValueError, match="trained on G alone"):
-        model.embed_queries(batch["ground"].float() / 255, synthetic_mask=batch["synthetic_mask"])
-    tile_proj = model.project_tiles(batch["aerial"].float() / 255)
+        model.embed_queries(ground, synthetic=tile)
     direct = task.eval().scores(batch)["direct"]
-    torch.testing.assert_close(direct, joint_scores(model, query, tile_proj), atol=1e-5, rtol=0)
+    product = model.embed_queries(ground) @ model.embed_tiles(tile).T
+    torch.testing.assert_close(direct, product, atol=1e-5, rtol=0)
 
 
 def test_shared_tower_sees_both_views(tmp_path):
-    model = network(shared=True)
+    model = network(shared=True, score="joint")
     task_of(model).train()(rows(5))["loss"].backward()
     towers = {name.split(".")[0] for name, _ in model.named_parameters() if "_tower" in name}
     assert towers == {"aerial_tower", "mask_tower"}
@@ -176,16 +191,16 @@ def test_shared_tower_sees_both_views(tmp_path):
 
 @pytest.mark.parametrize("view", [{"fov": 90.0}, {"unknown_heading": True}])
 def test_limited_views_are_trained_without_a_and_s(view):
-    with pytest.raises(ValueError, match="G alone: expected joint_weight 0"):
+    with pytest.raises(ValueError, match="G alone: expected --branches direct"):
         TrainMatcher(**view)
-    task = task_of(network(ground_only=True), joint_weight=0.0, **view).train()
-    whole = task_of(network(ground_only=True), joint_weight=0.0).train()
+    task = task_of(network(**ALONE), **ALONE, **view).train()
+    whole = task_of(network(**ALONE), **ALONE).train()
     batch = rows(6)
     assert not torch.equal(task(batch)["loss"], whole(batch)["loss"])
 
 
 def test_narrow_view_hides_what_lies_behind():
-    task = task_of(network(ground_only=True), joint_weight=0.0, fov=90.0).train()
+    task = task_of(network(**ALONE), **ALONE, fov=90.0).train()
     batch = rows(6)
     south = batch["ground"].clone()
     south[..., : WIDE // 4] = 0  # behind a camera that looks north
@@ -193,7 +208,7 @@ def test_narrow_view_hides_what_lies_behind():
 
 
 def test_unknown_heading_of_a_row_is_another_in_each_epoch():
-    task = task_of(network(ground_only=True), joint_weight=0.0, unknown_heading=True).train()
+    task = task_of(network(**ALONE), **ALONE, unknown_heading=True).train()
     batch = rows(6)
     losses = {task(batch | {"epoch": torch.tensor(n)})["loss"].item() for n in range(4)}
     assert len(losses) == 4
@@ -202,11 +217,11 @@ def test_unknown_heading_of_a_row_is_another_in_each_epoch():
     assert len(losses) == 1  # a panorama of equal columns looks the same from every heading
 
 
-RECIPES = {
-    "joint": {"direct_weight": 0.7},
-    "chunks": {"chunk": 3},
-    "ground_only": {"joint_weight": 0.0},
-}
+RECIPES = {"joint": {"direct_weight": 0.7}, "chunks": {"chunk": 3}, "ground_only": {}, "sum": {}}
+
+
+def recipe_network(recipe):
+    return network(**{"ground_only": ALONE, "joint": JOINT}.get(recipe, {}))
 
 
 def worker(rank, world, directory, recipe):
@@ -214,7 +229,7 @@ def worker(rank, world, directory, recipe):
     torch.set_num_threads(1)
     address = f"file://{directory}/rendezvous{world}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    task = task_of(network(ground_only=recipe == "ground_only"), **RECIPES[recipe]).train()
+    task = task_of(recipe_network(recipe), **RECIPES[recipe]).train()
     batch = rows(8)
     share = slice(rank * 8 // world, (rank + 1) * 8 // world)
     own = {name: v if name == "epoch" else v[share] for name, v in batch.items()}
@@ -235,7 +250,7 @@ def worker(rank, world, directory, recipe):
 def test_two_workers_have_the_loss_and_gradient_of_one_with_the_whole_batch(tmp_path, recipe):
     mp.start_processes(worker, args=(2, str(tmp_path), recipe), nprocs=2, start_method="spawn")
     found = torch.load(tmp_path / "grads.pt", weights_only=True)
-    task = task_of(network(ground_only=recipe == "ground_only"), **RECIPES[recipe]).train()
+    task = task_of(recipe_network(recipe), **RECIPES[recipe]).train()
     named = task(rows(8))
     named["loss"].backward()
     assert named["loss"].item() == pytest.approx(found.pop("total").item(), abs=1e-5)

@@ -9,6 +9,7 @@ import torch
 from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.demo import models as base_models
+from cvmatch.match.heads import LAYOUT_WIDTH, FusionWeights
 from cvmatch.match.infer import embed_tiles
 from cvmatch.match.settings import Embed, TrainMatcher
 from cvmatch.match.task import read_training_ids
@@ -21,6 +22,7 @@ from tests.helpers.matcher import (
     SIZE,
     SPEC,
     WIDE,
+    joint_heads,
     rows,
     synthesized_rows,
 )
@@ -48,9 +50,9 @@ def test_config_of_the_prototype_learns_from_joint_triplets_alone(tmp_path):
     task = build_task(configs.parse(TrainMatcher, words)).train()
     losses = task(rows(4))
     assert losses["loss"].item() == losses["joint"].item()
-    assert task.log_scale is None
+    assert not task.log_scale
     losses["loss"].backward()
-    grad = present(task.model.query_linear.weight.grad)
+    grad = present(joint_heads(task.model).query_linear.weight.grad)
     assert all(part.any() for part in grad.split(SPEC.dim, dim=1))  # of G, of A and of S
 
 
@@ -80,12 +82,15 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     result = train(config)
     # At chance all scores of a batch are equal, and each of the two terms is the margin.
     assert result.metrics is not None
-    assert result.metrics["val/joint"] < config.margin / 2
+    assert result.metrics["val/direct"] < config.margin / 2
+    weights = FusionWeights.load(config.output)
+    assert weights.pairs == 8
+    assert set(weights.weights["G+A"]) == {"direct", "aerial", "layout"}
     assert read_training_ids(config.output) == {f"t{i:02}" for i in range(64)}
     tiles = embed_tiles(ray.data.read_parquet(config.val), Embed(model=config.output))
     found = tiles.take_all()
     assert [item["error"] is None for item in found].count(False) == 1
-    assert found[0]["tile_proj"].shape == (16,)
+    assert found[0]["tile_vector"].shape == (16 + 16 + LAYOUT_WIDTH,)
     assert train(config).metrics == result.metrics  # a finished run is taken as it is
     storage.write_json(storage.join(config.pairs, PROVENANCE), {"sampling": {"steps": 50}})
     with pytest.raises(ValueError, match="input_fingerprint: "):
@@ -116,6 +121,7 @@ def test_train_with_two_workers_and_near_pairs_in_a_batch_runs_to_its_end(
     assert list(result.history["epoch"]) == [1, 2, 3]
     assert result.history["train/loss"].between(0, 10).all()
     assert len(read_training_ids(config.output)) == 32
+    assert FusionWeights.load(config.output).pairs == 3  # a tenth, held out
 
 
 @pytest.mark.ray

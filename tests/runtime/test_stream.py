@@ -31,7 +31,6 @@ from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from cvmatch.runtime.settings import Pool
-from cvmatch.search.files import as_query
 from cvmatch.search.rows import search_rows
 from cvmatch.search.settings import SearchRows
 from cvmatch.segment.batches import Preprocess
@@ -196,7 +195,7 @@ def _embed(models: Path, pairs: Pairs, output: str) -> Job:
             0
         ]
 
-    return Job(schema.AERIAL, run, state, (schema.LATITUDE, schema.LONGITUDE, "tile_proj"))
+    return Job(schema.AERIAL, run, state, (schema.LATITUDE, schema.LONGITUDE, "tile_vector"))
 
 
 def _search(models: Path, made: Synthesized, output: str) -> Job:
@@ -214,7 +213,7 @@ def _search(models: Path, made: Synthesized, output: str) -> Job:
     def state(row: Row) -> Row:
         batch = embed(batch_of(row))
         error = batch[schema.ERROR][0]
-        ranked = rank(index, as_query(batch, index), top_k=4)
+        ranked = rank(index, torch.from_numpy(batch["query_vector"]).to(index.device), top_k=4)
         tiles = [] if error else [f"{number:07d}" for number in ranked.rows[0]]
         scores = [] if error else ranked.scores[0].tolist()
         return {

@@ -17,7 +17,6 @@ from cvmatch.index.reader import Index, rank
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.report.search_page import write_search_page
 from cvmatch.search import files
-from cvmatch.search.files import as_query
 from cvmatch.search.settings import SearchFiles
 from tests.helpers import index as tiny
 from tests.helpers.present import present
@@ -103,7 +102,7 @@ def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):
     ]
     answers = [json.loads(json.dumps(tile)) for one in found for tile in one.tiles]
     batch = EmbedQuery(index.matcher_dir, "G")(tiny.columns(rows))
-    ranked = rank(index, as_query(batch, index), top_k=4)
+    ranked = rank(index, torch.from_numpy(batch["query_vector"]), top_k=4)
     assert [answer["query"] for answer in answers] == [places[0]] * 4 + [places[1]] * 4
     assert [answer["rank"] for answer in answers] == [1, 2, 3, 4] * 2
     for answer, row, score in zip(

@@ -3,11 +3,11 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from cvmatch.data import schema, tables
 from cvmatch.index.reader import rank
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.search.files import as_query
 from cvmatch.search.rows import search_rows
 from cvmatch.search.settings import SearchRows
 from tests.helpers import index as tiny
@@ -34,7 +34,7 @@ def test_search_rows_on_ray_gives_what_a_search_here_gives(
     )
     written = written.sort_by("pair_id").to_pylist()
     batch = EmbedQuery(index.matcher_dir, modality)(tiny.columns(rows))
-    ranked = rank(index, as_query(batch, index), top_k=4)
+    ranked = rank(index, torch.from_numpy(batch["query_vector"]), top_k=4)
     for number, row in enumerate(written):
         if number == 3:
             assert "not a PNG or JPEG" in row["error"]
