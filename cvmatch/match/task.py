@@ -109,7 +109,7 @@ class MatcherTask(nn.Module):
         """Return weights in the proportion of the learned inverse temperatures.
 
         A sum of the branches' logits is the logarithm of a product of what each believes. They are
-        a start; `fusion_fit` fits weights on pairs.
+        a start; `train.fit_fusion` fits weights on pairs.
         """
         assert isinstance(self.model.heads, BranchHeads)
         scales = {
