@@ -37,7 +37,7 @@ from cvmatch.index.writer import (
     open_writer,
     serial_map,
 )
-from cvmatch.match.model import fingerprint_parts, load_scorer, read_config
+from cvmatch.match.model import fingerprint_parts, read_config
 from cvmatch.runtime import session, tracking
 
 SHARD_ROWS = 100_000
@@ -127,18 +127,18 @@ def publish(
     with open_writer(root, run) as writer:
         writer.seconds["embed"] = embed_seconds
         model = writer.copy_matcher(config.model)
-        width, model_parts = read_config(config.model).width, fingerprint_parts(config.model)
+        shape, model_parts = read_config(config.model), fingerprint_parts(config.model)
         if known:
             shards = tuple(replace(info, codes="") for info in known.shards)
             writer.files |= known.select_files("shards", "check_samples")
         else:
-            shards = writer.write_shards(parts, tiles, width, model_parts["tile"], shard_rows)
+            shards = writer.write_shards(parts, tiles, shape.width, model_parts["tile"], shard_rows)
         rows = sum(info.rows for info in shards)
-        auto_key = default_factory_key(rows, load_scorer(config.model).shortlist_width)
+        auto_key = default_factory_key(rows, shape.shortlist_width)
         key = auto_key if config.key == "auto" else config.key
         info = IndexManifest(
             rows=rows,
-            width=width,
+            width=shape.width,
             preprocess=PREPROCESS,
             model=model,
             model_parts=model_parts,
@@ -152,7 +152,7 @@ def publish(
             rejected=known.rejected if known else 0,
         )
         queries = sample_queries(config.queries, config.model, config.seed)
-        info = _add_shortlist(writer, config, info, queries)
+        info = _add_shortlist(writer, config, info, shape.shortlist_width, queries)
         if queries:
             info = replace(info, queries=queries.origin)
         stored = known.check_samples if known else verify.store_check_samples(writer, check_samples)
@@ -171,23 +171,25 @@ def measure_recall(
 
 def compute_recall(index: Index, query: Float[Tensor, "query width"]) -> Recall:
     """Compute the share of the exact best 1 and best 10 tiles that the shortlist holds."""
-    places = _find_places(index, query, index.manifest.shortlist)
-    held = places < index.manifest.shortlist
+    size = index.manifest.shortlist
+    return _recall_of(_find_places(index, query, size), size)
+
+
+def _recall_of(places: Int64[np.ndarray, "query best"], size: int) -> Recall:
+    held = places < size
     return Recall(
         top1=held[:, 0].mean().item(),
         top10=held.mean().item(),
-        shortlist=index.manifest.shortlist,
+        shortlist=size,
         queries=len(held),
     )
 
 
-def choose_shortlist_size(index: Index, query: Float[Tensor, "query width"], recall: float) -> int:
+def _choose_size(places: Int64[np.ndarray, "query best"], most: int, recall: float) -> int:
     """Return the fewest tiles, a power of two, that hold the share `recall` of the exact best.
 
     They hold the share of 1 - 2 (1 - recall) of the exact ten, too.
     """
-    most = min(len(index), MAX_SHORTLIST)
-    places = _find_places(index, query, most)
     needed = max(
         np.quantile(places[:, 0], recall, method="higher"),
         np.quantile(places, max(0.0, 2 * recall - 1), method="higher"),
@@ -213,22 +215,29 @@ def _find_places(
 
 
 def _add_shortlist(
-    writer: IndexWriter, config: BuildIndex, info: IndexManifest, queries: QuerySample | None
+    writer: IndexWriter,
+    config: BuildIndex,
+    info: IndexManifest,
+    width: int,
+    queries: QuerySample | None,
 ) -> IndexManifest:
     """Make the codes, and choose how many of the tiles that they find are re-ranked."""
-    width = load_scorer(config.model).shortlist_width
     name = writer.train_shortlist(
         info.ann.key, writer.open_vectors(info.shards), width, config.seed
     )
     shards = writer.encode_shards(info.shards, name)
     ann = replace(info.ann, parts=(writer.merge_shards(shards, name),))
     info = replace(info, shortlist_dir=name, shards=shards, ann=ann)
-    if queries:
-        with writer.time_stage("shortlist"):
-            index = open_version(writer.root, info)
-            size = choose_shortlist_size(index, queries.vectors, config.recall)
-        info = replace(info, shortlist=size)
-    return replace(info, recall=measure_recall(writer, info, queries))
+    if not queries:
+        return info
+    with writer.time_stage("recall"):
+        index = open_version(writer.root, info)
+        most = min(len(index), MAX_SHORTLIST)
+        places = _find_places(
+            index, queries.vectors, most
+        )  # once: the exact search is the dear one
+        recall = _recall_of(places, _choose_size(places, most, config.recall))
+    return replace(info, shortlist=recall.shortlist, recall=recall)
 
 
 def _tile_origin(config: BuildIndex, shard_rows: int) -> TileOrigin:

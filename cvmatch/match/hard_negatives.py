@@ -18,7 +18,7 @@ from scipy.spatial import KDTree
 from cvmatch.data import schema
 from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.infer import EmbedQuery, EmbedTile
-from cvmatch.match.model import load_scorer
+from cvmatch.match.model import read_config
 from cvmatch.runtime import pools
 from cvmatch.runtime.settings import Pool
 
@@ -118,7 +118,7 @@ def _neighbours_by_score(rows: Dataset, model: str, pool: Pool) -> tuple[list[st
     )
     good = _drop_failed(embedded.take_all())
     good.sort(key=lambda row: row[schema.PAIR_ID])
-    width = load_scorer(model).shortlist_width
+    width = read_config(model).shortlist_width
     query, tile = (
         np.stack([row[name][:width] for row in good]) for name in (QUERY_VECTOR, TILE_VECTOR)
     )

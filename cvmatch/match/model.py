@@ -77,6 +77,11 @@ class MatcherConfig(MatcherShape):
         """Numbers of a tile's vector, and of a query's."""
         return sum(self.parts.values())
 
+    @property
+    def shortlist_width(self) -> int:
+        """Numbers of its first part, whose product with a query's is the score or comes near it."""
+        return self.hidden if self.score == "joint" else self.width
+
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "MatcherConfig":
         """Read the config of a model directory.
