@@ -9,10 +9,9 @@ import torch
 from _harness import Bench, fill_sizes, parse_flags, write_results
 from torch import Tensor, nn
 
-from cvmatch.match.fusion import JointHeads
-from cvmatch.match.heads import Features
+from cvmatch.match.heads import Features, SumScorer
+from cvmatch.match.joint import CHUNK, JointHeads, JointScorer
 from cvmatch.match.model import Matcher, MatcherConfig
-from cvmatch.match.scoring import CHUNK, JointScorer, SumScorer
 from cvmatch.nn import metrics
 from cvmatch.runtime import hardware, progress
 

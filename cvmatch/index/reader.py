@@ -21,8 +21,7 @@ from cvmatch.index import shard, versions
 from cvmatch.index.manifest import AnnPartInfo, IndexManifest
 from cvmatch.index.settings import Mode
 from cvmatch.index.shortlist import AnnPart, search_parts
-from cvmatch.match.model import fingerprint_parts, load_scorer
-from cvmatch.match.scoring import Scorer
+from cvmatch.match.model import Scorer, fingerprint_parts, load_scorer
 from cvmatch.runtime import hardware
 
 MAX_EXACT_TILES = 100_000

@@ -3,7 +3,7 @@
 Two ways. `BranchHeads`: each branch compares one thing of the query with one of the tile, by the
 cosine of two small embeddings, and the score is their weighted sum. A sum of cosines is one inner
 product, so a tile has a vector of its own: its embeddings, one behind the other.
-`fusion.JointHeads`: the published form, whose candidate embedding needs the query's own A.
+`joint.JointHeads`: the published form, whose candidate embedding needs the query's own A.
 """
 
 import dataclasses
@@ -200,6 +200,29 @@ class BranchHeads(nn.Module):
             for name in self.branches
             if (feature := features[name]) is not None
         }
+
+
+class SumScorer:
+    """Inner products: the weighted sum of the branches' cosines."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.width = self.shortlist_width = width
+        self._device = torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the queries have to be."""
+        return self._device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        query: Float[Tensor, "query width"],
+        tile: Float[Tensor, "tile width"],
+        dtype: torch.dtype = torch.float32,
+    ) -> Float[Tensor, "query tile"]:
+        """Return query x tile products."""
+        return (query.to(dtype) @ tile.to(dtype).T).float()
 
 
 def fit_weights(cosines: Mapping[str, Float[Tensor, "pair pair"]]) -> FusionWeights:

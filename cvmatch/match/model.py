@@ -1,7 +1,7 @@
 """The matcher: pictures of a query (G, A, S) and of tiles (C) -> their vectors.
 
-The towers are here. What makes vectors of their features is in `heads.py` and `fusion.py`, and how
-a pair is scored in `scoring.py`.
+The towers are here. What makes vectors of their features, and scores them, is in `heads.py` and
+`joint.py`.
 """
 
 import dataclasses
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from cvmatch.data import geometry, images, manifest
 from cvmatch.data.schema import PALETTE
-from cvmatch.match.fusion import JointHeads
 from cvmatch.match.heads import (
     BranchHeads,
     Features,
     FusionWeights,
+    SumScorer,
     branch_widths,
     embed_layout,
 )
-from cvmatch.match.scoring import JointScorer, Scorer, SumScorer
+from cvmatch.match.joint import JointHeads, JointScorer
 from cvmatch.match.settings import MatcherShape
 from cvmatch.nn.backbones import Tower, TowerSpec
 
@@ -33,6 +33,10 @@ _TOWERS = ("ground", "aerial", "mask")
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _FORMAT = 4  # 1 had heads without a skip; 2 other names; 3 joint scores alone
+
+Scorer = SumScorer | JointScorer
+"""Scores of tiles for queries, by their vectors. The product of the first `shortlist_width` numbers
+is the score, or comes near it."""
 
 _HEADS = "heads."
 _TILE = (

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from cvmatch.data import storage
 from cvmatch.match import losses
 from cvmatch.match.augment import TowerInputs, augment, crop_fov
-from cvmatch.match.fusion import JointHeads
 from cvmatch.match.heads import BranchHeads, Features, FusionWeights
+from cvmatch.match.joint import JointHeads
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import MatcherLossConfig
 from cvmatch.nn import metrics, rng

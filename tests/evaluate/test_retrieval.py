@@ -14,9 +14,10 @@ from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.manifest import AnnInfo, IndexManifest
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import ShardedArray
+from cvmatch.match.heads import SumScorer
 from cvmatch.match.infer import EmbedQuery
+from cvmatch.match.joint import JointScorer
 from cvmatch.match.model import Matcher
-from cvmatch.match.scoring import JointScorer, SumScorer
 from cvmatch.match.settings import MODALITIES
 from tests.helpers import index as tiny
 from tests.helpers.matcher import copy_of_a, joint_heads

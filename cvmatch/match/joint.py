@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from cvmatch.match.heads import Features, ResidualMLP
 
+CHUNK = {"cpu": 2048, "cuda": 65_536}
+"""Tiles that a joint score takes at a time (docs/decisions.md#scoring-in-chunks)."""
+
 
 class Query(NamedTuple):
     """What scoring needs of each query, whatever the number of tiles."""
@@ -108,7 +111,7 @@ class JointHeads(nn.Module):
     ) -> Float[Tensor, "query tile"]:
         """Score each query and tile by cosine, the tile embedded with that query's own A.
 
-        All pairs at once, with gradient; `scoring.JointScorer` is for many tiles.
+        All pairs at once, with gradient; `JointScorer` is for many tiles.
         """
         candidate = self.candidate_embedding(tile_proj[None], query.query_proj[:, None])
         return (candidate.float() * query.embedding[:, None].float()).sum(-1)
@@ -122,3 +125,66 @@ class JointHeads(nn.Module):
         """
         query_proj = self.query_aerial_linear(self.null_synthetic)
         return self.candidate_embedding(tile_proj, query_proj.expand(len(tile_proj), -1))
+
+
+class JointScorer:
+    """The published form: every query against every tile, embedded with that query's own A.
+
+    Equal to FFN_C([a; c]) but for rounding: 1e-6 in fp32.
+    """
+
+    def __init__(self, heads: JointHeads) -> None:
+        self.heads = heads
+        self.width, self.shortlist_width = 2 * heads.hidden, heads.hidden
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.heads.null_ground.device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        query: Float[Tensor, "query width"],
+        tile: Float[Tensor, "tile width"],
+        dtype: torch.dtype = torch.float32,
+        chunk: int = 0,
+    ) -> Float[Tensor, "query tile"]:
+        """Score a chunk of tiles at a time (0: CHUNK's number); tiles may be in half precision."""
+        cosine = _CandidateCosine(self.heads.candidate_mlp, dtype)
+        embedding, query_proj = self.heads.split(query)
+        embedding, query_proj = embedding.float(), query_proj.to(dtype)
+        scores = torch.empty(len(query), len(tile), device=query.device)
+        step = chunk or CHUNK[query.device.type]
+        for begin in range(0, len(tile), step):
+            tile_proj = tile[begin : begin + step, self.shortlist_width :].to(dtype)
+            for row in range(len(query)):
+                found = cosine(tile_proj, query_proj[row], embedding[row])
+                scores[row, begin : begin + step] = found
+        return scores
+
+
+class _CandidateCosine:
+    """Cosines of one query and candidates that go through a `ResidualMLP`; memory is reused."""
+
+    def __init__(self, mlp: ResidualMLP, dtype: torch.dtype) -> None:
+        layers = (mlp.middle, mlp.last)
+        self.weights = [(layer.weight.to(dtype).T, layer.bias.to(dtype)) for layer in layers]
+        self.buffers: list[Tensor] = []
+
+    def __call__(
+        self,
+        tiles: Float[Tensor, "tile hidden"],
+        query_proj: Float[Tensor, " hidden"],
+        embedding: Float[Tensor, " hidden"],
+    ) -> Float[Tensor, " tile"]:
+        if not self.buffers or self.buffers[0].shape != tiles.shape:
+            self.buffers = [torch.empty_like(tiles) for _ in range(3)]
+        first, active, middle = self.buffers
+        (w2, b2), (w3, b3) = self.weights
+        torch.add(tiles, query_proj, out=first)
+        torch.clamp(first, min=0, out=active)
+        torch.addmm(b2, active, w2, out=middle).relu_()
+        # The product with the query in fp32: bf16 would give scores of 8 bits, and ties.
+        last = torch.addmm(first.add_(b3), middle, w3, out=active).float()
+        return (last @ embedding) / torch.linalg.vector_norm(last, dim=1).clamp(min=1e-12)
