@@ -66,7 +66,7 @@ def make_plan(config: Demo) -> Plan:
         lr_towers=1e-3,
         lr_heads=1e-3,
         output=f"{root}/models/matcher",
-        fit=fit("matcher", 14, 32, config.workers),
+        fit=fit("matcher", 22, 32, config.workers),
     )
     return Plan(
         world=MakeWorld(output=f"{root}/world", preset=config.preset, seed=config.seed),

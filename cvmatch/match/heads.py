@@ -38,7 +38,7 @@ _CHROMA_SHARE = 0.25  # of a layout's score: docs/decisions.md#layout
 GROUND_ONLY = (
     "matcher: trained on G alone (branch direct), expected queries of modality G, got A or S. "
     "Pass --modalities G (cvmatch evaluate), leave the generator out, or train it with --branches "
-    "direct aerial layout."
+    "direct layout."
 )
 """Why a model without a branch for A refuses a query."""
 
@@ -72,8 +72,12 @@ class Features(NamedTuple):
         Raises:
             ValueError: none that a query may consist of.
         """
-        pictures = {"G": self.ground, "A": self.aerial, "S": self.mask}
-        name = "+".join(letter for letter, feature in pictures.items() if feature is not None)
+        known = {
+            "G": self.ground is not None,
+            "A": self.aerial is not None or self.layout is not None,
+            "S": self.mask is not None,
+        }
+        name = "+".join(letter for letter, there in known.items() if there)
         for modality in MODALITIES:
             if modality == name:
                 return modality
@@ -183,8 +187,6 @@ class BranchHeads(nn.Module):
         )
 
     def _weights(self, modality: Modality) -> Mapping[str, float]:
-        if modality != "G" and not set(BRANCHES_OF["A"]).intersection(self.branches):
-            raise ValueError(GROUND_ONLY)
         if modality not in self.weights.weights:
             raise ValueError(
                 f"matcher: its branches {self.branches} know nothing of a query of {modality}: "

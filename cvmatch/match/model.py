@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cvmatch.data import geometry, images, manifest
 from cvmatch.data.schema import PALETTE
 from cvmatch.match.heads import (
+    GROUND_ONLY,
     BranchHeads,
     Features,
     FusionWeights,
@@ -180,12 +181,19 @@ class Matcher(nn.Module):
         synthetic: Float[Tensor, "query 3 s s"] | None = None,
         synthetic_mask: UInt8[Tensor, "query s s"] | None = None,
     ) -> Features:
-        """Return what the heads see of whatever there is of G, A (both in [0, 1]) and S (ids)."""
+        """Return what the heads see of whatever there is of G, A (both in [0, 1]) and S (ids).
+
+        Raises:
+            ValueError: there is an A, which the model cannot use.
+        """
+        if synthetic is not None and self.config.ground_only:
+            raise ValueError(GROUND_ONLY)
         if self.mask_tower is None:
             synthetic_mask = None
+        tower = "A" in self.config.tower_letters
         return Features(
             None if ground is None else self.ground_features(ground),
-            None if synthetic is None else self.aerial_features(synthetic),
+            None if synthetic is None or not tower else self.aerial_features(synthetic),
             None if synthetic_mask is None else self.mask_features(synthetic_mask),
             None if synthetic is None else self._layout(synthetic),
         )

@@ -32,9 +32,9 @@ class MatcherShape:
     score: Literal["sum", "joint"] = "sum"
     """sum: of the branches' cosines, weighted; each tile has a vector of its own. joint: the
     published form, one cosine of FFN_G([g; a; s]) and FFN_C([a; c]) with the query's own A."""
-    branches: tuple[Branch, ...] = ("direct", "aerial", "layout")
-    """Cosines that are added: direct of G and C, aerial of A and C, layout of A and C at low
-    resolution, which is not trained."""
+    branches: tuple[Branch, ...] = ("direct", "layout")
+    """Cosines that are added: direct of G and C, aerial of A and C (its training takes as long as
+    that of direct), layout of A and C at low resolution, which is not trained."""
     shared: bool = False
     """One tower for G, A and C, as Sample4Geo has it."""
     projection: Projection = "polar"
@@ -67,6 +67,11 @@ class MatcherShape:
     def letters(self) -> str:
         """Which pictures of a query are looked at."""
         return "GAS" if self.score == "joint" else "G" if self.ground_only else "GA"
+
+    @property
+    def tower_letters(self) -> str:
+        """Which of these pass through a tower, so that a training needs them."""
+        return "G" if self.score == "sum" and "aerial" not in self.branches else self.letters
 
     @property
     def shape(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _TRAINING = "training.json"
 class MatcherTask(nn.Module):
     """`ground`, `aerial`, `synthetic` (uint8, CHW), `synthetic_mask` (ids, HW), `key` -> the loss.
 
-    A model of G alone needs neither `synthetic` nor `synthetic_mask`, and a sum no mask.
+    Those are needed that the model's `tower_letters` name.
 
     Args:
         model: The matcher.
@@ -145,7 +145,7 @@ class MatcherTask(nn.Module):
 
     def _inputs(self, batch: dict[str, Tensor]) -> TowerInputs:
         """Return what the towers see; a validation sees the same in every epoch."""
-        letters = self.model.config.letters
+        letters = self.model.config.tower_letters
         inputs = TowerInputs(
             batch["ground"].float() / 255,
             batch["aerial"].float() / 255,

@@ -46,7 +46,7 @@ def train(config: TrainMatcher) -> TrainResult:
     config = with_absolute_paths(config)
     _check_tower(config)
     session.start()
-    rows = read_pairs(config.pairs, config.letters)
+    rows = read_pairs(config.pairs, config.tower_letters)
     val = _decode(config, read_pairs(config.val, config.letters)) if config.val else None
     ids = read_pair_ids(config.pairs)
     if config.val and (both := set(ids).intersection(read_pair_ids(config.val))):
@@ -57,7 +57,8 @@ def train(config: TrainMatcher) -> TrainResult:
     fusion = val
     held_out = _hold_out(ids) if val is None and len(config.branches) > 1 else []
     if held_out and config.score == "sum":
-        fusion = _decode(config, _select_ids(rows, held_out, True))
+        whole = read_pairs(config.pairs, config.letters)
+        fusion = _decode(config, _select_ids(whole, held_out, True))
         rows = _select_ids(rows, held_out, False)
     order = _hard_negative_order(config, rows) if config.hard_negatives_every else None
     with tracking.start("match", config) as run:

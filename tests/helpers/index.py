@@ -55,9 +55,9 @@ def _calibrate(model: Matcher) -> None:
         for size in ((16, 64), (32, 32))
     )
     ids = torch.from_numpy(rng.integers(0, 5, (32, 4, 4), dtype=np.uint8).repeat(8, 1).repeat(8, 2))
-    seen = (ground.float() / 255, tile.float() / 255, ids)
     model.train()
-    model.query_features(*seen)
+    model.query_features(ground.float() / 255, None, ids)
+    model.tile_features(tile.float() / 255)
 
 
 def picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -33,6 +33,7 @@ CONFIG = MatcherConfig(
     panorama=(HIGH, WIDE),
     tile_size=SIZE,
     hidden=10,
+    branches=("direct", "aerial", "layout"),
 )
 
 
