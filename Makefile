@@ -25,7 +25,7 @@ demo: install ## the whole pipeline on embedded data, in minutes, with no downlo
 	$(BIN)/cvmatch demo
 
 test: install ## all tests but the slow ones (pytest -m slow: deaths, resume and DDP)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
 
 check: install ## lint, format and types
 	$(BIN)/ruff check

@@ -115,7 +115,7 @@ def main(bench: ScoringBench) -> None:
         tile = heads.embed_tiles(Features(aerial=c))
     embedding, joint = heads.split(query).embedding, JointScorer(heads)
     many = tile.repeat(-(-bench.tiles // len(tile)), 1)[: bench.tiles].half()
-    cosines = SumScorer(many.shape[1])
+    cosines = SumScorer({"all": many.shape[1]})
     quick = hardware.fastest_dtype(torch.device("cpu"))
     pairs = bench.queries * bench.tiles
     ways: dict[str, tuple[int, Callable[[], object]]] = {

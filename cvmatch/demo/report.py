@@ -14,7 +14,7 @@ from cvmatch.evaluate.results import Number, Recall, Results, RetrievalResult
 from cvmatch.evaluate.run import QUERIES_FILE
 from cvmatch.match.batches import read_pair_ids
 from cvmatch.report.charts import Curve
-from cvmatch.report.examples import Example, build_example, read_pictures
+from cvmatch.report.examples import Answer, Example, build_example, read_pictures
 from cvmatch.report.page import Page, Trial, describe_run, write_page
 from cvmatch.report.scores import Score, collect_scores, format_table
 from cvmatch.search.files import search_files
@@ -138,11 +138,13 @@ def search_examples(config: Demo, plan: Plan) -> list[Example]:
         seed=held_out.generate.seed,
         top_k=5,
     )
-    tiles: dict[str, list[tuple[str, float]]] = {pair_id: [] for pair_id in queries}
+    tiles: dict[str, list[Answer]] = {pair_id: [] for pair_id in queries}
     for answer in search_files(search):
-        tiles[files[answer.query]] = [(tile["tile"], tile["score"]) for tile in answer.tiles]
+        tiles[files[answer.query]] = [
+            Answer(tile["tile"], tile["score"], tile["branches"]) for tile in answer.tiles
+        ]
     ranks = _read_ranks(plan.evaluate.output)
-    names = {name for answer in tiles.values() for name, _ in answer} | {*tiles}
+    names = {tile.pair_id for answer in tiles.values() for tile in answer} | {*tiles}
     pictures = read_pictures(location, names)
     return [
         build_example(pair_id, answer, pictures, ranks.get(pair_id))

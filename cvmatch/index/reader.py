@@ -21,6 +21,7 @@ from cvmatch.index import shard, versions
 from cvmatch.index.manifest import AnnPartInfo, IndexManifest
 from cvmatch.index.settings import Mode
 from cvmatch.index.shortlist import AnnPart, search_parts
+from cvmatch.match.heads import SumScorer
 from cvmatch.match.model import Scorer, fingerprint_parts, load_scorer
 from cvmatch.runtime import hardware
 
@@ -132,6 +133,16 @@ class Index:
     ) -> Float[Tensor, "query row"]:
         """Score some tiles in fp32."""
         return self.scorer(query, self._tensor(self.vectors.take(rows)))
+
+    def split_scores(
+        self, query: Float[Tensor, " width"], rows: Int64[np.ndarray, " row"]
+    ) -> list[dict[str, float]]:
+        """Return what each branch adds to the scores of some tiles; nothing for a joint score."""
+        if not isinstance(self.scorer, SumScorer):
+            return [{} for _ in rows]
+        parts = self.scorer.split(query, self._tensor(self.vectors.take(rows)))
+        columns = [part.tolist() for part in parts.values()]
+        return [dict(zip(parts, values, strict=True)) for values in zip(*columns, strict=True)]
 
     def find_nearest(
         self, query: Float[Tensor, "query width"], count: int = 0

@@ -207,8 +207,10 @@ class BranchHeads(nn.Module):
 class SumScorer:
     """Inner products: the weighted sum of the branches' cosines."""
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.width = self.shortlist_width = width
+    def __init__(self, parts: Mapping[str, int], device: torch.device | str = "cpu") -> None:
+        """`parts`: names and widths of the branches' parts of a vector."""
+        self.parts = dict(parts)
+        self.width = self.shortlist_width = sum(self.parts.values())
         self._device = torch.device(device)
 
     @property
@@ -225,6 +227,14 @@ class SumScorer:
     ) -> Float[Tensor, "query tile"]:
         """Return query x tile products."""
         return (query.to(dtype) @ tile.to(dtype).T).float()
+
+    @torch.no_grad()
+    def split(
+        self, query: Float[Tensor, " width"], tile: Float[Tensor, "tile width"]
+    ) -> dict[str, Float[Tensor, " tile"]]:
+        """Return what each branch adds to the scores of one query."""
+        products = (query.float() * tile.float()).split([*self.parts.values()], dim=1)
+        return {name: part.sum(dim=1) for name, part in zip(self.parts, products, strict=True)}
 
 
 def fit_weights(cosines: Mapping[str, Float[Tensor, "pair pair"]]) -> FusionWeights:

@@ -276,7 +276,7 @@ def load_scorer(directory: str, device: torch.device | str = "cpu") -> Scorer:
     """
     config = read_config(directory)
     if config.score == "sum":
-        return SumScorer(config.width, device)
+        return SumScorer(config.parts, device)
     with safe_open(os.path.join(directory, _WEIGHTS), "pt") as file:
         names = [name for name in file.keys() if name.startswith(_HEADS)]  # noqa: SIM118 (no dict)
         state = {name.removeprefix(_HEADS): file.get_tensor(name) for name in names}

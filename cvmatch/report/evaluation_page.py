@@ -8,7 +8,7 @@ import pandas as pd
 from cvmatch.data import schema, storage
 from cvmatch.evaluate.results import Results
 from cvmatch.evaluate.run import QUERIES_FILE
-from cvmatch.report.examples import Example, build_example, read_pictures
+from cvmatch.report.examples import Answer, Example, build_example, read_pictures
 from cvmatch.report.page import Page, describe_run, write_page
 from cvmatch.report.scores import collect_scores
 
@@ -73,7 +73,7 @@ def _build_examples(rows: pd.DataFrame, queries: str, seed: int) -> list[Example
     return [
         build_example(
             row[schema.PAIR_ID],
-            list(zip(row["best"], row["best_score"], strict=True)),
+            [Answer(*found) for found in zip(row["best"], row["best_score"], strict=True)],
             pictures,
             int(row["rank"]),
             note,

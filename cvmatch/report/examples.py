@@ -1,8 +1,8 @@
 """Rows of pairs and the tiles that were found for them -> the examples of a page."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -28,8 +28,18 @@ class Tile:
     """The tile, RGB; None where it is not at hand."""
     score: float | int
     """Higher is better."""
+    branches: Mapping[str, float] = field(default_factory=dict)
+    """What each branch of the matcher adds to the score, where that is known."""
     coordinates: tuple[float, float] | None = None
     """Degrees north and east; None where that is not known."""
+
+
+class Answer(NamedTuple):
+    """A tile of a search by its name."""
+
+    pair_id: str
+    score: float
+    branches: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +81,7 @@ def read_pictures(location: str, pair_ids: Collection[str]) -> Pictures:
 
 def build_example(
     pair_id: str,
-    tiles: Sequence[tuple[str, float]],
+    tiles: Sequence[Answer],
     pictures: Pictures,
     rank: int | None = None,
     note: str = "",
@@ -80,7 +90,7 @@ def build_example(
 
     Args:
         pair_id: the query, which `pictures` holds.
-        tiles: id and score of the best tiles, best first.
+        tiles: the best ones, best first.
         pictures: see `read_pictures`; tiles that it lacks have no picture.
         rank: of the right tile in the whole gallery, from 1.
         note: why the query is shown.
@@ -94,8 +104,13 @@ def build_example(
         classes=images.decode_ids(classes) if classes else None,
         aerial=images.decode(row[schema.AERIAL]),
         top=[
-            Tile(pair_id=name, picture=decode_tile(pictures.get(name)), score=score)
-            for name, score in tiles
+            Tile(
+                pair_id=tile.pair_id,
+                picture=decode_tile(pictures.get(tile.pair_id)),
+                score=tile.score,
+                branches=tile.branches,
+            )
+            for tile in tiles
         ],
         rank=rank,
         note=note,

@@ -139,6 +139,8 @@ class _Figure:
     absent: str = "not made"
     """What is said where there is no picture."""
     score: str = ""
+    branches: Mapping[str, float] = field(default_factory=dict)
+    """What each branch adds to the score."""
     right: bool = False
 
 
@@ -175,7 +177,8 @@ def _answer(tile: Tile, number: int, true_id: str) -> _Figure:
     alt = f"Answer {number}, {'right' if right else 'wrong'}: {tile.pair_id}"
     kind = "right" if right else "answer"
     uri = _encode_uri(tile.picture, kind)
-    return _Figure(kind, uri, alt, str(number), "not at hand", f"{tile.score:.2f}", right)
+    score = f"{tile.score:.2f}"
+    return _Figure(kind, uri, alt, str(number), "not at hand", score, tile.branches, right)
 
 
 def _encode_uri(picture: Pixels | None, kind: str) -> str | None:

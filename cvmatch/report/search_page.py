@@ -47,6 +47,7 @@ def _build_example(result: SearchResult, pictures: examples.Pictures) -> Example
                 pair_id=tile["tile"],
                 picture=examples.decode_tile(pictures.get(tile["tile"])),
                 score=tile["score"],
+                branches=tile["branches"],
                 coordinates=_read_coordinates(tile),
             )
             for tile in result.tiles

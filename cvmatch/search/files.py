@@ -45,6 +45,8 @@ class RankedTile(TypedDict):
     tile: str
     """pair_id."""
     score: float
+    branches: dict[str, float]
+    """What each branch adds to the score; empty for a joint score."""
     latitude: float | None
     """Degrees, like the longitude; None: not known."""
     longitude: float | None
@@ -136,7 +138,7 @@ def _search_batch(
     if good:
         vectors = torch.from_numpy(np.stack([query.vector for query in good])).to(index.device)
         ranking = rank(index, vectors, config.top_k, config.mode, config.shortlist, rows)
-        answers = zip(ranking.rows, ranking.scores, strict=True)
+        answers = zip(vectors, ranking.rows, ranking.scores, strict=True)
     for panorama, query in zip(panoramas, queries, strict=True):
         if query.error is not None:
             yield SearchResult(panorama.location, error=query.error)
@@ -262,18 +264,25 @@ def _make_batch(panoramas: Sequence[_Panorama]) -> Batch:
 
 
 def _describe_tiles(
-    index: Index, location: str, modality: str, rows: np.ndarray, scores: np.ndarray
+    index: Index,
+    location: str,
+    modality: str,
+    vector: torch.Tensor,
+    rows: np.ndarray,
+    scores: np.ndarray,
 ) -> list[RankedTile]:
-    tiles = index.describe(rows[rows >= 0])
+    known = rows[rows >= 0]
+    answers = zip(index.describe(known), scores, index.split_scores(vector, known), strict=False)
     return [
         RankedTile(
             query=location,
             rank=number,
             tile=tile["pair_id"],
             score=float(score),
+            branches=branches,
             latitude=tile["latitude"],
             longitude=tile["longitude"],
             modality=modality,
         )
-        for number, (tile, score) in enumerate(zip(tiles, scores, strict=False), 1)
+        for number, (tile, score, branches) in enumerate(answers, 1)
     ]

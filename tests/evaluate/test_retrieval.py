@@ -60,7 +60,7 @@ def plane(angles, places=None, dead=()):
         tiles,
         [],
         np.array(dead, np.int64),
-        SumScorer(2),
+        SumScorer({"direct": 2}),
         about,
         "",
     )

@@ -87,7 +87,7 @@ def test_sum_of_weighted_cosines_is_one_product(modality):
     pictures = {"G": {"ground": seen.ground}, "A": {"synthetic": seen.synthetic}}
     letters = modality.split("+")
     given = {name: picture for letter in letters for name, picture in pictures[letter].items()}
-    scorer = SumScorer(model.config.width)
+    scorer = SumScorer(model.config.parts)
     tile = model.embed_tiles(seen.aerial)
     scores = scorer(model.embed_queries(**given), tile.half())
     heads = branch_heads(model)
@@ -98,3 +98,8 @@ def test_sum_of_weighted_cosines_is_one_product(modality):
     expected = sum(weight * queries[name] @ tiles[name].T for name, weight in weights.items())
     torch.testing.assert_close(scores, expected, atol=2e-3, rtol=0)
     assert scorer.shortlist_width == tile.shape[1]
+    each = scorer.split(model.embed_queries(**given)[0], tile)
+    assert set(each) == {"direct", "aerial", "layout"}
+    for name, added in each.items():
+        own = weights.get(name, 0) * queries.get(name, tiles[name])[:1] @ tiles[name].T
+        torch.testing.assert_close(added, own[0], atol=1e-6, rtol=0)

@@ -101,6 +101,21 @@ def test_render_page_answers_with_pictures_have_a_table_where_their_places_are_k
     assert all("answer" in page.attributes("figure", "class") for page in pages)
 
 
+def test_render_page_answers_say_what_each_branch_added_where_that_is_known():
+    top = [
+        Tile(pair_id="a", picture=None, score=0.75, branches={"direct": 0.521, "layout": 0.229}),
+        Tile(pair_id="b", picture=None, score=0.5, branches={"direct": 0.4, "layout": 0.1}),
+    ]
+    table = Document(render_page(Page(title="t", examples=[example(top=top)])))
+    for text in ("direct", "layout", "0.521", "0.229", "0.400", "0.100"):
+        assert text in table.texts
+    pictured = [Tile(pair_id="a", picture=plain((9, 9, 9)), score=0.75, branches={"layout": 0.2})]
+    captions = Document(render_page(Page(title="t", examples=[example(top=pictured)])))
+    assert "layout 0.20" in captions.texts
+    without = render_page(Page(title="t", examples=[example()]))
+    assert ["branch" in page for page in (without, "".join(captions.texts))] == [False, True]
+
+
 def test_render_page_any_page_needs_nothing_from_elsewhere():
     page = Document(render_page(full_page()))
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}

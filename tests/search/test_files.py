@@ -112,6 +112,9 @@ def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):
         assert answer["latitude"] == pytest.approx(0.01 * row)
         assert answer["score"] == pytest.approx(score, abs=1e-4)
         assert answer["modality"] == "G"
+        assert set(answer["branches"]) == {"direct", "aerial"}
+        assert answer["branches"]["aerial"] == 0  # A was not there
+        assert sum(answer["branches"].values()) == pytest.approx(score, abs=1e-4)
 
 
 def test_search_files_flags_repeat_and_name_what_is_missing():
