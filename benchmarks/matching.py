@@ -210,7 +210,7 @@ class Rows:
     def generator(self) -> str:
         """A generator that was trained on the split `train`, as generator.py does."""
         place = f"{self.at}/generator"
-        if not os.path.exists(f"{place}/generator/conditioner"):
+        if not os.path.exists(f"{place}/generator/conditioner.json"):
             bench = GeneratorBench(
                 quick=self.bench.quick,
                 pairs=self.bench.pairs,
@@ -259,33 +259,33 @@ def make_config(
     return replace(config, **changes)
 
 
-def measure(bench: MatchingBench, rows: Rows, contender: Contender) -> Found:
+def measure(bench: MatchingBench, rows: Rows, name: str) -> Found:
     """Train on one thread, index the held-out tiles, and rank them for each modality."""
-    with tempfile.TemporaryDirectory() as at:
-        place = getattr(rows, contender.rows)
-        longer = replace(bench, epochs=max(1, round(contender.epochs * bench.epochs)))
-        config = make_config(longer, place, contender.changes, at, rows.seed)
-        torch.set_num_threads(1)
-        begin = time.process_time()
-        train(config)
-        minutes = (time.process_time() - begin) / 60
-        queries = f"{place}/val"
-        build(BuildIndex(rows=queries, model=config.output, output=f"{at}/index"))
-        index = Index.open(f"{at}/index")
-        vectors = embed_queries(
-            Evaluate(queries=queries, **contender.queries), Matcher.load(index.matcher_dir)
-        )
-        tiles = index.live_ids.to_pylist()
-        own = torch.tensor([tiles.index(name) for name in read_query_ids(queries)])
-        last = list(vectors)[-1][0]
-        return Found(
-            minutes,
-            {
-                modality: rank_queries(torch.cat([*index.iter_scores(query)], dim=1)[:, own])
-                for (view, modality), query in vectors.items()
-                if view == last
-            },
-        )
+    contender, at = CONTENDERS[name], f"{rows.at}/{name}"
+    place = getattr(rows, contender.rows)
+    longer = replace(bench, epochs=max(1, round(contender.epochs * bench.epochs)))
+    config = make_config(longer, place, contender.changes, at, rows.seed)
+    torch.set_num_threads(1)
+    begin = time.process_time()
+    train(config)
+    minutes = (time.process_time() - begin) / 60
+    queries = f"{place}/val"
+    build(BuildIndex(rows=queries, model=config.output, output=f"{at}/index"))
+    index = Index.open(f"{at}/index")
+    vectors = embed_queries(
+        Evaluate(queries=queries, **contender.queries), Matcher.load(index.matcher_dir)
+    )
+    tiles = index.live_ids.to_pylist()
+    own = torch.tensor([tiles.index(name) for name in read_query_ids(queries)])
+    last = list(vectors)[-1][0]
+    return Found(
+        minutes,
+        {
+            modality: rank_queries(torch.cat([*index.iter_scores(query)], dim=1)[:, own])
+            for (view, modality), query in vectors.items()
+            if view == last
+        },
+    )
 
 
 def rank_queries(score: Float[Tensor, "query tile"]) -> Ranks:
@@ -300,10 +300,9 @@ def rank_queries(score: Float[Tensor, "query tile"]) -> Ranks:
 
 def find(bench: MatchingBench, rows: Rows, name: str) -> Found:
     """Measure a contender, or read what an earlier run kept of it."""
-    place = f"{rows.at}/found/{name}.pt"
+    place = f"{rows.at}/{name}/ranks.pt"
     if not os.path.exists(place):
-        found = measure(bench, rows, CONTENDERS[name])
-        os.makedirs(os.path.dirname(place), exist_ok=True)
+        found = measure(bench, rows, name)
         plain = {modality: tuple(ranks) for modality, ranks in found.ranks.items()}
         torch.save({"minutes": found.minutes, "ranks": plain}, place)
     read = torch.load(place, weights_only=True)

@@ -35,6 +35,7 @@ from tests.helpers.cvusa import write_official, write_subset  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Share one Ray in each of two processes (`make test`): the documents' commands, and the rest.
 

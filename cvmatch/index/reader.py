@@ -183,8 +183,6 @@ class Index:
             yield self.vectors.take(rows[begin : begin + shard.CHUNK])
 
     def _tensor(self, chunk: Float16[np.ndarray, "row width"]) -> Float16[Tensor, "row width"]:
-        if not chunk.flags.writeable:  # memory-mapped: torch wants memory that it may write to
-            chunk = chunk.copy()
         return torch.from_numpy(chunk).to(self.device)
 
     def _is_deleted(self, rows: Int64[np.ndarray, "*row"]) -> Bool[np.ndarray, "*row"]:
@@ -234,7 +232,7 @@ def _rank_exact(
     among: Int64[np.ndarray, " row"] | None = None,
 ) -> TopTiles:
     """Rank all tiles: in the type that is fastest, then in fp32 those that may be the best."""
-    dtype = hardware.fastest_dtype(query.device)
+    dtype = index.scorer.fastest_dtype(len(query))
     if dtype == torch.float32:
         return _sort(*_best(index, query, top_k, dtype, among), top_k)
     rows, rough = _best(index, query, max(_SPARE, 4 * top_k), dtype, among)

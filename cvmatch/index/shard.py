@@ -145,7 +145,8 @@ def open_shard(folder: str, rereads: bool) -> tuple[Float16[np.ndarray, "tile wi
     with open(os.path.join(folder, VECTORS), "rb") as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # Nothing writes to it, but torch takes only memory that it might: pages stay shared.
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if not rereads and hasattr(mmap, "MADV_RANDOM"):
             # A cold gather is 5 times faster: docs/decisions.md#shards-are-read-without-read-ahead
             content.madvise(mmap.MADV_RANDOM)

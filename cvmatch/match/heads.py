@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cvmatch.data import storage
 from cvmatch.match.settings import BRANCHES_OF, MODALITIES, Branch, Modality
 from cvmatch.nn import metrics
+from cvmatch.runtime import hardware
 
 TILE_VECTOR, QUERY_VECTOR = "tile_vector", "query_vector"
 """Columns of embedded rows."""
@@ -31,6 +32,8 @@ LUMINANCE_CELLS, CHROMA_CELLS = 16, 8
 
 LAYOUT_WIDTH = LUMINANCE_CELLS**2 + 2 * CHROMA_CELLS**2
 """Numbers of a layout."""
+
+_FEW = 4  # queries that are scored one after the other
 
 _CHROMA_SHARE = 0.25  # of a layout's score: docs/decisions.md#layout
 
@@ -225,8 +228,20 @@ class SumScorer:
         tile: Float[Tensor, "tile width"],
         dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "query tile"]:
-        """Return query x tile products."""
+        """Return query x tile products; in float16 a query at a time."""
+        if dtype == torch.float16:
+            products = [torch.mv(tile.half(), one) for one in query.half()]
+            return torch.stack(products).float()
         return (query.to(dtype) @ tile.to(dtype).T).float()
+
+    def fastest_dtype(self, queries: int) -> torch.dtype:
+        """Return the type in which this many queries are scored first.
+
+        Tiles are stored in float16, and a CPU reads them as they are for the product with one
+        vector: docs/decisions.md#exact-search-in-half-precision.
+        """
+        few = self.device.type == "cpu" and queries <= _FEW
+        return torch.float16 if few else hardware.fastest_dtype(self.device)
 
     @torch.no_grad()
     def split(

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cvmatch.match.heads import Features, ResidualMLP
+from cvmatch.runtime import hardware
 
 CHUNK = {"cpu": 2048, "cuda": 65_536}
 """Tiles that a joint score takes at a time (docs/decisions.md#scoring-in-chunks)."""
@@ -162,6 +163,10 @@ class JointScorer:
                 found = cosine(tile_proj, query_proj[row], embedding[row])
                 scores[row, begin : begin + step] = found
         return scores
+
+    def fastest_dtype(self, queries: int) -> torch.dtype:
+        """Return the type in which this many queries are scored first."""
+        return hardware.fastest_dtype(self.device)
 
 
 class _CandidateCosine:

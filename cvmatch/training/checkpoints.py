@@ -14,7 +14,7 @@ import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 from pyarrow import fs
@@ -40,11 +40,31 @@ def name_of(epoch: int) -> str:
     return f"epoch_{epoch:04d}"
 
 
+class Ledger(TypedDict):
+    """What a run is, and what it has done."""
+
+    format: int
+    identity: Mapping[str, Any]
+    """Its settings and inputs, by name."""
+    epochs: list[Mapping[str, Any]]
+    """Metrics of the finished epochs, in their order."""
+
+
+class Progress(TypedDict):
+    """The step that a run is at; `steps` of `epochs` in all."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a training run ended with."""
 
-    metrics: dict[str, Any]
+    metrics: Mapping[str, Any]
     """Of its best epoch."""
     history: pd.DataFrame
     """Metrics of each epoch, a row each."""
@@ -65,7 +85,7 @@ class RunDirectory:
     best: str = ""
     """Metric that ranks checkpoints; "": the later the better."""
 
-    def entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[Mapping[str, Any]]:
         """Return the metrics of the finished epochs, in their order."""
         return self._ledger()["epochs"]
 
@@ -124,7 +144,7 @@ class RunDirectory:
         checkpoint = storage.join(self.location, name_of(held[0]["epoch"]))
         return TrainResult(held[0], pd.DataFrame(entries), self.location, checkpoint)
 
-    def _ranked(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _ranked(self, entries: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if not self.best:
             return entries[::-1]
         if any(self.best not in e for e in entries):
@@ -141,7 +161,7 @@ class RunDirectory:
     def _holds(self, epoch: int) -> bool:
         return storage.exists(storage.join(self.location, name_of(epoch)))
 
-    def _ledger(self) -> dict[str, Any]:
+    def _ledger(self) -> Ledger:
         location = storage.join(self.location, LEDGER)
         if not storage.exists(location):
             return {"format": FORMAT, "identity": {}, "epochs": []}
@@ -154,7 +174,7 @@ class RunDirectory:
             )
         return ledger
 
-    def _write(self, ledger: Mapping[str, Any]) -> None:
+    def _write(self, ledger: Ledger) -> None:
         storage.write_json(storage.join(self.location, LEDGER), ledger)
 
 

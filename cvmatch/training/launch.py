@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -345,13 +346,13 @@ def _identity(
     return identity
 
 
-def _read_progress(location: str) -> dict[str, Any]:
+def _read_progress(location: str) -> checkpoints.Progress:
     if not storage.exists(location):
-        return {"step": 0}
+        return {"step": 0, "steps": 0, "epoch": 0, "epochs": 0, "loss": math.nan}
     return storage.read_json(location)
 
 
-def _note(progress: dict[str, Any]) -> str:
+def _note(progress: checkpoints.Progress) -> str:
     if not progress["step"]:
         return ""
     return f"epoch {progress['epoch']}/{progress['epochs']}  loss {progress['loss']:.4g}"

@@ -89,7 +89,7 @@ class LossCurve:
             self.recent = []
         if last or time.monotonic() - self.written > self.pause:
             self.written = time.monotonic()
-            value = {
+            value: checkpoints.Progress = {
                 "step": step,
                 "steps": self.steps * self.epochs,
                 "epoch": (step - 1) // self.steps + 1,
