@@ -35,19 +35,6 @@ from tests.helpers.cvusa import write_official, write_subset  # noqa: E402
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share one Ray in each of two processes (`make test`): the documents' commands, and the rest.
-
-    What needs no Ray goes wherever there is time.
-    """
-    for item in items:
-        if "readme" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("documents"))
-        elif item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def ray_session():
     """A local Ray with 8 logical CPUs and no dashboard."""
