@@ -61,6 +61,26 @@ def official(tmp_path) -> Path:
     return write_official(tmp_path)
 
 
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """An S3 on loopback, with one bucket."""
+    from moto.server import ThreadedMotoServer  # noqa: PLC0415 (only where it is used)
+    from pyarrow import fs  # noqa: PLC0415 (only where it is used)
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    settings = {
+        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint, "CVMATCH_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    fs.S3FileSystem(allow_bucket_creation=True, endpoint_override=endpoint).create_dir("tiles")
+    yield "s3://tiles"
+    server.stop()
+
+
 @pytest.fixture(scope="session")
 def world_root(ray_session, tmp_path_factory):
     """Root of the tiny embedded world: 24 training pairs and 12 to validate, 64 x 64 tiles."""

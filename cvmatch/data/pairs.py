@@ -292,6 +292,7 @@ def _fetch(root: str, files: list[str | None]) -> list[Content]:
         return list(pool.map(lambda file: _read(filesystem, base, file), files))
 
 
+@storage.retry_passing
 def _read(filesystem: fs.FileSystem, base: str, file: str | None) -> Content:
     if file is None:
         return None, None
@@ -304,6 +305,8 @@ def _read(filesystem: fs.FileSystem, base: str, file: str | None) -> Content:
     except FileNotFoundError:
         return None, cvusa.MISSING
     except OSError as error:
+        if storage.is_passing(error):
+            raise  # it says nothing of the file: given again, the command reads the row
         return None, f"cannot be read: {error}"
 
 

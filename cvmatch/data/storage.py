@@ -3,21 +3,57 @@
 A location is a local path or anything that pyarrow.fs reads (`s3://`, `gs://`, ...). A file appears
 whole or not at all: local files are written aside and renamed; object stores commit on close.
 
+What an object store refuses for a moment is asked for again, for PATIENCE_S seconds.
+
 Settings use the names alone, so pyarrow is imported where a file system is needed.
 """
 
 import json
+import logging
 import os
 import re
 import urllib.parse
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import tenacity
+
 if TYPE_CHECKING:
     from pyarrow import fs
 
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 _DRIVE = re.compile(r"[A-Za-z]:")
+
+PATIENCE_S = 180.0
+"""Seconds for which a request is made again that a store refuses for a passing reason."""
+
+_PASSING = re.compile(
+    r"INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|NETWORK_CONNECTION|REQUEST_TIMEOUT|THROTTLING"
+    r"|HTTP status (5\d\d|429)|status code:? (5\d\d|429)|timed out|onnection re(set|fused)"
+)
+"""In errors of faults that pass: pyarrow's object stores raise OSError whatever happens."""
+
+_log = logging.getLogger(__name__)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether an error says that a store cannot be reached now, and nothing of a file."""
+    return isinstance(error, OSError) and bool(_PASSING.search(str(error)))
+
+
+def _warn_of_wait(state: tenacity.RetryCallState) -> None:
+    error = state.outcome and state.outcome.exception()
+    _log.warning("storage: waiting for the store, attempt %d: %s", state.attempt_number, error)
+
+
+retry_passing = tenacity.retry(
+    retry=tenacity.retry_if_exception(is_passing),
+    wait=tenacity.wait_random_exponential(multiplier=0.5, max=20),
+    stop=lambda state: (state.seconds_since_start or 0.0) > PATIENCE_S,
+    before_sleep=_warn_of_wait,
+    reraise=True,
+)
+"""Decorator: call again, after longer and longer waits, while the error is one that passes."""
 
 
 def absolute(location: str) -> str:
@@ -54,18 +90,21 @@ def inside(root: str, relative: str) -> str:
     return join(root, *(map(urllib.parse.quote, parts) if "://" in root else parts))
 
 
+@retry_passing
 def exists(location: str) -> bool:
     """Return whether a file or directory is there."""
     filesystem, path = resolve(location)
     return filesystem.get_file_info(path).type.name != "NotFound"
 
 
+@retry_passing
 def is_directory(location: str) -> bool:
     """Return whether a directory is there."""
     filesystem, path = resolve(location)
     return filesystem.get_file_info(path).type.name == "Directory"
 
 
+@retry_passing
 def names(location: str, directories: bool = False) -> list[str]:
     """Sorted names of the entries (or only `directories`) of a directory; empty where it is not."""
     from pyarrow import fs  # noqa: PLC0415 (see above)
@@ -75,6 +114,7 @@ def names(location: str, directories: bool = False) -> list[str]:
     return sorted(e.base_name for e in entries if not directories or e.type.name == "Directory")
 
 
+@retry_passing
 def read_bytes(location: str) -> bytes:
     """Read a file.
 
@@ -96,6 +136,7 @@ def read_json(location: str) -> Any:
     return json.loads(read_bytes(location))
 
 
+@retry_passing
 def write_bytes(location: str, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part of it."""
     filesystem, path = resolve(location)
@@ -120,6 +161,7 @@ def write_json(location: str, value: Any) -> None:
     write_text(location, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+@retry_passing
 def remove(location: str) -> None:
     """Delete a directory and all in it, or nothing where there is none."""
     if is_directory(location):

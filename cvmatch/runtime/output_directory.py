@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,8 @@ FailedRow = dict[str, str]
 
 FileCounts = tuple[int, list[FailedRow]]
 """Rows of a file, and those that failed."""
+
+_log = logging.getLogger(__name__)
 
 
 def read_provenance(output: str) -> Mapping[str, object]:
@@ -190,8 +193,11 @@ class FailureRateGuard:
             ValueError: as `OutputDirectory.check_failure_rate`.
         """
         if time.monotonic() >= self.next:
+            try:
+                self.directory.refresh(running=True)
+            except OSError as error:  # to look is no work: it is done again later
+                _log.warning("%s: cannot count failed rows now: %s", self.directory.output, error)
             self.next = time.monotonic() + GUARD_S
-            self.directory.refresh(running=True)
             try:
                 self.directory.check_failure_rate(self.total, self.max_share)
             except ValueError as error:
@@ -207,6 +213,7 @@ def _count(location: str) -> FileCounts:
     ]
 
 
+@storage.retry_passing
 def _read(location: str, columns: list[str]) -> pa.Table:
     filesystem, path = storage.resolve(location)
     with filesystem.open_input_file(path) as file:

@@ -47,13 +47,14 @@ def watch(
     """Show how much of `total` is done while the block runs.
 
     `done` and `note` (a few words, such as the loss) are called from a thread, so they must only
-    read. `total` = 0 means unknown.
+    read; where they cannot (OSError), what they said last is shown. `total` = 0 means unknown.
     """
+    look = _Look(done, note)
     finished = threading.Event()
     console = Console(stderr=True)
     show = _bar if console.is_terminal else _lines
     thread = threading.Thread(
-        target=show, args=(label, total, done, note, finished, console), daemon=True
+        target=show, args=(label, total, look, finished, console), daemon=True
     )
     thread.start()
     try:
@@ -87,30 +88,31 @@ def line(label: str, total: int, done: int, seconds: float, note: str = "", befo
     return "  ".join([*parts, note] if note else parts)
 
 
-def _lines(
-    label: str,
-    total: int,
-    done: Callable[[], int],
-    note: Callable[[], str],
-    finished: threading.Event,
-    _: Console,
-) -> None:
-    began, before = time.monotonic(), done()  # a resumed run begins above zero
+class _Look:
+    """What was done and noted when it could be read last."""
+
+    def __init__(self, done: Callable[[], int], note: Callable[[], str]) -> None:
+        self.done, self.note = done, note
+        self.last = 0, ""
+
+    def __call__(self) -> tuple[int, str]:
+        """Read it again; to look never ends the work."""
+        with contextlib.suppress(OSError):
+            self.last = self.done(), self.note()
+        return self.last
+
+
+def _lines(label: str, total: int, look: _Look, finished: threading.Event, _: Console) -> None:
+    began, (before, _note) = time.monotonic(), look()  # a resumed run begins above zero
     last = False
     while not last:
         last = finished.wait(LINE_S)
         seconds = time.monotonic() - began
-        _log.info("%s", line(label, total, done(), seconds, note(), before))
+        done, note = look()
+        _log.info("%s", line(label, total, done, seconds, note, before))
 
 
-def _bar(
-    label: str,
-    total: int,
-    done: Callable[[], int],
-    note: Callable[[], str],
-    finished: threading.Event,
-    console: Console,
-) -> None:
+def _bar(label: str, total: int, look: _Look, finished: threading.Event, console: Console) -> None:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -120,8 +122,9 @@ def _bar(
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=total or None, completed=done(), note="")
+        task = bar.add_task(label, total=total or None, completed=look()[0], note="")
         last = False
         while not last:
             last = finished.wait(BAR_S)
-            bar.update(task, completed=done(), note=note())
+            done, note = look()
+            bar.update(task, completed=done, note=note)

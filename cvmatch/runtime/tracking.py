@@ -2,12 +2,18 @@
 
 Only MlflowClient, never the fluent API: `mlflow.set_experiment` exports an environment variable
 that Ray's processes inherit and that wins over whatever they ask for (MLflow 3.17, measured).
+
+To track is no work: what a server does not take now is kept and sent later, and its loss is a
+warning. A run that a server cannot begin is not tracked.
 """
 
+import collections
 import contextlib
+import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,10 +30,33 @@ if TYPE_CHECKING:
 PARENT = "mlflow.parentRunId"
 """Tag by which MLflow's pages nest a run under its parent."""
 
+_SQLITE = "sqlite:///"
+
 _PARAMS = 100
 _METRICS = 1000
 _LENGTH = 500
 """Limits of MLflow's API: params and metrics a call, characters a param (the oldest servers')."""
+
+_HTTP = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+"""MLflow's own patience; by default a server that is away holds a call for 4 minutes."""
+
+AWAY_S = 15.0
+"""Seconds before a server that did not answer is asked again."""
+
+LAST_S = 60.0
+"""Seconds for which the end of a run waits for a server that is away."""
+
+_KEPT = 10_000
+"""Calls that are kept for a server that is away; of more, the first are lost."""
+
+_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+"""Answers of a server that is there: asked again, it would give them again."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,36 +78,94 @@ class Run:
         metric = _mlflow().entities.Metric
         entries = [metric(name, float(value), now, int(step)) for name, step, value in points]
         for begin in range(0, len(entries), _METRICS):
-            self._client.log_batch(self.run_id, metrics=entries[begin : begin + _METRICS])
+            some = entries[begin : begin + _METRICS]
+            self._send(lambda client, some=some: client.log_batch(self.run_id, metrics=some))
 
     def file(self, path: str, folder: str = "") -> None:
         """Keep a local file, or a directory with all in it, under `folder` of the run."""
-        if os.path.isdir(path):
-            self._client.log_artifacts(self.run_id, path, folder or None)
-        else:
-            self._client.log_artifact(self.run_id, path, folder or None)
+        whole = os.path.isdir(path)
+        self._send(
+            lambda client: (client.log_artifacts if whole else client.log_artifact)(
+                self.run_id, path, folder or None
+            )
+        )
 
     def text(self, text: str, name: str) -> None:
         """Keep `text` as the file `name`."""
-        self._client.log_text(self.run_id, text, name)
+        self._send(lambda client: client.log_text(self.run_id, text, name))
 
     def image(self, name: str, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
         """Keep a picture as `<name>.png`."""
-        self._client.log_image(self.run_id, pixels, artifact_file=f"{name}.png")
+        self._send(
+            lambda client: client.log_image(self.run_id, pixels, artifact_file=f"{name}.png")
+        )
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
-        self._client.set_tag(self.run_id, name, value)
+        self._send(lambda client: client.set_tag(self.run_id, name, value))
+
+    def end(self, status: str) -> None:
+        """Say how the run ended, and wait a little for a server that is away."""
+        self._send(lambda client: client.set_terminated(self.run_id, status))
+        if self.run_id:
+            _outbox(self.uri).close()
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a metric in the order of steps; the last value logged at each step."""
-        points = self._client.get_metric_history(self.run_id, name)
+        points = _client(self.uri).get_metric_history(self.run_id, name)
         latest = {point.step: point.value for point in points}
         return sorted(latest.items())
 
-    @property
-    def _client(self) -> "MlflowClient":
-        return _mlflow().MlflowClient(self.uri)
+    def _send(self, call: "Call") -> None:
+        if self.run_id:
+            _outbox(self.uri).send(call)
+
+
+Call = Callable[["MlflowClient"], Any]
+
+
+class _Outbox:
+    """Calls to a server in their order; those that it cannot take now wait."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.waiting: collections.deque[Call] = collections.deque(maxlen=_KEPT)
+        self.next_try = 0.0
+
+    def send(self, call: Call) -> None:
+        """Make a call, after those that wait."""
+        self.waiting.append(call)
+        if time.monotonic() >= self.next_try:
+            self._flush()
+
+    def close(self) -> None:
+        """Make the calls that wait, or give them up."""
+        until = time.monotonic() + LAST_S
+        while self.waiting and time.monotonic() < until:
+            self._flush()
+            time.sleep(1.0 if self.waiting else 0.0)
+        if self.waiting:
+            _log.warning("MLflow %s: lost %d entries of the run.", self.uri, len(self.waiting))
+            self.waiting.clear()
+
+    def _flush(self) -> None:
+        while self.waiting:
+            try:
+                self.waiting[0](_client(self.uri))
+            except Exception as error:  # noqa: BLE001 (stores and servers raise whatever they like)
+                if getattr(error, "error_code", "") not in _REFUSED:
+                    _log.warning("MLflow %s is away, the work goes on: %s", self.uri, error)
+                    self.next_try = time.monotonic() + AWAY_S
+                    return
+                _log.warning("MLflow %s refused an entry: %s", self.uri, error)
+            self.waiting.popleft()
+
+
+_outboxes: dict[str, _Outbox] = {}
+
+
+def _outbox(uri: str) -> _Outbox:
+    return _outboxes.setdefault(uri, _Outbox(uri))
 
 
 _current: ContextVar[Run | None] = ContextVar("cvmatch_run", default=None)
@@ -93,17 +180,7 @@ def start(stage: str, config: Any, parent: Run | None = None) -> Iterator[Run]:
     run of the surrounding `start` or `inside` block.
     """
     parent = parent or _current.get()
-    uri = parent.uri if parent else tracking_uri()
-    client = _mlflow().MlflowClient(uri)
-    tags = {"stage": stage} | ({PARENT: parent.run_id} if parent else {})
-    name = _name_of(config) or f"{stage}-{time.strftime('%m%d-%H%M%S')}"
-    created = client.create_run(_experiment(client), tags=tags, run_name=name)
-    run = Run(uri, created.info.run_id)
-    param = _mlflow().entities.Param
-    params = [param(k, str(v)[:_LENGTH]) for k, v in configs.flat(config).items()]
-    for begin in range(0, len(params), _PARAMS):
-        client.log_batch(run.run_id, params=params[begin : begin + _PARAMS])
-    run.text(configs.dump(config), "config.yaml")
+    run = _begin(stage, config, parent)
     status = "FAILED"
     try:
         with inside(run):
@@ -118,7 +195,28 @@ def start(stage: str, config: Any, parent: Run | None = None) -> Iterator[Run]:
         raise
     finally:
         if status:
-            client.set_terminated(run.run_id, status)
+            run.end(status)
+
+
+def _begin(stage: str, config: Any, parent: Run | None) -> Run:
+    """Create a run; one that is not tracked (without an id) where that cannot be done."""
+    uri = parent.uri if parent else tracking_uri()
+    tags = {"stage": stage} | ({PARENT: parent.run_id} if parent and parent.run_id else {})
+    name = _name_of(config) or f"{stage}-{time.strftime('%m%d-%H%M%S')}"
+    try:
+        client = _client(uri)
+        created = client.create_run(_experiment(client), tags=tags, run_name=name)
+    except Exception as error:  # noqa: BLE001 (stores and servers raise whatever they like)
+        _log.warning("MLflow %s cannot be reached, so %s is not tracked: %s", uri, name, error)
+        return Run(uri, "")
+    run = Run(uri, created.info.run_id)
+    param = _mlflow().entities.Param
+    params = [param(k, str(v)[:_LENGTH]) for k, v in configs.flat(config).items()]
+    for begin in range(0, len(params), _PARAMS):
+        some = params[begin : begin + _PARAMS]
+        run._send(lambda client, some=some: client.log_batch(run.run_id, params=some))
+    run.text(configs.dump(config), "config.yaml")
+    return run
 
 
 def end_runs(states: Mapping[str, tuple[str, str]]) -> None:
@@ -127,19 +225,27 @@ def end_runs(states: Mapping[str, tuple[str, str]]) -> None:
     Of several runs of a name (it was restarted) the last one gets them; others that still run in
     MLflow's eyes were killed.
     """
-    client = _mlflow().MlflowClient(tracking_uri())
-    experiment = _experiment(client)
-    for name, (status, reason) in states.items():
-        runs = client.search_runs(
-            [experiment], f"attributes.run_name = '{name}'", order_by=["attributes.start_time DESC"]
-        )
-        for index, run in enumerate(runs):
-            if index == 0:
-                client.set_terminated(run.info.run_id, status)
-                if reason:
-                    client.set_tag(run.info.run_id, "reason", reason)
-            elif run.info.status == "RUNNING":
-                client.set_terminated(run.info.run_id, "KILLED")
+    try:
+        client = _client(tracking_uri())
+        for name, (status, reason) in states.items():
+            _end_run(client, name, status, reason)
+    except Exception as error:  # noqa: BLE001 (stores and servers raise whatever they like)
+        _log.warning("MLflow %s: the trials' states are not set: %s", tracking_uri(), error)
+
+
+def _end_run(client: "MlflowClient", name: str, status: str, reason: str) -> None:
+    runs = client.search_runs(
+        [_experiment(client)],
+        f"attributes.run_name = '{name}'",
+        order_by=["attributes.start_time DESC"],
+    )
+    for index, run in enumerate(runs):
+        if index == 0:
+            client.set_terminated(run.info.run_id, status)
+            if reason:
+                client.set_tag(run.info.run_id, "reason", reason)
+        elif run.info.status == "RUNNING":
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 @contextlib.contextmanager
@@ -161,14 +267,33 @@ def _name_of(config: Any) -> str:
     return getattr(getattr(config, "fit", config), "name", "")
 
 
+def _client(uri: str) -> "MlflowClient":
+    if uri.startswith(_SQLITE):
+        _create_store(uri.removeprefix(_SQLITE))
+    return _mlflow().MlflowClient(uri)
+
+
+def _create_store(file: str) -> None:
+    """Create a SQLite store aside, then rename it: MLflow's own creation is no transaction."""
+    if os.path.exists(file):
+        return
+    from filelock import FileLock  # noqa: PLC0415 (once in the life of a store)
+
+    with FileLock(f"{file}.lock"):
+        if not os.path.exists(file):
+            aside = f"{file}.{uuid.uuid4().hex}.tmp"
+            _mlflow().MlflowClient(f"{_SQLITE}{aside}").search_experiments()
+            os.replace(aside, file)
+
+
 def _experiment(client: "MlflowClient") -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cvmatch")
     if experiment := client.get_experiment_by_name(name):
         return experiment.experiment_id
     artifacts = None
-    if client.tracking_uri.startswith("sqlite:///"):
+    if client.tracking_uri.startswith(_SQLITE):
         # The default is ./mlruns of whichever process came first, such as a Ray worker's.
-        file = client.tracking_uri.removeprefix("sqlite:///")
+        file = client.tracking_uri.removeprefix(_SQLITE)
         artifacts = os.path.join(os.path.dirname(os.path.abspath(file)), "mlartifacts")
     try:
         return client.create_experiment(name, artifact_location=artifacts)
@@ -182,6 +307,8 @@ def _experiment(client: "MlflowClient") -> str:
 def _mlflow() -> ModuleType:
     # Not at the top: importing it takes 3 s and 150 MB in each of Ray's workers, and only the
     # driver and the controller log.
+    for name, value in _HTTP.items():
+        os.environ.setdefault(name, value)
     import mlflow  # noqa: PLC0415
 
     return mlflow

@@ -116,13 +116,17 @@ class RunDirectory:
         earlier = [e for e in ledger["epochs"] if e["epoch"] < metrics["epoch"]]
         self._write({**ledger, "epochs": [*earlier, dict(metrics)]})
 
+    def place(self, epoch: int) -> str:
+        """Return the location of the checkpoint after `epoch` epochs."""
+        return storage.join(self.location, name_of(epoch))
+
     def checkpoint(self, epoch: int) -> Checkpoint:
-        """Return the checkpoint after `epoch` epochs."""
-        return Checkpoint(storage.join(self.location, name_of(epoch)))
+        """Return that checkpoint. Its `path` is no location: Ray keeps the file system apart."""
+        return Checkpoint(self.place(epoch))
 
     def model(self, epoch: int) -> str:
-        """Return the directory of the model in that checkpoint."""
-        return storage.join(self.checkpoint(epoch).path, MODEL)
+        """Return the location of the model in that checkpoint."""
+        return storage.join(self.place(epoch), MODEL)
 
     def latest(self) -> int:
         """Return the epochs done whose checkpoint is there; 0 for a new run."""
@@ -135,13 +139,13 @@ class RunDirectory:
         kept = {e["epoch"] for e in self._ranked(done)[: self.keep]} | {done[-1]["epoch"]}
         for entry in done:
             if entry["epoch"] not in kept:
-                storage.remove(storage.join(self.location, name_of(entry["epoch"])))
+                storage.remove(self.place(entry["epoch"]))
 
     def result(self) -> TrainResult:
         """Return metrics and checkpoint of the best epoch (by `best`, or the last)."""
         entries = self.entries()
         held = self._ranked([e for e in entries if self._holds(e["epoch"])])
-        checkpoint = storage.join(self.location, name_of(held[0]["epoch"]))
+        checkpoint = self.place(held[0]["epoch"])
         return TrainResult(held[0], pd.DataFrame(entries), self.location, checkpoint)
 
     def _ranked(self, entries: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -159,7 +163,7 @@ class RunDirectory:
         return sorted(judged, key=lambda e: (sign * e[self.best], -e["epoch"])) + others[::-1]
 
     def _holds(self, epoch: int) -> bool:
-        return storage.exists(storage.join(self.location, name_of(epoch)))
+        return storage.exists(self.place(epoch))
 
     def _ledger(self) -> Ledger:
         location = storage.join(self.location, LEDGER)

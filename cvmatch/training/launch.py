@@ -227,8 +227,9 @@ class LocalBackend:
 
     def commit(self, metrics: dict[str, Any], directory: str) -> None:
         """Put the checkpoint in its place, then tell of it."""
-        checkpoint = self.directory.checkpoint(metrics["epoch"])
-        checkpoints.copy_tree(fs.LocalFileSystem(), directory, checkpoint.path)
+        epoch = metrics["epoch"]
+        checkpoints.copy_tree(fs.LocalFileSystem(), directory, self.directory.place(epoch))
+        checkpoint = self.directory.checkpoint(epoch)
         for callback in self.callbacks:
             callback.after_report(None, [metrics], checkpoint)  # pyright: ignore[reportArgumentType]
         self.directory.prune()

@@ -1,5 +1,6 @@
 """Means over rows, the loss curve, and the tensors of a batch."""
 
+import logging
 import time
 from collections.abc import Mapping
 
@@ -16,6 +17,8 @@ ROWS = "rows/"
 
 POINTS = 200
 """Points of a run's loss curve, at most about."""
+
+_log = logging.getLogger(__name__)
 
 
 class MeanMetrics:
@@ -96,7 +99,10 @@ class LossCurve:
                 "epochs": self.epochs,
                 "loss": loss.item(),
             }
-            storage.write_json(self.location, value)
+            try:
+                storage.write_json(self.location, value)
+            except OSError as error:  # what a training tells of itself does not end it
+                _log.warning("%s: cannot write the progress now: %s", self.location, error)
 
     def take(self) -> list[tuple[int, float]]:
         """Return (step, mean loss since the point before) since the last call."""

@@ -157,3 +157,59 @@ def test_inside_any_text_stays_below_the_root_or_is_refused(relative):
         _, path = storage.resolve(location)
         assert path.startswith("/data/root/")
         assert ".." not in path.split("/")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "When reading 'a' in bucket 'b': AWS Error SLOW_DOWN during GetObject operation",
+        "AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: no response body",
+        "AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Could not connect",
+        "google::cloud::Status(UNAVAILABLE: Permanent error, status code: 503)",
+    ],
+)
+def test_retry_passing_asks_a_store_again_that_refuses_for_a_moment(text):
+    asked = []
+
+    @storage.retry_passing
+    def read() -> bytes:
+        asked.append(text)
+        if len(asked) < 3:
+            raise OSError(text)
+        return b"content"
+
+    assert read() == b"content"
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("AWS Error ACCESS_DENIED during GetObject operation: Access Denied"),
+        FileNotFoundError("AWS Error NO_SUCH_KEY during GetObject operation"),
+        OSError(28, "No space left on device"),
+        ValueError("HTTP status 503"),
+    ],
+)
+def test_retry_passing_raises_at_once_what_does_not_pass(error):
+    asked = []
+
+    @storage.retry_passing
+    def read() -> None:
+        asked.append(error)
+        raise error
+
+    with pytest.raises(type(error)):
+        read()
+    assert len(asked) == 1
+
+
+def test_retry_passing_ends_with_the_error_of_a_store_that_stays_away(monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+
+    @storage.retry_passing
+    def read() -> None:
+        raise OSError("AWS Error SLOW_DOWN during GetObject operation")
+
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        read()

@@ -16,26 +16,6 @@ from cvmatch.index.update import delete, join
 from tests.helpers import index as tiny
 
 
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """An S3 on loopback, with one bucket."""
-    from moto.server import ThreadedMotoServer  # noqa: PLC0415 (takes half a second)
-    from pyarrow import fs  # noqa: PLC0415
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    settings = {
-        "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint, versions.CACHE: str(tmp_path / "cache"),
-    }  # fmt: skip
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    fs.S3FileSystem(allow_bucket_creation=True, endpoint_override=endpoint).create_dir("tiles")
-    yield "s3://tiles"
-    server.stop()
-
-
 def test_publish_interrupted_at_every_rename_keeps_the_old_version(
     model, parts, output, tmp_path, monkeypatch
 ):

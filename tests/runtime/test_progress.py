@@ -39,6 +39,25 @@ def test_watch_logs_while_the_block_runs_and_once_at_its_end(monkeypatch, caplog
     assert lines[-1].startswith("rows  4/4")
 
 
+def test_watch_of_what_cannot_be_read_for_a_moment_shows_what_it_read_last(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "LINE_S", 0.02)
+    caplog.set_level(logging.INFO, "cvmatch.runtime.progress")
+    away = False
+
+    def done() -> int:
+        if away:
+            raise OSError("the store is away")
+        return 3
+
+    with progress.watch("rows", 4, done):
+        time.sleep(0.05)
+        away = True
+        time.sleep(0.05)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) >= 3
+    assert all(line.startswith("rows  3/4") for line in lines)
+
+
 def test_watch_of_a_failing_block_stops_its_thread_and_passes_the_error_on():
     before = threading.active_count()
     with pytest.raises(KeyError), progress.watch("rows", 4, lambda: 0):
@@ -51,6 +70,7 @@ def test_bar_shows_the_state_at_the_end():
     finished.set()
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=100)
-    progress._bar("train", 10, lambda: 10, lambda: "loss 0.5", finished, console)
+    look = progress._Look(lambda: 10, lambda: "loss 0.5")
+    progress._bar("train", 10, look, finished, console)
     assert "10/10" in shown.getvalue()
     assert "loss 0.5" in shown.getvalue()

@@ -1,6 +1,14 @@
 import dataclasses
 import os
 import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -112,3 +120,84 @@ def test_store_defaults_to_a_database_in_the_working_directory(tmp_path, monkeyp
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.chdir(tmp_path)
     assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_work_goes_on_untracked_where_no_server_answers(monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    begin = time.monotonic()
+    with tracking.start("tune", Settings()) as parent, tracking.start("matcher", Settings()) as run:
+        run.metrics({"train/loss": 1.0})
+        run.text("text", "note.txt")
+    tracking.end_runs({"some": ("FINISHED", "")})
+    assert time.monotonic() - begin < 60
+    assert (parent.run_id, run.run_id) == ("", "")
+    assert "cannot be reached, so matcher-" in caplog.text
+
+
+def test_stores_begun_at_once_in_a_new_directory_are_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+    def track(number: int) -> str:
+        with tracking.start("matcher", Settings(margin=float(number))) as run:
+            return run.run_id
+
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(track, range(4)))
+    store = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = store.get_experiment_by_name("cvmatch")
+    assert experiment
+    found = store.search_runs([experiment.experiment_id])
+    assert {run.info.run_id for run in found} == set(ids)
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert sorted(os.listdir(tmp_path)) == ["mlartifacts", "mlflow.db", "mlflow.db.lock"]
+
+
+def serve(directory, port: int) -> subprocess.Popen:
+    """An MLflow server on loopback."""
+    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--backend-store-uri", f"sqlite:///{directory}/served.db", "--workers", "1"]
+    words += ["--artifacts-destination", str(directory / "artifacts")]
+    server = subprocess.Popen(
+        words, cwd=directory, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.3)
+        else:
+            return server
+    raise TimeoutError("the MLflow server did not start")
+
+
+def end(server: subprocess.Popen) -> None:
+    os.killpg(server.pid, signal.SIGKILL)  # with its workers
+    server.wait()
+
+
+@pytest.mark.slow
+def test_server_that_is_away_for_a_moment_gets_all_later(tmp_path, monkeypatch, caplog):
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(tracking, "AWAY_S", 1.0)
+    server = serve(tmp_path, port)
+    try:
+        with tracking.start("matcher", Settings()) as run:
+            run.metrics({"train/loss": 3.0}, 0)
+            end(server)
+            run.metrics({"train/loss": 2.0}, 1)
+            run.text("text", "note.txt")
+            assert "is away, the work goes on" in caplog.text
+            server = serve(tmp_path, port)
+            run.metrics({"train/loss": 1.0}, 2)
+        assert run.history("train/loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
+        assert record(run).info.status == "FINISHED"
+    finally:
+        end(server)

@@ -19,7 +19,7 @@ from ray.train import UserCallback
 from safetensors.torch import load_file
 
 from cvmatch import config as configs
-from cvmatch.data import images
+from cvmatch.data import images, storage
 from cvmatch.runtime import tracking
 from cvmatch.training import checkpoints, launch
 from cvmatch.training.checkpoints import TrainResult
@@ -54,6 +54,22 @@ def test_training_learns_and_publishes_the_model(ray_session, fit, tmp_path):
         weights["line.weight"][0], torch.tensor([1.0, 2.0, 3.0, 4.0]), atol=0.3, rtol=0
     )
     assert weights["seen"] == 64 * 12  # each row once an epoch
+
+
+@pytest.mark.ray
+def test_training_of_this_process_keeps_and_finds_its_checkpoints_in_an_object_store(
+    ray_session, bucket, fit
+):
+    far = dataclasses.replace(fit, epochs=2, storage=f"{bucket}/runs", name="far")
+    build = functools.partial(LineTask, 0.5)
+    result = launch.train(build, rows(64), rows(13, seed=1), far)
+    assert result.checkpoint.startswith(f"{bucket}/runs/far/epoch_")
+    assert "state.pt" in storage.names(f"{bucket}/runs/far/epoch_0002")
+    longer = dataclasses.replace(far, epochs=3)
+    history = launch.train(build, rows(64), rows(13, seed=1), longer).history
+    assert list(history["epoch"]) == [1, 2, 3]
+    assert list(history["val/loss"][:2]) == list(result.history["val/loss"])
+    assert history["val/loss"][2] < history["val/loss"][1]
 
 
 @pytest.mark.ray
