@@ -60,7 +60,7 @@ class BuildFromImagesBench(Bench):
 def write_queries(bench: BuildFromImagesBench, data: str, at: str) -> str:
     """Rows of the held-out panoramas, with A and S."""
     if not bench.generator:
-        return f"{Rows(MatchingBench(data=data), at).true}/val"
+        return f"{Rows(MatchingBench(), at, data=data).true}/val"
     segmenter = f"{at}/segmenter"
     Segmenter.from_base(base_models.SEGFORMER, Preprocess(size=128, num_classes=6)).save(segmenter)
     config = Synthesize(

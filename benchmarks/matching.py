@@ -146,12 +146,15 @@ class Found:
 class Rows:
     """Places of the rows of one seed, made when first asked for, or found where they are kept."""
 
-    def __init__(self, bench: MatchingBench, at: str, seed: int = 0) -> None:
-        self.bench, self.at, self.seed = bench, at, seed
+    def __init__(self, bench: MatchingBench, at: str, seed: int = 0, data: str = "") -> None:
+        """`data`: a data set with class maps; empty: a `standard` world is made."""
+        self.bench, self.at, self.seed, self.data = bench, at, seed, data
 
     @functools.cached_property
     def root(self) -> str:
         """The data set."""
+        if self.data:
+            return self.data
         place = f"{self.at}/world"
         if glob.glob(f"{place}/**/*.csv", recursive=True):  # they are written last
             return place
