@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 # Ray, torch and MLflow read these when they are imported. Ray's folder has a short path of its own
@@ -67,6 +68,7 @@ def bucket(monkeypatch, tmp_path):
     from moto.server import ThreadedMotoServer  # noqa: PLC0415 (only where it is used)
     from pyarrow import fs  # noqa: PLC0415 (only where it is used)
 
+    unique = f"tiles-{uuid.uuid4().hex}"  # all servers of a process have the same content
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
@@ -76,8 +78,8 @@ def bucket(monkeypatch, tmp_path):
     }  # fmt: skip
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    fs.S3FileSystem(allow_bucket_creation=True, endpoint_override=endpoint).create_dir("tiles")
-    yield "s3://tiles"
+    fs.S3FileSystem(allow_bucket_creation=True, endpoint_override=endpoint).create_dir(unique)
+    yield f"s3://{unique}"
     server.stop()
 
 

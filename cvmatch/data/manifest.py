@@ -49,7 +49,7 @@ def fingerprint(directory: str) -> str:
         FileNotFoundError: no `*.safetensors` there.
     """
     parts, found = [], False
-    for path in _files(directory):
+    for path in _files(storage.local_directory(directory)):
         if path.endswith(".safetensors"):
             parts += _tensors(path).values()
             found = True
@@ -57,8 +57,9 @@ def fingerprint(directory: str) -> str:
             parts.append("json " + _canonical(path))
     if not found:
         raise FileNotFoundError(
-            f"{directory}: expected a model directory with *.safetensors, found none. Pass the "
-            "local directory that training published or that the hub's files were downloaded to."
+            f"{storage.describe_local(directory)}: expected a model directory with *.safetensors, "
+            "found none. Pass the directory (or URI) that training published or that the hub's "
+            "files were downloaded to."
         )
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
 
@@ -149,7 +150,7 @@ def check_model(manifest: Manifest, name: str, directory: str) -> None:
 def _files(directory: str) -> list[str]:
     return [
         os.path.join(folder, name)
-        for folder, _, names in os.walk(os.path.expanduser(directory))
+        for folder, _, names in os.walk(directory)
         for name in names
         if name != NAME
     ]

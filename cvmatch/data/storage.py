@@ -8,10 +8,13 @@ What an object store refuses for a moment is asked for again, for PATIENCE_S sec
 Settings use the names alone, so pyarrow is imported where a file system is needed.
 """
 
+import hashlib
 import json
 import logging
 import os
+import platform
 import re
+import shutil
 import urllib.parse
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 _OBJECT_STORES = ("s3", "gcs", "abfs")
 _DRIVE = re.compile(r"[A-Za-z]:")
+
+CACHE = "CVMATCH_CACHE"
+"""Environment variable: directory of this node's copies; else ~/.cache/cvmatch."""
 
 PATIENCE_S = 180.0
 """Seconds for which a request is made again that a store refuses for a passing reason."""
@@ -66,6 +72,52 @@ def resolve(location: str) -> "tuple[fs.FileSystem, str]":
     from pyarrow import fs  # noqa: PLC0415 (see above)
 
     return fs.FileSystem.from_uri(absolute(location))
+
+
+def is_remote(location: str) -> bool:
+    """Return whether files there cannot be opened by their paths."""
+    return "://" in location.removeprefix("file://")
+
+
+def cache_directory() -> str:
+    """Return the directory of this node's copies of what is in object stores."""
+    return os.path.abspath(os.environ.get(CACHE) or os.path.expanduser("~/.cache/cvmatch"))
+
+
+@retry_passing
+def local_directory(location: str) -> str:
+    """Return the local directory of a location: itself, or this node's copy of what is there now.
+
+    A copy is named by the sizes and times of the files, so one that has changed is copied again.
+
+    Raises:
+        FileNotFoundError: there is no file at a URI.
+    """
+    if not is_remote(location):
+        return absolute(location.removeprefix("file://"))
+    from pyarrow import fs  # noqa: PLC0415 (see above)
+
+    filesystem, path = resolve(location)
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    files = sorted((one.path, one.size, one.mtime_ns) for one in found if one.is_file)
+    if not files:
+        raise FileNotFoundError(f"{location}: expected a directory with files, found none.")
+    name = hashlib.sha256(json.dumps([location, files]).encode()).hexdigest()[:16]
+    copy = os.path.join(cache_directory(), "directories", name)
+    if not os.path.isdir(copy):
+        aside = f"{copy}.{uuid.uuid4().hex}.tmp"
+        os.makedirs(aside)
+        fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
+        try:
+            os.rename(aside, copy)
+        except OSError:  # another process was faster
+            shutil.rmtree(aside)
+    return copy
+
+
+def describe_local(directory: str) -> str:
+    """Return a directory with the name of this node: another may not have it."""
+    return f"{directory!r} (on {platform.node()})"
 
 
 def join(location: str, *parts: str) -> str:
@@ -149,6 +201,32 @@ def write_bytes(location: str, data: bytes) -> None:
     with filesystem.open_output_stream(aside) as stream:
         stream.write(data)
     filesystem.move(aside, path)
+
+
+@retry_passing
+def swap_bytes(location: str, old: bytes | None, new: bytes) -> bool:
+    """Write a small file of an object store if its content is `old` still (None: there is none).
+
+    Of several who try at once, one does: a conditional put. Returns whether this one did.
+    """
+    import obstore  # noqa: PLC0415 (only where an index is published to a store)
+    from obstore import exceptions  # noqa: PLC0415
+    from obstore.store import from_url  # noqa: PLC0415
+
+    folder, _, name = location.rpartition("/")
+    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    store = from_url(folder, client_options={"allow_http": True} if plain else None)
+    try:
+        if old is None:
+            obstore.put(store, name, new, mode="create")
+            return True
+        found = obstore.get(store, name)
+        if bytes(found.bytes()) != old:
+            return False
+        obstore.put(store, name, new, mode={"e_tag": found.meta["e_tag"] or ""})
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
+        return False
+    return True
 
 
 def write_text(location: str, text: str) -> None:

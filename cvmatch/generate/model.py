@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cvmatch.data import storage
 from cvmatch.generate import diffusion as process
 from cvmatch.generate.conditioning import Condition, Conditioner, PanoramaFeatures
 from cvmatch.generate.diffusion import NoiseSchedule
@@ -95,11 +96,12 @@ class Generator(nn.Module):
 
     @classmethod
     def load(cls, directory: str, device: torch.device | str = "cpu") -> "Generator":
-        """Load a trained generator from a local directory that `save` wrote, in evaluation mode.
+        """Load a trained generator from a directory or URI that `save` wrote, in evaluation mode.
 
         Raises:
             ValueError: not such a directory.
         """
+        directory = storage.local_directory(directory)
         conditioning = Conditioning(**read_config(directory)["conditioning"])
         model = cls.base(directory, os.path.join(directory, "clip"), conditioning)
         model.conditioner.load_state_dict(load_file(os.path.join(directory, _WEIGHTS)))
@@ -231,11 +233,13 @@ def read_config(directory: str) -> dict[str, Any]:
     Raises:
         ValueError: the directory is none, or of another format; says what to do.
     """
-    path = os.path.join(directory, _CONFIG)
+    path = os.path.join(storage.local_directory(directory), _CONFIG)
     if not os.path.isfile(path):
         raise ValueError(
-            f"generator {directory!r}: has no {_CONFIG}. Expected a local directory that "
-            "cvmatch train-generator published; base models go to its --diffusion and --clip."
+            f"generator {storage.describe_local(directory)}: has no {_CONFIG}. Expected a "
+            "directory that cvmatch train-generator published (base models go to its --diffusion "
+            "and --clip). Of a cluster, each node has to see it: pass one that all mount, or a URI "
+            "(s3://...)."
         )
     with open(path) as file:
         config = json.load(file)

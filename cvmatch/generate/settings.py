@@ -92,7 +92,7 @@ class Generate(Sampling):
     """Sample synthetic aerials with a trained generator."""
 
     model: str = "models/generator"
-    """Local directory that train-generator published."""
+    """Directory or URI that train-generator published."""
     pool: Pool = field(default_factory=lambda: Pool(batch=32, calls=2))
     """Actors."""
 

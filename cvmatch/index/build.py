@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +61,7 @@ def build(config: BuildIndex, shard_rows: int = SHARD_ROWS) -> IndexManifest:
         ValueError: see `publish`; or the pool does not fit the cluster.
     """
     session.start()
-    config = replace(config, model=os.path.abspath(os.path.expanduser(config.model)))
+    config = replace(config, model=storage.absolute(config.model))
     origin = _tile_origin(config, shard_rows)
     root = versions.fetch(config.output)
     known = _find_version(root, origin)

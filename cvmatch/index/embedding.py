@@ -1,7 +1,9 @@
 """Pictures -> embedded tiles, by a pool of actors, and embedded queries, in this process."""
 
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,7 +18,6 @@ from torch import Tensor
 from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.pairs import PairDataset, read_pictures
 from cvmatch.generate.settings import Sampling
-from cvmatch.index import versions
 from cvmatch.index.manifest import QueryOrigin
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.index.shard import CHUNK
@@ -110,11 +111,17 @@ def building_directory(output: str, inputs: dict[str, object]) -> str:
 
 
 def ray_map(uri: str) -> TaskMapper:
-    """Map by Ray's tasks; for an index in an object store on this node, which has its copy."""
+    """Map by Ray's tasks; of an index in an object store by threads, since its copy is here.
+
+    Not by tasks that Ray pins to this node: the head of a cluster has no CPU for one.
+    """
 
     def run(function: Any, items: Sequence[Any]) -> list[Any]:
         session.start()
-        return pools.map_tasks(function, items, on_this_node=versions.is_remote(uri))
+        if not storage.is_remote(uri):
+            return pools.map_tasks(function, items)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(function, items))
 
     return run
 

@@ -41,7 +41,7 @@ class BuildIndex(GalleryConfig):
     """Embed tiles and publish them as the next version of an index."""
 
     model: str = "models/matcher"
-    """Local directory of the matcher."""
+    """Directory or URI of the matcher."""
     recall: float = 0.99
     """Share of the exact best tiles, in (0, 1], that a two-stage search should find: it re-ranks
     the fewest tiles with which the build's `queries` do. Without these: by the number of tiles."""

@@ -69,12 +69,19 @@ def add(config: AddTiles) -> IndexManifest:
     # Of no version: an addition that was refused goes on to another one with what it embedded.
     tiles = embedding.fingerprint_gallery(config)
     inputs: dict[str, object] = {"job": "add", "tower": info.tower, "tiles": tiles}
-    matcher_dir = os.path.join(root, "matcher", info.model)
-    parts, seconds = embedding.embed_gallery(config, matcher_dir, inputs)
-    tasks = embedding.ray_map(config.output)
-    new = join(parts, config, tasks, embed_seconds=seconds, tower=info.tower)
-    versions.push(config.output, new.version)
+    model = versions.locate_matcher(config.output, info.model)
+    parts, seconds = embedding.embed_gallery(config, model, inputs)
+    new = _join_current(parts, config, seconds, info.tower)
     storage.remove(embedding.building_directory(config.output, inputs))
+    return new
+
+
+@versions.retry_stale
+def _join_current(parts: str, config: AddTiles, embed_seconds: float, tower: str) -> IndexManifest:
+    versions.fetch(config.output)
+    tasks = embedding.ray_map(config.output)
+    new = join(parts, config, tasks, embed_seconds=embed_seconds, tower=tower)
+    versions.push(config.output, new.version)
     return new
 
 
@@ -142,6 +149,7 @@ def join(
         return writer.publish(new, rejected)
 
 
+@versions.retry_stale
 def delete(config: DeleteTiles) -> DeleteResult:
     """Delete tiles.
 
@@ -177,6 +185,7 @@ def delete(config: DeleteTiles) -> DeleteResult:
     return DeleteResult(new, len(missing))
 
 
+@versions.retry_stale
 def compact(config: Compact, run: TaskMapper = serial_map) -> IndexManifest:
     """Write the live tiles as new shards by pair_id, with the same codebooks; return the manifest.
 
@@ -218,7 +227,7 @@ def vacuum(config: Vacuum) -> VacuumResult:
     Raises:
         ValueError: an index in an object store.
     """
-    if versions.is_remote(config.output):
+    if storage.is_remote(config.output):
         raise ValueError(f"vacuum: expected a local index, got {config.output}.")
     root = versions.local_root(config.output)
     with versions.publish_lock(root):

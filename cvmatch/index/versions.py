@@ -5,8 +5,8 @@ each of its files with size and hash, and CURRENT is replaced last. So an interr
 leaves the old version readable, and a reader keeps the one that it opened.
 
 Readers memory-map the files. So an index in an object store is worked on in a local copy, of which
-only what is missing travels: names are of content, and a copy never grows stale. CURRENT travels
-last. Object stores of pyarrow have no conditional writes: publish from one process at a time.
+only what is missing travels: names are of content (a version's has a random part there), and a copy
+never grows stale. CURRENT travels last, if the version that was changed is the current one still.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 
+import tenacity
 from pyarrow import fs
 
 from cvmatch.data import storage
@@ -30,10 +31,20 @@ SMALL = 16 * 2**20
 
 CURRENT = "CURRENT"
 
-CACHE = "CVMATCH_CACHE"
-"""Environment variable: directory of local copies; else ~/.cache/cvmatch."""
-
 _LOCK = "LOCK"
+
+
+class StaleVersionError(ValueError):
+    """Something else changed the index since the version was read that a change is of."""
+
+
+retry_stale = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(StaleVersionError),
+    wait=tenacity.wait_random(0, 1),
+    stop=tenacity.stop_after_attempt(50),
+    reraise=True,
+)
+"""Decorator of a change that reads the current version itself: do it again on the newer one."""
 
 
 def move_into_place(root: str, staged: str, name: str) -> Files:
@@ -73,18 +84,14 @@ def commit(root: str, manifest: IndexManifest, beside: Mapping[str, bytes]) -> I
     current, names none. `beside`: small files that are kept with the manifest.
 
     Raises:
-        ValueError: the parent is not the current version any more. Nothing was published.
+        StaleVersionError: the parent is not the current version any more. Nothing was published.
         FileNotFoundError: a file was removed meanwhile (of an older version, whose shards a build
             takes again). Nothing was published.
     """
     with publish_lock(root):
         current = current_version(root)
         if manifest.parent not in (None, current):
-            raise ValueError(
-                f"index {root}: this is a change of version {manifest.parent}, but {current} is "
-                "the current one: something else changed the index meanwhile, and would be undone. "
-                "Nothing was published. Run it again."
-            )
+            raise _stale(root, manifest.parent, current)
         for name in manifest.files:
             if not os.path.exists(os.path.join(root, name)):
                 raise FileNotFoundError(
@@ -182,17 +189,16 @@ def publish_lock(root: str) -> Iterator[None]:
         yield
 
 
-def is_remote(uri: str) -> bool:
-    """Return whether files at `uri` cannot be memory-mapped."""
-    return "://" in uri.removeprefix("file://")
+def locate_matcher(uri: str, model: str) -> str:
+    """Return where every node finds the matcher of that fingerprint: a URI for an object store."""
+    return storage.join(uri if storage.is_remote(uri) else local_root(uri), "matcher", model)
 
 
 def local_root(uri: str) -> str:
     """Return the local directory of an index: itself, or its copy."""
-    if not is_remote(uri):
-        return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
-    cache = os.environ.get(CACHE) or os.path.expanduser("~/.cache/cvmatch")
-    return os.path.join(os.path.abspath(cache), digest(uri.rstrip("/"))[:16])
+    if not storage.is_remote(uri):
+        return storage.absolute(uri.removeprefix("file://"))
+    return os.path.join(storage.cache_directory(), digest(uri.rstrip("/"))[:16])
 
 
 def fetch(uri: str, version: str = "") -> str:
@@ -202,7 +208,11 @@ def fetch(uri: str, version: str = "") -> str:
     """
     root = local_root(uri)
     current = storage.join(uri, CURRENT)
-    if not is_remote(uri) or not (version or storage.exists(current)):
+    if not storage.is_remote(uri):
+        return root
+    if not (version or storage.exists(current)):
+        with contextlib.suppress(FileNotFoundError):  # of an index that was there before
+            os.remove(os.path.join(root, CURRENT))
         return root
     name = version or storage.read_text(current).strip()
     if storage.exists(_manifest_path(uri, name)):
@@ -212,18 +222,27 @@ def fetch(uri: str, version: str = "") -> str:
             if not os.path.exists(path) or os.path.getsize(path) != info.bytes:
                 _copy(storage.join(uri, file), path)
     if not version:
-        write_file(os.path.join(root, CURRENT), f"{name}\n".encode())
+        write_file(os.path.join(root, CURRENT), _line(name))
     return root
 
 
 def push(uri: str, version: str) -> None:
-    """Make a version of the local copy the current one at `uri`; nothing where that is the copy."""
-    if not is_remote(uri):
+    """Make a version of the local copy the current one at `uri`; nothing where that is the copy.
+
+    Raises:
+        StaleVersionError: the version that it follows is not the current one there any more.
+    """
+    if not storage.is_remote(uri):
         return
-    root = local_root(uri)
-    for file in [*read_version(root, version).files, f"versions/{version}/{manifests.NAME}"]:
+    root, place = local_root(uri), storage.join(uri, CURRENT)
+    current = storage.read_bytes(place) if storage.exists(place) else None
+    if current == _line(version):
+        return
+    info = read_version(root, version)
+    for file in [*info.files, f"versions/{version}/{manifests.NAME}"]:
         _push(os.path.join(root, file), storage.join(uri, file))
-    storage.write_text(storage.join(uri, CURRENT), f"{version}\n")
+    if not storage.swap_bytes(place, _line(info.parent) if info.parent else None, _line(version)):
+        raise _stale(uri, info.parent, storage.read_text(place).strip())
 
 
 def _write_version(
@@ -231,8 +250,10 @@ def _write_version(
 ) -> IndexManifest:
     folder = os.path.join(root, "versions")
     os.makedirs(folder, exist_ok=True)
-    number = 1 + max((int(name[1:]) for name in os.listdir(folder)), default=0)
+    number = 1 + max((int(name[1:7]) for name in os.listdir(folder)), default=0)
     version = f"v{number:06d}"
+    if os.path.dirname(root) == storage.cache_directory():
+        version += f"-{uuid.uuid4().hex[:8]}"  # another copy may make one of this number meanwhile
     os.mkdir(os.path.join(folder, version))
     files = dict(manifest.files)
     for name, data in beside.items():
@@ -246,8 +267,20 @@ def _write_version(
         files=files,
     ).sign()
     write_file(_manifest_path(root, version), signed.to_json().encode())
-    write_file(os.path.join(root, CURRENT), f"{version}\n".encode())
+    write_file(os.path.join(root, CURRENT), _line(version))
     return signed
+
+
+def _line(version: str) -> bytes:
+    return f"{version}\n".encode()
+
+
+def _stale(where: str, parent: str | None, current: str | None) -> StaleVersionError:
+    return StaleVersionError(
+        f"index {where}: this is a change of version {parent}, but {current} is the current one: "
+        "something else changed the index meanwhile, and would be undone. Nothing was published. "
+        "Run it again."
+    )
 
 
 def _manifest_path(root: str, version: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, Int64
 
-from cvmatch.data import manifest
+from cvmatch.data import manifest, storage
 from cvmatch.index import shard, versions
 from cvmatch.index.manifest import AnnPartInfo, BytesPerTile, Files, IndexManifest, ShardInfo
 from cvmatch.index.shard import ShardedArray
@@ -63,7 +63,8 @@ class IndexWriter:
 
     def copy_matcher(self, model: str) -> str:
         """Copy the matcher; return its fingerprint."""
-        copy = shutil.copytree(os.path.expanduser(model), os.path.join(self.staging, "matcher"))
+        copy = os.path.join(self.staging, "matcher")
+        shutil.copytree(storage.local_directory(model), copy)
         fingerprint = manifest.fingerprint(copy)
         self.files |= versions.move_into_place(self.root, copy, f"matcher/{fingerprint}")
         return fingerprint

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cvmatch.data import geometry, images, manifest
+from cvmatch.data import geometry, images, manifest, storage
 from cvmatch.data.schema import PALETTE
 from cvmatch.match.heads import (
     GROUND_ONLY,
@@ -232,6 +232,7 @@ class Matcher(nn.Module):
         Raises:
             ValueError: no model there, or one of another format or preprocessing version.
         """
+        directory = storage.local_directory(directory)
         config = read_config(directory)
         with torch.device("meta"):  # random values of three VGG16 would take 5.5 s
             towers = _build_towers(config)
@@ -256,11 +257,13 @@ def read_config(directory: str) -> MatcherConfig:
     Raises:
         ValueError: no model there, or one of another format or preprocessing version.
     """
-    path = os.path.join(directory, _CONFIG)
+    local = storage.local_directory(directory)
+    path = os.path.join(local, _CONFIG)
     if not os.path.isfile(path):
         raise ValueError(
-            f"matcher {directory!r}: expected {_CONFIG} and {_WEIGHTS} (a local directory that "
-            "cvmatch train-matcher published), found none."
+            f"matcher {storage.describe_local(directory)}: expected {_CONFIG} and {_WEIGHTS} (a "
+            "directory that cvmatch train-matcher published), found none. Of a cluster, each node "
+            "has to see it: pass a directory that all mount, or a URI (s3://...)."
         )
     with open(path) as file:
         return MatcherConfig.from_json(json.load(file))
@@ -274,6 +277,7 @@ def load_scorer(directory: str, device: torch.device | str = "cpu") -> Scorer:
     Raises:
         ValueError: see `Matcher.load`.
     """
+    directory = storage.local_directory(directory)
     config = read_config(directory)
     if config.score == "sum":
         return SumScorer(config.parts, device)
@@ -296,6 +300,7 @@ def fingerprint_parts(directory: str) -> dict[str, str]:
     Raises:
         ValueError: see `Matcher.load`.
     """
+    directory = storage.local_directory(directory)
     config = read_config(directory).to_json()
     lines: dict[str, list] = {
         "tile": [[config[name] for name in _TILE_CONFIG]],

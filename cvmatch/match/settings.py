@@ -180,7 +180,7 @@ class Embed:
     """Embed tiles or queries with a trained matcher."""
 
     model: str = "models/matcher"
-    """Local directory that train-matcher published."""
+    """Directory or URI that train-matcher published."""
     modality: Modality = "G+A+S"
     """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
     pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32))

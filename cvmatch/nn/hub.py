@@ -2,12 +2,10 @@
 
 import glob
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
-from pyarrow import fs
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -93,21 +91,6 @@ def absolute_or_hub_id(name: str) -> str:
     Ray's workers change directory, so a relative path would mean something else there.
     """
     return storage.absolute(name) if "://" in name or os.path.isdir(name) else name
-
-
-@contextmanager
-def local_copy(location: str) -> Iterator[str]:
-    """Yield a local directory with the content of `location`, for libraries that read only files.
-
-    A local directory is yielded as it is; one behind a URI is copied while the block lasts.
-    """
-    if "://" not in location:
-        yield storage.absolute(location)
-        return
-    filesystem, path = storage.resolve(location)
-    with tempfile.TemporaryDirectory(prefix="cvmatch-") as directory:
-        fs.copy_files(path, directory, source_filesystem=filesystem)
-        yield directory
 
 
 def _advice(name: str) -> str:

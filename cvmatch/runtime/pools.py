@@ -11,7 +11,6 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cvmatch.runtime import internals, session
 from cvmatch.runtime.settings import Pool
@@ -45,9 +44,7 @@ def map_actors(rows: Dataset, actor: type, pool: Pool, **constructor: Any) -> Da
     )
 
 
-def map_tasks(
-    function: Callable[[T], R], items: Sequence[T], cpus: float = 1.0, on_this_node: bool = False
-) -> list[R]:
+def map_tasks(function: Callable[[T], R], items: Sequence[T], cpus: float = 1.0) -> list[R]:
     """Return `function` of each item, in their order, each computed in a task of Ray.
 
     A task whose worker dies runs again, three times at most, so the function must bear that.
@@ -56,13 +53,11 @@ def map_tasks(
         function: what to compute.
         items: its arguments.
         cpus: logical CPUs of a task.
-        on_this_node: whether the tasks need this node's files.
 
     Raises:
         ValueError: as a task does.
     """
-    strategy: Any = _affinity() if on_this_node else "DEFAULT"
-    remote = ray.remote(num_cpus=cpus, max_retries=3, scheduling_strategy=strategy)(function)
+    remote = ray.remote(num_cpus=cpus, max_retries=3)(function)
     try:
         return ray.get([remote.remote(item) for item in items])
     except RayTaskError as error:
@@ -140,7 +135,3 @@ def free_gpus() -> float:
     """Return how many GPUs of the cluster, as large as it is now, nothing has taken."""
     session.start()
     return float(int(ray.available_resources().get("GPU", 0.0)))
-
-
-def _affinity() -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

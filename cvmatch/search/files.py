@@ -170,7 +170,7 @@ def _embed(panoramas: Sequence[_Panorama], actors: Sequence[Any]) -> list[_Query
 def _load_actors(config: SearchFiles, index: Index, batch: int) -> list[Any]:
     actors: list[Any] = []
     if config.generator:
-        model = os.path.abspath(os.path.expanduser(config.generator))
+        model = storage.absolute(config.generator)
         actors.append(GenerateAerial(model, _choose_sampling(config, index), batch))
     if config.segmenter:
         actors.append(SegmentAerial(config.segmenter, batch=batch))

@@ -11,6 +11,7 @@ import torch
 
 from cvmatch import config as configs
 from cvmatch.data import manifest, schema, storage
+from cvmatch.index import versions
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import Mode
 from cvmatch.match.heads import QUERY_VECTOR
@@ -105,7 +106,12 @@ def _rows(config: SearchRows, index: Index) -> ray.data.Dataset:
         path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]
     )
     embedded = embed_queries(
-        rows, Embed(model=index.matcher_dir, modality=config.modality, pool=config.embed)
+        rows,
+        Embed(
+            model=versions.locate_matcher(config.index, index.manifest.model),
+            modality=config.modality,
+            pool=config.embed,
+        ),
     )
     location = storage.absolute(config.index)
     # The version that embeds: another may become the current one while this runs.

@@ -22,9 +22,9 @@ class SearchFiles:
     top_k: int = 10
     """Tiles to return for each panorama."""
     generator: str = ""
-    """Local directory of a generator, to search with the synthetic aerial too; empty: none."""
+    """Directory or URI of a generator, to search with the synthetic aerial too; empty: none."""
     segmenter: str = ""
-    """Local directory of a segmenter, to search with its class map too; empty: none."""
+    """Directory or URI of a segmenter, to search with its class map too; empty: none."""
     num_inference_steps: int | None = None
     """Solver steps of the generator; None: as for the queries of the index."""
     guidance_scale: float | None = None

@@ -60,16 +60,16 @@ class Segmenter(nn.Module):
         Raises:
             ValueError: no such directory, or no `preprocess.json` in it.
         """
-        if not storage.exists(storage.join(location, FILE)):
+        directory = storage.local_directory(location)
+        if not storage.exists(storage.join(directory, FILE)):
             raise ValueError(
-                f"{location}: expected a segmenter with {FILE}, as segment/train.py publishes it. "
-                "A bare SegFormer has no preprocessing: train it first (--base takes it)."
+                f"segmenter {storage.describe_local(location)}: expected a segmenter with {FILE}, "
+                "as cvmatch train-segmenter publishes it. A bare SegFormer has no preprocessing: "
+                "train it first (--base takes it). Of a cluster, each node has to see it: pass a "
+                "directory that all mount, or a URI (s3://...)."
             )
-        preprocess = Preprocess.read(location)
-        with (
-            hub.local_copy(location) as directory,
-            hub.from_pretrained_kwargs(directory, "--segment.model") as safe,
-        ):
+        preprocess = Preprocess.read(directory)
+        with hub.from_pretrained_kwargs(directory, "--segment.model") as safe:
             net = SegformerForSemanticSegmentation.from_pretrained(
                 directory, dtype=torch.float32, **safe
             )

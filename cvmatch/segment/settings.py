@@ -65,7 +65,7 @@ class Segment:
     """Segment the aerial pictures of rows."""
 
     model: str = "models/segmenter"
-    """Local directory that train-segmenter published."""
+    """Directory or URI that train-segmenter published."""
     source: Literal["synthetic", "aerial"] = "synthetic"
     """Column of the pictures: the generated ones, or the true ones."""
     flip: bool = False

@@ -213,3 +213,31 @@ def test_retry_passing_ends_with_the_error_of_a_store_that_stays_away(monkeypatc
 
     with pytest.raises(OSError, match="SLOW_DOWN"):
         read()
+
+
+def test_swap_bytes_in_a_store_writes_only_over_what_was_expected(bucket):
+    place = f"{bucket}/deep/CURRENT"
+    assert not storage.swap_bytes(place, b"old", b"new")
+    assert storage.swap_bytes(place, None, b"one")
+    assert not storage.swap_bytes(place, None, b"two")
+    assert not storage.swap_bytes(place, b"other", b"two")
+    assert storage.read_bytes(place) == b"one"
+    assert storage.swap_bytes(place, b"one", b"two")
+    assert storage.read_bytes(place) == b"two"
+
+
+def test_local_directory_copies_what_is_in_a_store_once_and_again_when_it_changed(bucket, tmp_path):
+    model = f"{bucket}/models/matcher"
+    with pytest.raises(FileNotFoundError, match="models/matcher: expected a directory with files"):
+        storage.local_directory(model)
+    storage.write_text(storage.join(model, "config.json"), "{}")
+    storage.write_text(storage.join(model, "unet", "weights"), "1")
+    copy = storage.local_directory(model)
+    assert storage.read_text(f"{copy}/unet/weights") == "1"
+    assert storage.local_directory(model) == copy
+    storage.write_text(storage.join(model, "unet", "weights"), "22")
+    again = storage.local_directory(model)
+    assert storage.read_text(f"{again}/unet/weights") == "22"
+    assert storage.read_text(f"{copy}/unet/weights") == "1"  # who has it open keeps it
+    assert storage.local_directory(str(tmp_path)) == str(tmp_path)
+    assert storage.local_directory(f"file://{tmp_path}") == str(tmp_path)

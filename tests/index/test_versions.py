@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import resource
 import shutil
@@ -8,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from cvmatch.data import storage
 from cvmatch.index import versions
 from cvmatch.index.build import publish
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import AddTiles, BuildIndex, DeleteTiles
 from cvmatch.index.update import delete, join
+from cvmatch.index.writer import serial_map
 from tests.helpers import index as tiny
 
 
@@ -154,14 +157,72 @@ def test_index_in_an_object_store_is_searched_from_a_copy_and_grows(
     info = publish(parts["first"], BuildIndex(model=model, output=uri))
     versions.push(uri, info.version)
     delete(DeleteTiles(output=uri, ids=("0000001",)))
-    monkeypatch.setenv(versions.CACHE, str(tmp_path / "another machine"))
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "another machine"))
     index = Index.open(uri, deep=True)
-    assert (len(index), index.manifest.version, list(index.deleted)) == (16, "v000002", [1])
+    assert (len(index), list(index.deleted)) == (16, [1])
+    assert index.manifest.version.startswith("v000002-")
     assert "0000001" not in tiny.find_ids(index, "exact")[0]
     # A copy that lost a file gets it again.
     copy = os.path.join(versions.local_root(uri), "shards", info.shards[0].sha, "vectors.npy")
     os.remove(copy)
     assert len(Index.open(uri, deep=True)) == 16
+
+
+def test_change_of_an_index_in_an_object_store_follows_one_from_elsewhere(
+    model, parts, bucket, tmp_path, monkeypatch
+):
+    uri = f"{bucket}/index"
+    info = publish(parts["first"], BuildIndex(model=model, output=uri))
+    versions.push(uri, info.version)
+    copy, seen = os.environ[storage.CACHE], []
+
+    def run(function, tasks):
+        if not seen:
+            seen.append(tasks)
+            monkeypatch.setenv(storage.CACHE, str(tmp_path / "another machine"))
+            delete(DeleteTiles(output=uri, ids=("0000003",)))
+            monkeypatch.setenv(storage.CACHE, copy)
+        return serial_map(function, tasks)
+
+    new = join(parts["last"], AddTiles(output=uri), run)
+    with pytest.raises(versions.StaleVersionError, match="Run it again"):
+        versions.push(uri, new.version)
+    versions.fetch(uri)
+    versions.push(uri, join(parts["last"], AddTiles(output=uri)).version)
+    index = Index.open(uri, deep=True)
+    assert (len(index), list(index.deleted)) == (24, [3])
+
+
+def delete_each(uri: str, ids: list[str], cache: str) -> None:
+    """In a process of its own, as on another machine."""
+    os.environ[storage.CACHE] = cache
+    for name in ids:
+        delete(DeleteTiles(output=uri, ids=(name,)))
+
+
+@pytest.mark.slow
+def test_two_publishers_of_an_index_in_an_object_store_lose_no_change_of_fifty(
+    model, bucket, tmp_path
+):
+    uri, rows = f"{bucket}/index", tiny.rows(60)
+    info = publish(
+        tiny.parts(rows, model, str(tmp_path / "parts")), BuildIndex(model=model, output=uri)
+    )
+    versions.push(uri, info.version)
+    ids = rows["pair_id"].to_pylist()[:50]
+    context = multiprocessing.get_context("spawn")
+    both = [
+        context.Process(target=delete_each, args=(uri, ids[half::2], str(tmp_path / f"{half}")))
+        for half in range(2)
+    ]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert [one.exitcode for one in both] == [0, 0]
+    index = Index.open(uri, deep=True)
+    assert list(index.deleted) == list(range(50))
+    assert int(index.manifest.version[1:7]) == 51
 
 
 def test_index_in_an_object_store_is_opened_by_many_at_once(model, parts, bucket, tmp_path):

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from cvmatch.data import geometry, images
+from cvmatch.data import geometry, images, manifest, storage
 from cvmatch.match.heads import FusionWeights, embed_layout
-from cvmatch.match.model import Matcher, load_scorer
+from cvmatch.match.model import Matcher, fingerprint_parts, load_scorer
 from cvmatch.match.settings import MODALITIES
 from tests.helpers.matcher import (
     SIZE,
@@ -88,6 +88,21 @@ def test_model_saved_and_loaded_scores_the_same_without_its_towers_too(tmp_path,
         heads = joint_heads(model)
         expected = heads.pair_scores(heads.split(query), tile[:, scorer.shortlist_width :])
     torch.testing.assert_close(scorer(query, tile), expected, atol=1e-5, rtol=0)
+
+
+def test_model_in_an_object_store_is_the_one_that_was_saved(bucket, tmp_path):
+    model, seen = network(), views(rows(3))
+    model.save(str(tmp_path / "model"))
+    uri = f"{bucket}/models/matcher"
+    for name in ("config.json", "model.safetensors", "fusion.json"):
+        storage.write_bytes(storage.join(uri, name), (tmp_path / "model" / name).read_bytes())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            Matcher.load(uri).embed_tiles(seen.aerial), model.embed_tiles(seen.aerial)
+        )
+    assert load_scorer(uri).width == model.config.width
+    assert fingerprint_parts(uri) == fingerprint_parts(str(tmp_path / "model"))
+    assert manifest.fingerprint(uri) == manifest.fingerprint(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("load", [Matcher.load, load_scorer])
