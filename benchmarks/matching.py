@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from pyarrow import parquet
 from torch import Tensor
 
+from cvmatch import config as configs
 from cvmatch.data import images, manifest, schema
 from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
@@ -96,7 +97,7 @@ CONTENDERS = {
     DEFAULT: Contender("synthesized", {}, ALL),
     LONGER: Contender("plain", ALONE, epochs=2.0),
     "sum with aerial": Contender(
-        "synthesized", {"branches": ("direct", "aerial", "layout")}, ALL, epochs=0.5
+        "synthesized", {"branches": ("direct", "aerial", "layout")}, ALL, epochs=2 / 3
     ),
     "aerial and layout": Contender(
         "synthesized",
@@ -278,13 +279,14 @@ def measure(bench: MatchingBench, rows: Rows, name: str) -> Found:
     vectors = embed_queries(
         Evaluate(queries=queries, **contender.queries), Matcher.load(index.matcher_dir)
     )
-    tiles = index.live_ids.to_pylist()
-    own = torch.tensor([tiles.index(name) for name in read_query_ids(queries)])
+    tiles, ids = index.live_ids.to_pylist(), read_query_ids(queries)
+    order = sorted(range(len(ids)), key=ids.__getitem__)  # of all contenders: they are paired
+    own = torch.tensor([tiles.index(ids[row]) for row in order])
     last = list(vectors)[-1][0]
     return Found(
         minutes,
         {
-            modality: rank_queries(torch.cat([*index.iter_scores(query)], dim=1)[:, own])
+            modality: rank_queries(torch.cat([*index.iter_scores(query[order])], dim=1)[:, own])
             for (view, modality), query in vectors.items()
             if view == last
         },
@@ -362,15 +364,21 @@ def main(bench: MatchingBench) -> None:
         name for name in CONTENDERS if not bench.only or any(word in name for word in bench.only)
     ]
     found: dict[str, list[Found]] = {name: [] for name in chosen}
+    about = (
+        bench.pairs,
+        bench.held_out,
+        bench.epochs,
+        bench.quick,
+        configs.plain(bench.difficulty),
+    )
+    settings = manifest.digest(about)[:8]
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         with progress.watch(
             "matchers", len(chosen) * len(bench.seeds), lambda: sum(map(len, found.values()))
         ):
             for seed in bench.seeds:
-                rows = Rows(
-                    bench, f"{os.path.abspath(bench.keep) if bench.keep else at}/{seed}", seed
-                )
+                rows = Rows(bench, f"{os.path.abspath(bench.keep or at)}/{settings}/{seed}", seed)
                 for name in chosen:
                     found[name].append(find(bench, rows, name))
     figures = {
@@ -384,15 +392,16 @@ def main(bench: MatchingBench) -> None:
     notes = (
         f"{bench.pairs} pairs; {bench.held_out} held-out ones of other worlds for each of the "
         f"seeds {bench.seeds}, each query among its own {GALLERY} tiles (galleries) and among all "
-        f"{bench.held_out} of its seed (joined); {bench.epochs} epochs (with aerial and joint: "
-        "half, which takes as long), batches of 32; toy towers (4 convolutions), polar views and "
-        "panoramas of 64 x 256 pixels, InfoNCE where nothing else is said. Points of R@1 with 95 % "
-        "bootstrap intervals by query, differences paired, those of the seeds in brackets; ties "
-        "against the query.",
+        f"{bench.held_out} of its seed (joined); {bench.epochs} epochs (with aerial two thirds of "
+        "them, joint half: that takes as long), batches of 32; toy towers (4 convolutions), polar "
+        "views and panoramas of 64 x 256 pixels, InfoNCE where nothing else is said. Points of R@1 "
+        "with 95 % bootstrap intervals by query (what another training would do is not in them), "
+        "differences paired, those of the seeds in brackets; ties against the query.",
         "CPU min: of this process from the start of the training to its end; what Ray's processes "
         "do (decoding, mining's embedding) is not in it. The G of the sum is the direct branch "
-        "alone: its training is the same to the bit without layout, so it is G alone with the CPU "
-        "of the whole matcher. The longer G takes as much CPU again as the generator's training.",
+        "alone with the CPU of the whole matcher, since layout is not trained; 64 of its pairs are "
+        "held out for the weights. The longer G takes as much CPU again as the generator's "
+        "training.",
     )
     write_results(bench, "Matching", make_rows(found), figures, notes)
 

@@ -107,11 +107,14 @@ def local_directory(location: str) -> str:
     if not os.path.isdir(copy):
         aside = f"{copy}.{uuid.uuid4().hex}.tmp"
         os.makedirs(aside)
-        fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
         try:
+            fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
             os.rename(aside, copy)
-        except OSError:  # another process was faster
-            shutil.rmtree(aside)
+        except OSError:
+            if not os.path.isdir(copy):  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return copy
 
 
@@ -207,26 +210,45 @@ def write_bytes(location: str, data: bytes) -> None:
 def swap_bytes(location: str, old: bytes | None, new: bytes) -> bool:
     """Write a small file of an object store if its content is `old` still (None: there is none).
 
-    Of several who try at once, one does: a conditional put. Returns whether this one did.
+    Of several who try at once, one does: a conditional put. Returns whether the content is `new`;
+    no one else must write the same, since the answer to a put that was done may be lost.
     """
     import obstore  # noqa: PLC0415 (only where an index is published to a store)
     from obstore import exceptions  # noqa: PLC0415
-    from obstore.store import from_url  # noqa: PLC0415
 
     folder, _, name = location.rpartition("/")
-    plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    store = from_url(folder, client_options={"allow_http": True} if plain else None)
+    store = _conditional_store(folder)
     try:
-        if old is None:
+        found = None if old is None else obstore.get(store, name)
+        if found is None:
             obstore.put(store, name, new, mode="create")
-            return True
-        found = obstore.get(store, name)
-        if bytes(found.bytes()) != old:
-            return False
-        obstore.put(store, name, new, mode={"e_tag": found.meta["e_tag"] or ""})
-    except (exceptions.AlreadyExistsError, exceptions.PreconditionError, FileNotFoundError):
+        elif (content := bytes(found.bytes())) != old:
+            return content == new
+        else:
+            mark: Any = {key: found.meta[key] for key in ("e_tag", "version") if found.meta[key]}
+            obstore.put(store, name, new, mode=mark)
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+        return bytes(obstore.get(store, name).bytes()) == new
+    except FileNotFoundError:
         return False
+    except exceptions.BaseError as error:
+        raise OSError(f"{location}: {error}") from error  # which may pass
     return True
+
+
+def _conditional_store(folder: str) -> Any:
+    """Open a folder of an object store for conditional puts, where pyarrow opens it."""
+    from obstore.store import from_url  # noqa: PLC0415
+
+    filesystem: Any = resolve(folder)[0]
+    if filesystem.type_name != "s3":
+        return from_url(folder)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options: dict[str, Any] = {"region": filesystem.region}
+    if endpoint:
+        options |= {"endpoint": endpoint}
+        options |= {"client_options": {"allow_http": endpoint.startswith("http://")}}
+    return from_url(folder, **options)
 
 
 def write_text(location: str, text: str) -> None:

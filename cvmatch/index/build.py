@@ -67,10 +67,9 @@ def build(config: BuildIndex, shard_rows: int = SHARD_ROWS) -> IndexManifest:
     known = _find_version(root, origin)
     if known and _is_whole(root, known, config):
         _log.info("version %s is this index already: nothing to do", known.version)
-        versions.push(config.output, known.version)  # that of a killed build may lack files there
         return known
     with tracking.start("index", config) as run:
-        tasks = ray_map(config.output)
+        tasks, built = ray_map(config.output), ""
         if known:
             _log.info("tiles are those of version %s: not embedded again", known.version)
             published = publish("", config, tasks, origin=origin, known=known)
@@ -86,11 +85,27 @@ def build(config: BuildIndex, shard_rows: int = SHARD_ROWS) -> IndexManifest:
                 check_samples=verify.select_check_samples(pa.Table.from_pylist(samples)),
                 embed_seconds=seconds,
             )
-            storage.remove(building_directory(config.output, inputs))
-        versions.push(config.output, published.version)
+            built = building_directory(config.output, inputs)
+        published = _push(config, tasks, origin, published)
+        if built:
+            storage.remove(built)
         run.metrics(_numbers(published))
         run.text(published.to_json(), "manifest.json")
     return published
+
+
+def _push(
+    config: BuildIndex, tasks: TaskMapper, origin: TileOrigin, made: IndexManifest
+) -> IndexManifest:
+    """Push a version; where another was published meanwhile, it follows that one."""
+    while True:
+        try:
+            versions.push(config.output, made.version)
+        except versions.StaleVersionError:
+            versions.fetch(config.output)
+            made = publish("", config, tasks, origin=origin, known=made)
+        else:
+            return made
 
 
 def publish(

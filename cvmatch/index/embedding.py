@@ -120,7 +120,7 @@ def ray_map(uri: str) -> TaskMapper:
         session.start()
         if not storage.is_remote(uri):
             return pools.map_tasks(function, items)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             return list(pool.map(function, items))
 
     return run

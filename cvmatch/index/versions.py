@@ -239,9 +239,12 @@ def push(uri: str, version: str) -> None:
     if current == _line(version):
         return
     info = read_version(root, version)
+    parent = _line(info.parent) if info.parent else None
+    if current != parent:
+        raise _stale(uri, info.parent, current and current.decode().strip())
     for file in [*info.files, f"versions/{version}/{manifests.NAME}"]:
         _push(os.path.join(root, file), storage.join(uri, file))
-    if not storage.swap_bytes(place, _line(info.parent) if info.parent else None, _line(version)):
+    if not storage.swap_bytes(place, parent, _line(version)):
         raise _stale(uri, info.parent, storage.read_text(place).strip())
 
 
@@ -250,7 +253,7 @@ def _write_version(
 ) -> IndexManifest:
     folder = os.path.join(root, "versions")
     os.makedirs(folder, exist_ok=True)
-    number = 1 + max((int(name[1:7]) for name in os.listdir(folder)), default=0)
+    number = 1 + max((int(name[1:].partition("-")[0]) for name in os.listdir(folder)), default=0)
     version = f"v{number:06d}"
     if os.path.dirname(root) == storage.cache_directory():
         version += f"-{uuid.uuid4().hex[:8]}"  # another copy may make one of this number meanwhile
@@ -275,7 +278,7 @@ def _line(version: str) -> bytes:
     return f"{version}\n".encode()
 
 
-def _stale(where: str, parent: str | None, current: str | None) -> StaleVersionError:
+def _stale(where: str, parent: str | None, current: str | bytes | None) -> StaleVersionError:
     return StaleVersionError(
         f"index {where}: this is a change of version {parent}, but {current} is the current one: "
         "something else changed the index meanwhile, and would be undone. Nothing was published. "

@@ -240,7 +240,7 @@ class SumScorer:
         Tiles are stored in float16, and a CPU reads them as they are for the product with one
         vector: docs/decisions.md#exact-search-in-half-precision.
         """
-        few = self.device.type == "cpu" and queries <= _FEW
+        few = self.device.type == "cpu" and 0 < queries <= _FEW
         return torch.float16 if few else hardware.fastest_dtype(self.device)
 
     @torch.no_grad()

@@ -33,8 +33,8 @@ class MatcherShape:
     """sum: of the branches' cosines, weighted; each tile has a vector of its own. joint: the
     published form, one cosine of FFN_G([g; a; s]) and FFN_C([a; c]) with the query's own A."""
     branches: tuple[Branch, ...] = ("direct", "layout")
-    """Cosines that are added: direct of G and C, aerial of A and C (its training takes as long as
-    that of direct), layout of A and C at low resolution, which is not trained."""
+    """Cosines that are added: direct of G and C, aerial of A and C (its training takes half as
+    long again), layout of A and C at low resolution, which is not trained."""
     shared: bool = False
     """One tower for G, A and C, as Sample4Geo has it."""
     projection: Projection = "polar"

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,9 +53,6 @@ LAST_S = 60.0
 
 _KEPT = 10_000
 """Calls that are kept for a server that is away; of more, the first are lost."""
-
-_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
-"""Answers of a server that is there: asked again, it would give them again."""
 
 _log = logging.getLogger(__name__)
 
@@ -108,17 +106,19 @@ class Run:
         """Say how the run ended, and wait a little for a server that is away."""
         self._send(lambda client: client.set_terminated(self.run_id, status))
         if self.run_id:
-            _outbox(self.uri).close()
+            _outbox(self.uri).close(self.run_id)
 
     def history(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of a metric in the order of steps; the last value logged at each step."""
+        if not self.run_id:
+            return []
         points = _client(self.uri).get_metric_history(self.run_id, name)
         latest = {point.step: point.value for point in points}
         return sorted(latest.items())
 
     def _send(self, call: "Call") -> None:
         if self.run_id:
-            _outbox(self.uri).send(call)
+            _outbox(self.uri).send(self.run_id, call)
 
 
 Call = Callable[["MlflowClient"], Any]
@@ -129,36 +129,54 @@ class _Outbox:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.waiting: collections.deque[Call] = collections.deque(maxlen=_KEPT)
+        self.waiting: collections.deque[tuple[str, Call]] = collections.deque(maxlen=_KEPT)
         self.next_try = 0.0
+        self.lock = threading.RLock()
 
-    def send(self, call: Call) -> None:
+    def send(self, run_id: str, call: Call) -> None:
         """Make a call, after those that wait."""
-        self.waiting.append(call)
-        if time.monotonic() >= self.next_try:
-            self._flush()
+        with self.lock:
+            self.waiting.append((run_id, call))
+            if time.monotonic() >= self.next_try:
+                self._flush()
 
-    def close(self) -> None:
-        """Make the calls that wait, or give them up."""
+    def close(self, run_id: str) -> None:
+        """Make the calls of a run that wait, or give them up."""
         until = time.monotonic() + LAST_S
-        while self.waiting and time.monotonic() < until:
-            self._flush()
-            time.sleep(1.0 if self.waiting else 0.0)
-        if self.waiting:
-            _log.warning("MLflow %s: lost %d entries of the run.", self.uri, len(self.waiting))
-            self.waiting.clear()
+        while self._of(run_id) and time.monotonic() < until:
+            with self.lock:
+                self._flush()
+            time.sleep(1.0 if self._of(run_id) else 0.0)
+        if lost := self._of(run_id):
+            _log.warning("MLflow %s: lost %d entries of run %s.", self.uri, len(lost), run_id)
+            with self.lock:
+                others = [entry for entry in self.waiting if entry[0] != run_id]
+                self.waiting = collections.deque(others, maxlen=_KEPT)
+
+    def _of(self, run_id: str) -> list[tuple[str, Call]]:
+        with self.lock:
+            return [entry for entry in self.waiting if entry[0] == run_id]
 
     def _flush(self) -> None:
         while self.waiting:
             try:
-                self.waiting[0](_client(self.uri))
+                self.waiting[0][1](_client(self.uri))
             except Exception as error:  # noqa: BLE001 (stores and servers raise whatever they like)
-                if getattr(error, "error_code", "") not in _REFUSED:
+                if not _answers(self.uri):
                     _log.warning("MLflow %s is away, the work goes on: %s", self.uri, error)
                     self.next_try = time.monotonic() + AWAY_S
                     return
-                _log.warning("MLflow %s refused an entry: %s", self.uri, error)
+                _log.warning("MLflow %s did not take an entry: %s", self.uri, error)
             self.waiting.popleft()
+
+
+def _answers(uri: str) -> bool:
+    """Return whether the server is there; what it does not take then, it never will."""
+    try:
+        _client(uri).search_experiments(max_results=1)
+    except Exception:  # noqa: BLE001 (stores and servers raise whatever they like)
+        return False
+    return True
 
 
 _outboxes: dict[str, _Outbox] = {}

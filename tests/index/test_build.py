@@ -45,7 +45,7 @@ def test_publish_rows_in_any_order_stores_each_projection_under_its_own_id(model
     (vectors,) = opened.vectors.arrays
     np.testing.assert_array_equal(vectors, embedded["tile_vector"])
     assert vectors.dtype == np.float16
-    assert not vectors.flags.writeable
+    assert not vectors.flags.owndata  # memory-mapped
     assert opened.tiles[schema.LATITUDE].to_pylist() == [0.01 * number for number in range(12)]
 
 

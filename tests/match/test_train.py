@@ -85,7 +85,7 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     assert result.metrics["val/direct"] < config.margin / 2
     weights = FusionWeights.load(config.output)
     assert weights.pairs == 8
-    assert set(weights.weights["G+A"]) == {"direct", "aerial", "layout"}
+    assert set(weights.weights["G+A"]) == {"direct", "layout"}
     assert read_training_ids(config.output) == {f"t{i:02}" for i in range(64)}
     tiles = embed_tiles(ray.data.read_parquet(config.val), Embed(model=config.output))
     found = tiles.take_all()

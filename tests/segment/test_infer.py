@@ -71,11 +71,11 @@ def test_actor_network_that_fails_on_a_row_costs_that_row_only(published: str, s
     assert done[schema.ERROR][[0, 2]].tolist() == [None, None]
 
 
-def test_segment_help_of_model_asks_for_a_local_directory(capsys: pytest.CaptureFixture[str]):
+def test_segment_help_of_model_asks_for_a_directory(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         configs.parse(Segment, ["--help"])
     asked = capsys.readouterr().out.partition("--model")[2].partition("--source")[0]
-    assert "Local directory" in asked
+    assert "Directory or URI" in asked
 
 
 def test_actor_all_rows_failed_passes_them_through(published: str):
