@@ -90,7 +90,7 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     tiles = embed_tiles(ray.data.read_parquet(config.val), Embed(model=config.output))
     found = tiles.take_all()
     assert [item["error"] is None for item in found].count(False) == 1
-    assert found[0]["tile_vector"].shape == (16 + 16 + LAYOUT_WIDTH,)
+    assert found[0]["tile_vector"].shape == (16 + LAYOUT_WIDTH,)
     assert train(config).metrics == result.metrics  # a finished run is taken as it is
     storage.write_json(storage.join(config.pairs, PROVENANCE), {"sampling": {"steps": 50}})
     with pytest.raises(ValueError, match="input_fingerprint: "):
