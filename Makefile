@@ -5,7 +5,7 @@ BIN := .venv/bin
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-documents test-code check options bench clean
+.PHONY: help install demo test check options bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -25,14 +25,7 @@ demo: install ## the whole pipeline on embedded data, in minutes, with no downlo
 	$(BIN)/cvmatch demo
 
 test: install ## all tests but the slow ones (pytest -m slow: deaths, resume and DDP)
-	@$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-documents test-code
-
-# Apart, so that each uses what the other leaves of two cores while it waits for Ray's processes to start.
-test-documents:
-	$(BIN)/pytest -m "not slow" tests/docs
-
-test-code:
-	$(BIN)/pytest -m "not slow" --ignore tests/docs
+	$(BIN)/pytest -m "not slow"
 
 check: install ## lint, format and types
 	$(BIN)/ruff check

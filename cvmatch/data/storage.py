@@ -79,6 +79,11 @@ def is_remote(location: str) -> bool:
     return "://" in location.removeprefix("file://")
 
 
+def local_path(location: str) -> str:
+    """Return the absolute path of a location that is not remote."""
+    return absolute(location.removeprefix("file://"))
+
+
 def cache_directory() -> str:
     """Return the directory of this node's copies of what is in object stores."""
     return os.path.abspath(os.environ.get(CACHE) or os.path.expanduser("~/.cache/cvmatch"))
@@ -94,7 +99,7 @@ def local_directory(location: str) -> str:
         FileNotFoundError: there is no file at a URI.
     """
     if not is_remote(location):
-        return absolute(location.removeprefix("file://"))
+        return local_path(location)
     from pyarrow import fs  # noqa: PLC0415 (see above)
 
     filesystem, path = resolve(location)

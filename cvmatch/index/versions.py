@@ -197,7 +197,7 @@ def locate_matcher(uri: str, model: str) -> str:
 def local_root(uri: str) -> str:
     """Return the local directory of an index: itself, or its copy."""
     if not storage.is_remote(uri):
-        return storage.absolute(uri.removeprefix("file://"))
+        return storage.local_path(uri)
     return os.path.join(storage.cache_directory(), digest(uri.rstrip("/"))[:16])
 
 

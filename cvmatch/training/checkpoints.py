@@ -201,19 +201,18 @@ class RunRecorder(UserCallback):
             return
         self.directory.add(metrics[0])
         if self.run:
-            curve = storage.read_json(
-                storage.join(self.directory.location, name_of(metrics[0]["epoch"]), CURVE)
-            )
+            place = self.directory.place(metrics[0]["epoch"])
+            curve = storage.read_json(storage.join(place, CURVE))
             self.run.points(("step/loss", step, loss) for step, loss in curve)
             self.run.metrics(metrics[0], step=metrics[0]["epoch"])
-            self._pictures(name_of(metrics[0]["epoch"]))
+            self._pictures(metrics[0]["epoch"])
 
-    def _pictures(self, epoch: str) -> None:
-        location = storage.join(self.directory.location, epoch)
+    def _pictures(self, epoch: int) -> None:
+        location = self.directory.place(epoch)
         for file in storage.names(location):
             if self.run and file.endswith(".png"):
                 pixels = images.decode(storage.read_bytes(storage.join(location, file)))
-                self.run.image(f"{file.removesuffix('.png')}/{epoch}", pixels)
+                self.run.image(f"{file.removesuffix('.png')}/{name_of(epoch)}", pixels)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Say in MLflow why the workers were started again."""

@@ -79,6 +79,8 @@ def test_model_saved_and_loaded_scores_the_same_without_its_towers_too(tmp_path,
     assert again.config == model.config
     pictures = [getattr(seen, NAMED[letter]) for letter in model.config.letters]
     query, tile = model.embed_queries(*pictures), model.embed_tiles(seen.aerial)
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
     # Weights that were read lie elsewhere in memory, which may move the last bit of a product.
     torch.testing.assert_close(again.embed_queries(*pictures), query, atol=1e-6, rtol=0)
     torch.testing.assert_close(again.embed_tiles(seen.aerial), tile, atol=1e-6, rtol=0)
