@@ -8,6 +8,8 @@ What an object store refuses for a moment is asked for again, for PATIENCE_S sec
 Settings use the names alone, so pyarrow is imported where a file system is needed.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -33,18 +35,18 @@ CACHE = "CVMATCH_CACHE"
 PATIENCE_S = 180.0
 """Seconds for which a request is made again that a store refuses for a passing reason."""
 
-_PASSING = re.compile(
+PASSING = (
     r"INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|NETWORK_CONNECTION|REQUEST_TIMEOUT|THROTTLING"
     r"|HTTP status (5\d\d|429)|status code:? (5\d\d|429)|timed out|onnection re(set|fused)"
 )
-"""In errors of faults that pass: pyarrow's object stores raise OSError whatever happens."""
+"""Pattern in errors of faults that pass: pyarrow's object stores raise OSError whatever happens."""
 
 _log = logging.getLogger(__name__)
 
 
 def is_passing(error: BaseException) -> bool:
     """Return whether an error says that a store cannot be reached now, and nothing of a file."""
-    return isinstance(error, OSError) and bool(_PASSING.search(str(error)))
+    return isinstance(error, OSError) and bool(re.search(PASSING, str(error)))
 
 
 def _warn_of_wait(state: tenacity.RetryCallState) -> None:
@@ -213,12 +215,42 @@ def write_bytes(location: str, data: bytes) -> None:
 
 @retry_passing
 def swap_bytes(location: str, old: bytes | None, new: bytes) -> bool:
-    """Write a small file of an object store if its content is `old` still (None: there is none).
+    """Write a small file if its content is `old` still (None: there is none).
 
-    Of several who try at once, one does: a conditional put. Returns whether the content is `new`;
-    no one else must write the same, since the answer to a put that was done may be lost.
+    Of several who try at once, one does. Returns whether the content is `new`; no one else must
+    write the same, since the answer to a put that was done may be lost.
     """
-    import obstore  # noqa: PLC0415 (only where an index is published to a store)
+    if not is_remote(location):
+        return _swap_local(local_path(location), old, new)
+    return _swap_remote(location, old, new)
+
+
+def _swap_local(path: str, old: bytes | None, new: bytes) -> bool:
+    """Swap by a hard link, or by a rename under the lock of the file that is renamed over."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    aside = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(aside, "xb") as file:
+        file.write(new)
+    try:
+        if old is None:
+            os.link(aside, path)
+            return True
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)) or file.read() != old:
+                return False
+            os.replace(aside, path)
+            return True
+    except (FileExistsError, FileNotFoundError):
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it is in place
+            os.remove(aside)
+
+
+def _swap_remote(location: str, old: bytes | None, new: bytes) -> bool:
+    """Swap by a conditional put."""
+    import obstore  # noqa: PLC0415 (only where something is shared in a store)
     from obstore import exceptions  # noqa: PLC0415
 
     folder, _, name = location.rpartition("/")
@@ -268,7 +300,10 @@ def write_json(location: str, value: Any) -> None:
 
 @retry_passing
 def remove(location: str) -> None:
-    """Delete a directory and all in it, or nothing where there is none."""
-    if is_directory(location):
-        filesystem, path = resolve(location)
+    """Delete a file, or a directory and all in it, or nothing where there is none."""
+    filesystem, path = resolve(location)
+    kind = filesystem.get_file_info(path).type.name
+    if kind == "Directory":
         filesystem.delete_dir(path)
+    elif kind == "File":
+        filesystem.delete_file(path)

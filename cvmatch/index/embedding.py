@@ -92,6 +92,7 @@ def embed_gallery(
         pools={"pool": gallery.pool},
         operators={"read": read_pictures.__name__, "embed": EmbedTile.__name__},
         max_rejected=gallery.max_rejected,
+        retry_rejected=gallery.retry_rejected,
     )
     write_stream(stream)
     return stream.output, time.monotonic() - begin

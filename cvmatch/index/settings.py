@@ -26,6 +26,8 @@ class GalleryConfig:
     """Actors that embed tiles."""
     max_rejected: float = 0.05
     """Largest share of rows without an embedding, in [0, 1]."""
+    retry_rejected: bool = False
+    """Make the rows again that failed in an earlier run that was not published."""
     output: str = "data/index"
     """Directory of the index, local or in an object store; a new version joins those there. On
     several nodes: a path that all of them mount."""

@@ -1,11 +1,15 @@
 """The directory of Parquet files that a stream writes: its rows, and which of these failed."""
 
+import functools
+import io
 import itertools
 import json
 import logging
+import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,11 +26,23 @@ REJECTED = "rejected.jsonl"
 GUARD_S = 5.0
 """Seconds between counts of the failed rows of a running stream."""
 
+READERS = 16
+"""Files that are read at a time: a store answers after a tenth of a second."""
+
 FailedRow = dict[str, str]
 """`pair_id` and `reason`."""
 
 FileCounts = tuple[int, list[FailedRow]]
 """Rows of a file, and those that failed."""
+
+T = TypeVar("T")
+
+_RETRY = (
+    "Mend the cause and give the command again with --retry-rejected (where it has no such flag, "
+    "delete this output, which keeps the failed rows)"
+)
+
+_PENDING = ".pending.parquet"  # of Ray Data: ids whose file may be incomplete, so it is made again
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +65,7 @@ class OutputDirectory:
     def __init__(self, output: str) -> None:
         self.output = output
         self._files: dict[str, FileCounts] = {}
+        self._refreshing = threading.Lock()
 
     @property
     def partial(self) -> str:
@@ -63,24 +80,30 @@ class OutputDirectory:
         """Directory in which Ray Data keeps the ids of written rows."""
         return storage.join(self.partial, "checkpoint")
 
-    def begin_or_resume(self, provenance: dict[str, object]) -> bool:
-        """Record what the rows depend on. Return whether the output is complete already.
+    def is_complete(self, provenance: Mapping[str, object]) -> bool:
+        """Return whether all rows are there already; changes nothing.
 
         Raises:
             ValueError: it holds rows of another provenance.
         """
-        location = storage.join(self.output, PROVENANCE)
-        before = storage.read_json(location) if storage.exists(location) else None
+        before, provenance = self._provenance(), json.loads(json.dumps(provenance))
         if before not in (None, provenance) or (before is None and self._names()):
             raise ValueError(
                 f"{self.output}: expected rows made from {provenance}, got rows made from "
                 f"{before or 'what no file there says, as before version 2 of the rows'}. "
                 f"Pass another location for the output, or delete {self.output}."
             )
-        if before is None:
-            storage.remove(self.partial)  # of a deleted output: it would leave out those rows
-        storage.write_json(location, provenance)
         return storage.exists(storage.join(self.output, manifest.NAME))
+
+    def begin(self, provenance: Mapping[str, object]) -> None:
+        """Record what the rows depend on."""
+        if self._provenance() is None:
+            storage.remove(self.partial)  # of a deleted output: it would leave out those rows
+        storage.write_json(storage.join(self.output, PROVENANCE), provenance)
+
+    def _provenance(self) -> object:
+        location = storage.join(self.output, PROVENANCE)
+        return storage.read_json(location) if storage.exists(location) else None
 
     @property
     def rows(self) -> int:
@@ -98,14 +121,20 @@ class OutputDirectory:
         Raises:
             pyarrow.ArrowInvalid: a file is cut off, and the stream does not run.
         """
-        files: dict[str, FileCounts] = {}  # without those that a resumed stream deletes
-        for name in self._names():
-            try:
-                files[name] = self._files.get(name) or _count(storage.join(self.output, name))
-            except (pa.ArrowInvalid, FileNotFoundError):
-                if not running:
-                    raise
-        self._files = files
+        with self._refreshing:  # an older look must not take the place of a newer one
+            names = self._names()
+            new = [name for name in names if name not in self._files]
+            counts = self._map(functools.partial(_count, running=running), new)
+            found = {name: count for name, count in zip(new, counts, strict=True) if count}
+            known = self._files | found
+            # Without those that a resumed stream has deleted.
+            self._files = {name: known[name] for name in names if name in known}
+
+    def _map(self, function: Callable[[str], T], names: Sequence[str]) -> list[T]:
+        """Return `function` of the location of each file: many at a time, as stores answer late."""
+        locations = [storage.join(self.output, name) for name in names]
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(function, locations))
 
     def _names(self) -> list[str]:
         return [name for name in storage.names(self.output) if name.endswith(".parquet")]
@@ -122,15 +151,11 @@ class OutputDirectory:
             raise ValueError(
                 f"{self.output}: expected at most {max_share:.0%} of {total} rows to fail, got "
                 f"{len(failed)} among the first {self.rows}, such as {failed[0]}. All are named in "
-                f"{location}. Mend the cause or raise max-rejected, and delete this output, which "
-                "keeps the failed rows."
+                f"{location}. {_RETRY}, or raise max-rejected."
             )
 
     def check_complete(self, total: int) -> None:
         """Check that a stream that ended wrote each of its `total` rows once.
-
-        A worker of a run that was killed may write a moment longer, when the next run has begun to
-        make the same rows (seen once, at four times as much work as cores).
 
         Raises:
             ValueError: there are more rows, or fewer, or a `pair_id` is there twice.
@@ -145,6 +170,50 @@ class OutputDirectory:
                 "command again; if the source itself holds an id twice, remove its copies first."
             )
 
+    def drop_copies(self) -> int:
+        """Delete rows that two runs wrote, from all files but one; return how many.
+
+        A worker of a run that was killed may write a moment longer, when the next run has begun to
+        make the same rows. Their files bear other names; rows that one run wrote twice stay.
+        """
+        ids = self._ids()
+        counts = pa.Table.from_struct_array(ids.value_counts())
+        twice = counts.filter(pc.field("counts") > 1)["values"]
+        if not len(twice):
+            return 0
+        writers: dict[str, str] = {}
+        dropped = 0
+        for name in sorted(self._files, key=lambda name: (len(self._files[name][1]), name)):
+            table = _read(storage.join(self.output, name), [schema.PAIR_ID, schema.ERROR])
+            writer = name.partition("_")[0]
+            shared = pc.is_in(table[schema.PAIR_ID].cast(pa.large_string()), twice)
+            keep = [
+                not copied or writers.setdefault(pair_id, writer) == writer
+                for pair_id, copied in zip(
+                    table[schema.PAIR_ID].to_pylist(), shared.to_pylist(), strict=True
+                )
+            ]
+            dropped += len(keep) - sum(keep)
+            self._keep_rows(name, keep)
+        return dropped
+
+    def forget_failed(self) -> int:
+        """Take the failed rows out, so that the next run makes them again; return how many.
+
+        The manifest goes first: an output that lacks rows is not complete.
+        """
+        self.refresh(running=True)
+        failed = pa.array([row["pair_id"] for row in self.failed], pa.large_string())
+        if not len(failed):
+            return 0
+        self._keep_finished(failed)
+        storage.remove(storage.join(self.output, manifest.NAME))
+        for name, (_, rows) in list(self._files.items()):
+            if rows:
+                table = _read(storage.join(self.output, name), [schema.PAIR_ID, schema.ERROR])
+                self._keep_rows(name, pc.invert(schema.failed_mask(table)).to_pylist())
+        return len(failed)
+
     def check_any_good(self) -> None:
         """Check that not all rows of a stream that ended have failed.
 
@@ -156,9 +225,41 @@ class OutputDirectory:
             location = self.write_rejected()
             raise ValueError(
                 f"{self.output}: expected some good rows, but all {self.rows} failed, the first "
-                f"with {failed[:1]}. All are named in {location}. Mend the cause, and delete this "
-                "output, which keeps the failed rows."
+                f"with {failed[:1]}. All are named in {location}. {_RETRY}."
             )
+
+    def _keep_rows(self, name: str, keep: Sequence[bool]) -> None:
+        """Write a file again with some of its rows, or delete it where it would have none."""
+        if all(keep):
+            return
+        location = storage.join(self.output, name)
+        if any(keep):
+            sink = io.BytesIO()
+            parquet.write_table(_read(location).filter(pa.array(keep)), sink)
+            storage.write_bytes(location, sink.getvalue())
+            self._files[name] = _count(location) or (0, [])
+        else:
+            storage.remove(location)
+            del self._files[name]
+
+    def _keep_finished(self, failed: pa.Array) -> None:
+        """Make the next run go on with all but the failed rows."""
+        names = storage.names(self.checkpoint_dir)
+        if not names:  # the output was complete
+            self._write_finished(
+                "finished.parquet", pa.table({schema.PAIR_ID: self._ids()}), failed
+            )
+        for name in names:
+            if not name.endswith(_PENDING):
+                ids = _read(storage.join(self.checkpoint_dir, name))
+                self._write_finished(name, ids, failed)
+
+    def _write_finished(self, name: str, ids: pa.Table, failed: pa.Array) -> None:
+        text = ids[schema.PAIR_ID].cast(pa.large_string())
+        kept = ids.filter(pc.invert(pc.is_in(text, failed)))
+        sink = io.BytesIO()
+        parquet.write_table(kept.cast(pa.schema([(schema.PAIR_ID, pa.string())])), sink)
+        storage.write_bytes(storage.join(self.checkpoint_dir, name), sink.getvalue())
 
     def write_rejected(self) -> str:
         """Write rejected.jsonl and return its location."""
@@ -183,30 +284,43 @@ class FailureRateGuard:
     def __init__(self, directory: OutputDirectory, total: int, max_share: float) -> None:
         self.directory, self.total, self.max_share = directory, total, max_share
         self.next = 0.0
+        self.thread: threading.Thread | None = None
         self.error: ValueError | None = None
         """What it raised."""
 
     def __call__(self, _: Any) -> None:
-        """Check every `GUARD_S` seconds.
+        """Check what the last count found, and count again every `GUARD_S` seconds.
 
         Raises:
             ValueError: as `OutputDirectory.check_failure_rate`.
         """
-        if time.monotonic() >= self.next:
-            try:
-                self.directory.refresh(running=True)
-            except OSError as error:  # to look is no work: it is done again later
-                _log.warning("%s: cannot count failed rows now: %s", self.directory.output, error)
-            self.next = time.monotonic() + GUARD_S
-            try:
-                self.directory.check_failure_rate(self.total, self.max_share)
-            except ValueError as error:
-                self.error = error
-                raise
+        if time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + GUARD_S
+        try:
+            self.directory.check_failure_rate(self.total, self.max_share)
+        except ValueError as error:
+            self.error = error
+            raise
+        if not (self.thread and self.thread.is_alive()):  # else a store answers slowly
+            self.thread = threading.Thread(target=self._count, daemon=True)
+            self.thread.start()
+
+    def _count(self) -> None:
+        try:
+            self.directory.refresh(running=True)
+        except OSError as error:  # to look is no work: it is done again later
+            _log.warning("%s: cannot count failed rows now: %s", self.directory.output, error)
 
 
-def _count(location: str) -> FileCounts:
-    table = _read(location, [schema.PAIR_ID, schema.ERROR])
+def _count(location: str, running: bool = False) -> FileCounts | None:
+    """Count the rows of a file; None where it is still being written, or gone."""
+    try:
+        table = _read(location, [schema.PAIR_ID, schema.ERROR])
+    except (pa.ArrowInvalid, FileNotFoundError):
+        if running:
+            return None
+        raise
     failed = schema.failed_rows(table).to_pylist()
     return len(table), [
         {"pair_id": row[schema.PAIR_ID], "reason": row[schema.ERROR]} for row in failed
@@ -214,7 +328,7 @@ def _count(location: str) -> FileCounts:
 
 
 @storage.retry_passing
-def _read(location: str, columns: list[str]) -> pa.Table:
+def _read(location: str, columns: list[str] | None = None) -> pa.Table:
     filesystem, path = storage.resolve(location)
     with filesystem.open_input_file(path) as file:
         return parquet.ParquetFile(file).read(columns=columns)

@@ -5,6 +5,7 @@ once, good or with its reason in `error`; more, fewer or no good rows are an err
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,12 @@ from ray.data import DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
 from cvmatch.data import manifest, schema, storage
-from cvmatch.runtime import pools, progress, session
+from cvmatch.runtime import lease, pools, progress, session
 from cvmatch.runtime.output_directory import FailureRateGuard, OutputDirectory
 from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.throughput import StageThroughput, call_each_step
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Stream:
     """Stages that the progress shows, as `StageThroughput` takes them; the write is added."""
     max_rejected: float
     """Largest share of rows that may fail, in [0, 1]; never all of them."""
+    retry_rejected: bool = False
+    """Whether rows that failed in an earlier run are made again."""
     manifest: Mapping[str, Any] | None = None
     """What `manifest.write` takes beside the output and its rows; None: there is no manifest, and
     what is needed to resume stays."""
@@ -65,21 +70,34 @@ def write_stream(stream: Stream) -> StreamResult | None:
     """Write each row once. Return None where the output is complete already.
 
     Raises:
-        ValueError: the output holds rows made from something else, the pools do not fit the
-            cluster, there is no row, a row lacks or is there twice, more than `max_rejected` of the
-            rows failed (at once, when so many did), or all did.
+        ValueError: the output holds rows made from something else, another job writes it, the pools
+            do not fit the cluster, there is no row, a row lacks or is there twice, more than
+            `max_rejected` of the rows failed (at once, when so many did), or all did.
     """
     directory = OutputDirectory(stream.output)
-    if directory.begin_or_resume(dict(stream.provenance)):
+    if directory.is_complete(stream.provenance) and not stream.retry_rejected:
         return None
     session.start()
+    with lease.hold(stream.output) as held:
+        if stream.retry_rejected and (count := directory.forget_failed()):
+            _log.info("%s: %d failed rows are made again", stream.output, count)
+        if directory.is_complete(stream.provenance):
+            return None
+        directory.begin(stream.provenance)
+        return _write(stream, directory, held)
+
+
+def _write(stream: Stream, directory: OutputDirectory, held: lease.Lease) -> StreamResult:
     throughput = StageThroughput({**stream.operators, "write": "Write"})
     with resume_from(directory.checkpoint_dir):
-        total = _run(stream, directory, throughput)
+        total = _run(stream, directory, throughput, held)
+    if dropped := directory.drop_copies():
+        _log.warning("%s: dropped %d rows of a run that was killed", stream.output, dropped)
     directory.check_complete(total)
     directory.check_failure_rate(total, stream.max_rejected)
     directory.check_any_good()
     rejected = directory.write_rejected()
+    held.check()
     result = StreamResult(directory.rows, len(directory.failed), rejected, throughput)
     if stream.manifest is not None:
         manifest.write(stream.output, rows=result.rows, **stream.manifest)
@@ -108,7 +126,9 @@ def resume_from(checkpoint_dir: str, column: str = schema.PAIR_ID) -> Iterator[N
         context.checkpoint_config = before
 
 
-def _run(stream: Stream, directory: OutputDirectory, throughput: StageThroughput) -> int:
+def _run(
+    stream: Stream, directory: OutputDirectory, throughput: StageThroughput, held: lease.Lease
+) -> int:
     """Run the stream to its end, or until too many rows have failed; return the rows expected."""
     pools.preflight(stream.pools)
     # In the task that writes: a column without any value has a type there again.
@@ -126,12 +146,12 @@ def _run(stream: Stream, directory: OutputDirectory, throughput: StageThroughput
     filesystem, path = storage.resolve(stream.output)
     with (
         progress.watch(stream.label, total, lambda: directory.rows, throughput.summary),
-        call_each_step(rows, throughput.update, guard),
+        call_each_step(rows, throughput.update, guard, held),
     ):
         try:
             rows.write_parquet(path, filesystem=filesystem)
         except ValueError as error:
-            if error is not guard.error:
+            if error not in (guard.error, held.error):
                 raise
             # Ray takes the traceback from it, which would tell an error of the input from a defect.
             raise ValueError(str(error)) from None

@@ -95,6 +95,7 @@ def _stream(config: SearchRows, index: Index, source: manifest.Manifest) -> Stre
         pools={"embed": config.embed, "rank": config.rank},
         operators={"embed": EmbedQuery.__name__, "rank": RankTiles.__name__},
         max_rejected=1.0,
+        retry_rejected=config.retry_rejected,
         manifest={"config": config, "models": models, "source": config.rows},
     )
 

@@ -91,3 +91,5 @@ class SearchRows:
     """Actors that embed queries."""
     rank: Pool = field(default_factory=lambda: Pool(batch=32))
     """Actors that search; each maps the index's files, which they share."""
+    retry_rejected: bool = False
+    """Make the rows again that failed in an earlier run, also where the output is complete."""

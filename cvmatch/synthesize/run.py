@@ -40,8 +40,9 @@ def synthesize(config: Synthesize) -> manifest.Manifest:
         ValueError: the data cannot be used (`PairDataset.open`), or see `write_stream`.
     """
     stream = _stream(config)
-    if OutputDirectory(stream.output).begin_or_resume(dict(stream.provenance)):
-        return manifest.read(stream.output)  # whole: it is no run to track
+    complete = OutputDirectory(stream.output).is_complete(stream.provenance)
+    if complete and not config.retry_rejected:
+        return manifest.read(stream.output)  # it is no run to track
     with tracking.start("synthesize", config) as run:
         done = write_stream(stream)
         if done:
@@ -65,6 +66,7 @@ def _stream(config: Synthesize) -> Stream:
         pools={"generate.pool": config.generate.pool, "segment.pool": config.segment.pool},
         operators=OPERATORS,
         max_rejected=config.max_rejected,
+        retry_rejected=config.retry_rejected,
         manifest={"config": config, "models": models, "source": config.data.root},
     )
 

@@ -21,3 +21,5 @@ class Synthesize:
     """URI of the directory of rows; the same command goes on where a killed one stopped."""
     max_rejected: float = 0.05
     """Largest share of rows that may fail, in [0, 1]."""
+    retry_rejected: bool = False
+    """Make the rows again that failed in an earlier run, also where the output is complete."""

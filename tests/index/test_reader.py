@@ -264,4 +264,5 @@ def test_rank_cut_between_equal_tiles_takes_the_first_rows(index, query):
     for few in (1, 3, COUNT):
         part = rank(same, query, top_k=few, mode="exact")
         assert (part.rows == whole.rows[:, :few]).all()
-        assert (part.scores == whole.scores[:, :few]).all()
+        # Products of other sizes may differ in their last bits.
+        assert part.scores == pytest.approx(whole.scores[:, :few], abs=1e-6)

@@ -1,6 +1,7 @@
 """Rows and failed rows of the files of a stream, while it writes them and afterwards."""
 
 import json
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,6 +87,28 @@ def test_output_directory_refuses_a_row_twice_where_another_one_lacks(tmp_path):
         directory.check_complete(4)
 
 
+def test_rows_that_a_killed_run_wrote_late_are_dropped_and_a_good_one_is_kept(tmp_path):
+    part(tmp_path, "old_1", [None, "no answer", None], ["1", "2", "3"])
+    part(tmp_path, "new_1", [None, None], ["2", "3"])
+    part(tmp_path, "new_2", [None], ["4"])
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
+    assert directory.drop_copies() == 2
+    directory.check_complete(4)
+    assert not directory.failed
+    assert directory.drop_copies() == 0
+
+
+def test_rows_that_one_run_wrote_twice_are_not_dropped(tmp_path):
+    part(tmp_path, "run_1", [None, None], ["1", "2"])
+    part(tmp_path, "run_2", [None], ["2"])
+    directory = OutputDirectory(str(tmp_path))
+    directory.refresh()
+    assert directory.drop_copies() == 0
+    with pytest.raises(ValueError, match=r"\['2'\]"):
+        directory.check_complete(3)
+
+
 def test_output_directory_requires_a_good_row(tmp_path):
     part(tmp_path, "a", ["no picture", "too large"])
     directory = OutputDirectory(str(tmp_path))
@@ -104,6 +127,10 @@ def test_failure_rate_guard_ends_a_stream_with_too_many_failed_rows(tmp_path):
     guard = FailureRateGuard(directory, total=30, max_share=0.05)
     guard(None)
     part(tmp_path, "a", ["no picture"] * 2)
-    guard.next = 0.0  # the time has come to look again
+    guard.next = 0.0  # the time has come to look again, in a thread
+    guard(None)
+    while directory.rows < 2:
+        time.sleep(0.01)
+    guard.next = 0.0
     with pytest.raises(ValueError, match="no picture"):
         guard(None)

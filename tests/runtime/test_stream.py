@@ -30,6 +30,7 @@ from cvmatch.index import embedding
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.match.infer import EmbedQuery, EmbedTile
+from cvmatch.runtime import lease
 from cvmatch.runtime.settings import Pool
 from cvmatch.search.rows import search_rows
 from cvmatch.search.settings import SearchRows
@@ -54,8 +55,8 @@ class Job:
     """One that makes rows of the pictures in `column`."""
 
     column: str
-    run: Callable[[], str]
-    """Returns the directory that it wrote."""
+    run: Callable[..., str]
+    """Returns the directory that it wrote; takes changes of settings."""
     state: Callable[[Row], Row]
     """Makes one row, without Ray."""
     names: tuple[str, ...]
@@ -103,7 +104,11 @@ class Pairs:
 
     def spoil(self, column: str, count: int) -> None:
         for one in pq.read_table(self.plan).to_pylist()[:count]:
-            (Path(self.data.root) / one[FILES[column]]).write_bytes(BROKEN)
+            file = Path(self.data.root) / one[FILES[column]]
+            file.write_bytes(BROKEN.ljust(file.stat().st_size))  # which is what ingest looks at
+
+    def mend(self, world_root: str) -> None:
+        shutil.copytree(world_root, self.data.root, dirs_exist_ok=True)
 
     def double(self) -> None:
         rows = pq.read_table(self.plan)
@@ -156,8 +161,8 @@ def _synthesize(models: Path, pairs: Pairs, output: str) -> Job:
     def state(row: Row) -> Row:
         return {name: values[0] for name, values in label(draw(batch_of(row))).items()}
 
-    def run() -> str:
-        synthesize(config)
+    def run(**changes: Any) -> str:
+        synthesize(replace(config, **changes))
         return output
 
     return Job(schema.GROUND, run, state, tuple(schema.SYNTHESIZED.names[1:-1]))
@@ -282,3 +287,32 @@ def test_job_with_a_row_twice_in_the_place_of_another_is_refused(tried):
     inputs.double()
     with pytest.raises(ValueError, match=rf"of {ROWS - 1} ids, some are there twice"):
         job.run()
+
+
+@pytest.mark.parametrize("before", ["complete", "ended by too many failures"])
+def test_failed_rows_are_made_again_and_the_others_stay(models, world_root, tmp_path, before):
+    pairs = Pairs(world_root, tmp_path)
+    job = _synthesize(models, pairs, str(tmp_path / "output"))
+    pairs.spoil(job.column, 2)
+    if before == "complete":
+        output = job.run()
+    else:
+        with pytest.raises(ValueError, match="--retry-rejected"):
+            job.run(max_rejected=0.1)
+        output = str(tmp_path / "output")
+    pairs.mend(world_root)
+    job.run(retry_rejected=True)
+    found = written(output, job.names)
+    expected = [job.state(row) for row in pairs.rows()]
+    assert [plain(row) for row in found] == [
+        plain({name: row[name] for name in found[0]}) for row in expected
+    ]
+    assert storage.read_text(storage.join(output, "rejected.jsonl")) == ""
+
+
+def test_second_job_of_an_output_is_refused_at_once(models, world_root, tmp_path):
+    pairs = Pairs(world_root, tmp_path)
+    job = _synthesize(models, pairs, str(tmp_path / "output"))
+    with lease.hold(str(tmp_path / "output")), pytest.raises(ValueError, match="no other job"):
+        job.run()
+    job.run()
