@@ -17,8 +17,17 @@ from typing import Any, NoReturn
 INTERRUPTED = 130
 """Exit code after Ctrl-C (128 + SIGINT), as shells have it."""
 
+FAILED = 1
+"""Exit code of a job that ended before its output was whole, by a defect or by the cluster."""
+
 WRONG_INPUT = 2
 """Exit code of a wrong flag, file or data set."""
+
+_RAY_COPY = "runtime_resources/working_dir_files"
+"""In the path of the directory in which Ray runs a submitted job."""
+
+_OUTPUTS = ("output", "storage", "latent_cache", "page")
+"""Names of settings that say where something is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +52,8 @@ def main(command: str = "", argv: Sequence[str] | None = None) -> None:
     """Run a command of the command line; `command` is one that is not typed (as in jobs/).
 
     Raises:
-        SystemExit: help was asked for (0), input is wrong (2), or Ctrl-C was pressed (130).
+        SystemExit: help was asked for (0), it failed (1), input is wrong (2), or Ctrl-C was pressed
+            (130). The last line on stderr is the reason.
     """
     words = [*command.split(), *(sys.argv[1:] if argv is None else argv)]
     chosen = {one.name: one for one in COMMANDS if words[: _length(one)] == one.name.split()}
@@ -57,10 +67,12 @@ def main(command: str = "", argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         kept = one.kept(config) if config is not None else "Nothing was begun."
         _exit(INTERRUPTED, f"cvmatch {one.name}: interrupted. {kept}")
-    except Exception as error:
-        if not is_wrong_input(error):
-            raise
-        _exit(WRONG_INPUT, f"cvmatch {one.name}: {error}")
+    except Exception as error:  # noqa: BLE001 (whatever ends a job, its last line says so)
+        if is_wrong_input(error):
+            _exit(WRONG_INPUT, f"cvmatch {one.name}: {error}")
+        traceback.print_exception(error)
+        kept = f" {one.kept(config)}" if config is not None else ""
+        _exit(FAILED, f"cvmatch {one.name}: failed: {_describe(error)}.{kept}")
 
 
 def settings_of(command: Command) -> type:
@@ -79,9 +91,36 @@ def _run(command: Command, config: Any) -> None:
     from cvmatch.runtime import progress
 
     progress.to_console(command.level)
+    _require_lasting_outputs(config)
     answer = command.run(config)
     if answer is not None:
         print(json.dumps(answer))
+
+
+def _require_lasting_outputs(config: Any) -> None:
+    """Check that what is written outlives a job that runs in Ray's copy of a directory.
+
+    Raises:
+        ValueError: it does not; names the flag.
+    """
+    from cvmatch import config as configs
+    from cvmatch.data import storage
+
+    if _RAY_COPY in str(Path.cwd()):
+        for name, value in configs.flat(config).items():
+            written = name.rpartition(".")[2] in _OUTPUTS and value
+            if written and storage.absolute(str(value)) != value:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected an absolute path or a URI, got "
+                    f"{value!r}: this job runs in Ray's own copy of the working directory, which "
+                    "goes when it ends, and what it writes there too."
+                )
+
+
+def _describe(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Of an error in another process, Ray puts its traceback before what it says.
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}".rstrip(".")
 
 
 def is_wrong_input(error: Exception) -> bool:

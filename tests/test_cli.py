@@ -138,14 +138,35 @@ def test_wrong_settings_name_the_flag_and_the_value(capsys):
 
 
 @pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), ValueError("a library's")])
-def test_defect_keeps_its_traceback(error, monkeypatch):
+def test_defect_keeps_its_traceback_and_ends_in_a_line(error, monkeypatch, capsys):
     def run(config):
         raise error
 
     command = cli.COMMANDS[0]
     monkeypatch.setattr(cli, "COMMANDS", (dataclasses.replace(command, run=run),))
-    with pytest.raises(type(error)):
-        cli.main(command.name, [])
+    code, message = failed(command.name.split(), capsys)
+    assert code == cli.FAILED
+    assert "Traceback" in message
+    *_, last = message.splitlines()
+    assert last.startswith(f"cvmatch {command.name}: failed: {type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["synthesize", "--output", "rows"], "--output"),
+        (["train-matcher", "--output", "/shared/models/matcher"], "--fit.storage"),
+    ],
+)
+def test_relative_output_of_a_job_in_rays_copy_is_refused(
+    words, flag, tmp_path, monkeypatch, capsys
+):
+    copy = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    code, message = failed(words, capsys)
+    assert code == cli.WRONG_INPUT
+    assert f"{flag}: expected an absolute path or a URI" in message
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from cvmatch.generate.batches import to_pixels
 from cvmatch.generate.model import Generator, read_config
 from cvmatch.generate.settings import Generate, Sampling
 from cvmatch.nn import rng
+from cvmatch.nn.batch_invariant import FixedBatch, error_line
 from cvmatch.runtime import hardware, pools
-from cvmatch.runtime.batch_invariant import FixedBatch, error_line
 
 KeyedPanorama = tuple[np.ndarray, int]
 """A panorama's pixels, uint8, and the key of its noise."""

@@ -11,8 +11,8 @@ from cvmatch.data import images, schema
 from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Embed, Modality
+from cvmatch.nn.batch_invariant import FixedBatch, call_rows, error_line, require_any
 from cvmatch.runtime import hardware, pools
-from cvmatch.runtime.batch_invariant import FixedBatch, call_rows, error_line, require_any
 
 _PICTURES = (
     schema.GROUND,

@@ -176,22 +176,18 @@ class OutputDirectory:
         A worker of a run that was killed may write a moment longer, when the next run has begun to
         make the same rows. Their files bear other names; rows that one run wrote twice stay.
         """
-        ids = self._ids()
-        counts = pa.Table.from_struct_array(ids.value_counts())
-        twice = counts.filter(pc.field("counts") > 1)["values"]
-        if not len(twice):
-            return 0
+        counts = pa.Table.from_struct_array(self._ids().value_counts())
+        twice = set(counts.filter(pc.field("counts") > 1)["values"].to_pylist())
         writers: dict[str, str] = {}
         dropped = 0
+        # Files without failed rows first: a good row is better than a failed one.
         for name in sorted(self._files, key=lambda name: (len(self._files[name][1]), name)):
-            table = _read(storage.join(self.output, name), [schema.PAIR_ID, schema.ERROR])
+            if not twice:
+                break
             writer = name.partition("_")[0]
-            shared = pc.is_in(table[schema.PAIR_ID].cast(pa.large_string()), twice)
             keep = [
-                not copied or writers.setdefault(pair_id, writer) == writer
-                for pair_id, copied in zip(
-                    table[schema.PAIR_ID].to_pylist(), shared.to_pylist(), strict=True
-                )
+                pair_id not in twice or writers.setdefault(pair_id, writer) == writer
+                for pair_id in self._read(name, schema.PAIR_ID)
             ]
             dropped += len(keep) - sum(keep)
             self._keep_rows(name, keep)
@@ -203,15 +199,15 @@ class OutputDirectory:
         The manifest goes first: an output that lacks rows is not complete.
         """
         self.refresh(running=True)
-        failed = pa.array([row["pair_id"] for row in self.failed], pa.large_string())
-        if not len(failed):
+        failed = [row["pair_id"] for row in self.failed]
+        if not failed:
             return 0
         self._keep_finished(failed)
         storage.remove(storage.join(self.output, manifest.NAME))
         for name, (_, rows) in list(self._files.items()):
             if rows:
-                table = _read(storage.join(self.output, name), [schema.PAIR_ID, schema.ERROR])
-                self._keep_rows(name, pc.invert(schema.failed_mask(table)).to_pylist())
+                errors = schema.read_errors(self._read(name, schema.ERROR))
+                self._keep_rows(name, [error is None for error in errors])
         return len(failed)
 
     def check_any_good(self) -> None:
@@ -228,6 +224,9 @@ class OutputDirectory:
                 f"with {failed[:1]}. All are named in {location}. {_RETRY}."
             )
 
+    def _read(self, name: str, column: str) -> list[Any]:
+        return _read(storage.join(self.output, name), [column])[column].to_pylist()
+
     def _keep_rows(self, name: str, keep: Sequence[bool]) -> None:
         """Write a file again with some of its rows, or delete it where it would have none."""
         if all(keep):
@@ -242,23 +241,21 @@ class OutputDirectory:
             storage.remove(location)
             del self._files[name]
 
-    def _keep_finished(self, failed: pa.Array) -> None:
+    def _keep_finished(self, failed: list[str]) -> None:
         """Make the next run go on with all but the failed rows."""
         names = storage.names(self.checkpoint_dir)
         if not names:  # the output was complete
-            self._write_finished(
-                "finished.parquet", pa.table({schema.PAIR_ID: self._ids()}), failed
-            )
+            ids = pa.table({schema.PAIR_ID: self._ids().cast(pa.string())})
+            self._write_finished("finished.parquet", ids, failed)
         for name in names:
             if not name.endswith(_PENDING):
                 ids = _read(storage.join(self.checkpoint_dir, name))
                 self._write_finished(name, ids, failed)
 
-    def _write_finished(self, name: str, ids: pa.Table, failed: pa.Array) -> None:
-        text = ids[schema.PAIR_ID].cast(pa.large_string())
-        kept = ids.filter(pc.invert(pc.is_in(text, failed)))
+    def _write_finished(self, name: str, ids: pa.Table, failed: list[str]) -> None:
+        kept = ids.filter(~pc.field(schema.PAIR_ID).isin(failed))
         sink = io.BytesIO()
-        parquet.write_table(kept.cast(pa.schema([(schema.PAIR_ID, pa.string())])), sink)
+        parquet.write_table(kept, sink)
         storage.write_bytes(storage.join(self.checkpoint_dir, name), sink.getvalue())
 
     def write_rejected(self) -> str:
@@ -270,8 +267,8 @@ class OutputDirectory:
     def _ids(self) -> pa.ChunkedArray:
         """Return the ids of all rows, as large strings: counting joins them, maybe over 2 GiB."""
         kind = pa.large_string()
-        locations = [storage.join(self.output, name) for name in self._files]
-        columns = [_read(one, [schema.PAIR_ID])[schema.PAIR_ID].cast(kind) for one in locations]
+        tables = self._map(functools.partial(_read, columns=[schema.PAIR_ID]), list(self._files))
+        columns = [table[schema.PAIR_ID].cast(kind) for table in tables]
         return pa.chunked_array([chunk for ids in columns for chunk in ids.chunks], kind)
 
 

@@ -3,6 +3,7 @@
 Workarounds for Ray 2.60: a stream whose pools hold every CPU starves its reader and hangs.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -18,8 +19,13 @@ from cvmatch.runtime.settings import Pool
 T = TypeVar("T")
 R = TypeVar("R")
 
+_log = logging.getLogger(__name__)
+
 READERS = 1.0
 """CPUs that a stream needs beside its pools, to read and to write."""
+
+LABEL = "pool"
+"""Name of the label of nodes (cluster.yaml) whose values the settings name."""
 
 FILTER = 1.0
 """CPU of the actor that leaves out finished rows when a stream resumes."""
@@ -40,7 +46,7 @@ def map_actors(rows: Dataset, actor: type, pool: Pool, **constructor: Any) -> Da
         ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
-        label_selector={"pool": pool.label} if pool.label else None,
+        label_selector={LABEL: pool.label} if pool.label else None,
     )
 
 
@@ -77,19 +83,34 @@ def preflight(pools: Mapping[str, Pool]) -> None:
     """
     resuming = DataContext.get_current().checkpoint_config is not None
     spare = READERS + (FILTER if resuming else 0.0)
-    cpus = {name: pool.largest * pool.cpus for name, pool in pools.items()}
-    gpus = {name: pool.largest * pool.gpus for name, pool in pools.items()}
+    for label in {pool.label for pool in pools.values() if pool.label}:
+        held = {name: pool for name, pool in pools.items() if pool.label == label}
+        _require_pools(held, 0.0, label)
+    _require_pools(pools, spare)
+
+
+def _require_pools(pools: Mapping[str, Pool], spare: float, label: str = "") -> None:
+    """Check the actors that pools begin with: Ray adds more only where there is room."""
+    cpus = {name: pool.size * pool.cpus for name, pool in pools.items()}
+    gpus = {name: pool.size * pool.gpus for name, pool in pools.items()}
     require_resources(
         sum(cpus.values()) + spare,
         sum(gpus.values()),
-        f"Pools of {sum(cpus.values()):g} CPUs and {spare:g} more to read and write",
+        f"Pools of {sum(cpus.values()):g} CPUs"
+        + (f" and {spare:g} more to read and write" if spare else ""),
         " and ".join(f"--{name}.cpus" for name in cpus) or "this job's workers",
         " and ".join(f"--{name}.gpus" for name, count in gpus.items() if count),
+        label,
     )
 
 
 def require_resources(
-    cpus: float, gpus: float | int, purpose: str, cpus_flag: str, gpus_flag: str
+    cpus: float,
+    gpus: float | int,
+    purpose: str,
+    cpus_flag: str,
+    gpus_flag: str,
+    label: str = "",
 ) -> None:
     """Check that the cluster, as large as its autoscaler may make it, has the resources.
 
@@ -99,36 +120,69 @@ def require_resources(
         purpose: what needs them.
         cpus_flag: the caller's flags that set them, for the advice.
         gpus_flag: the same for GPUs.
+        label: value of the label `pool` of the nodes that must have them; empty: any node.
 
     Raises:
         ValueError: it has not; says how many, and what to change.
     """
-    cluster_cpus, cluster_gpus = cluster_capacity("CPU"), cluster_capacity("GPU")
+    if label and not _has_nodes(label):
+        return
+    cluster_cpus, cluster_gpus = cluster_capacity("CPU", label), cluster_capacity("GPU", label)
+    where = f"the nodes of label pool={label} have" if label else "the cluster has"
     if cpus > cluster_cpus + 1e-6:
         raise ValueError(
-            f"{purpose} need {cpus:g} CPUs, the cluster has {cluster_cpus:g}: it would hang. Use "
+            f"{purpose} need {cpus:g} CPUs, {where} {cluster_cpus:g}: it would hang. Use "
             f"smaller pools or fewer workers, or less CPU for each ({cpus_flag}); "
             "a local Ray counts logical CPUs (session.start)."
         )
     if gpus > cluster_gpus + 1e-6:
         raise ValueError(
-            f"{purpose} need {gpus:g} GPUs, the cluster has {cluster_gpus:g}: it would wait for "
+            f"{purpose} need {gpus:g} GPUs, {where} {cluster_gpus:g}: it would wait for "
             f"ever. Use fewer GPUs ({gpus_flag}), or none: {gpus_flag} 0."
         )
 
 
-def cluster_capacity(resource: str) -> float:
+def _has_nodes(label: str) -> bool:
+    """Return whether nodes of the label run; False: the autoscaler may start some.
+
+    Raises:
+        ValueError: no node has it, and there is no autoscaler.
+    """
+    session.start()
+    labels = {node["Labels"].get(LABEL) for node in ray.nodes() if node["Alive"]}
+    if label in labels:
+        return True
+    known = sorted(name for name in labels if name)
+    if not internals.max_cluster_resources():
+        raise ValueError(
+            f"label {label!r}: expected nodes that were started with --labels={LABEL}={label} "
+            f"(cluster.yaml), but the nodes of this cluster have {known or 'no such label'}. Pass "
+            "another label, or none, for a stage that may run anywhere."
+        )
+    _log.warning("no node has the label %s=%s yet: waiting for the autoscaler", LABEL, label)
+    return False
+
+
+def cluster_capacity(resource: str, label: str = "") -> float:
     """Return how much of a resource the cluster has, or may get from its autoscaler.
 
     Before a local Ray is started, that is what it will have.
+
+    Args:
+        resource: `CPU` or `GPU`.
+        label: value of the label `pool` of the nodes that count; empty: all nodes.
     """
     if not ray.is_initialized():
         if not os.environ.get("RAY_ADDRESS"):
             gpus = torch.cuda.device_count()
             return float({"CPU": session.LOGICAL_CPUS, "GPU": gpus}.get(resource, 0))
         session.start()
-    now = ray.cluster_resources().get(resource, 0.0)
-    return max(now, float(internals.max_cluster_resources().get(resource, 0.0)))
+    most = float(internals.max_cluster_resources().get(resource, 0.0))
+    if label and not most:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        chosen = [node for node in nodes if node["Labels"].get(LABEL) == label]
+        return sum(node["Resources"].get(resource, 0.0) for node in chosen)
+    return max(ray.cluster_resources().get(resource, 0.0), most)
 
 
 def free_gpus() -> float:

@@ -23,7 +23,7 @@ from cvmatch.index.embedding import SAMPLING
 from cvmatch.index.reader import Index, rank
 from cvmatch.match.heads import QUERY_VECTOR
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.runtime.batch_invariant import call_rows, error_line
+from cvmatch.nn.batch_invariant import call_rows, error_line
 from cvmatch.search.settings import SearchFiles
 from cvmatch.segment.infer import SegmentAerial
 

@@ -9,8 +9,8 @@ from ray.data import Dataset
 
 from cvmatch.data import images, schema
 from cvmatch.nn import hub
+from cvmatch.nn.batch_invariant import FixedBatch, error_line
 from cvmatch.runtime import hardware, pools
-from cvmatch.runtime.batch_invariant import FixedBatch, error_line
 from cvmatch.segment.model import Segmenter
 from cvmatch.segment.settings import Segment
 

@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer
 
 from cvmatch import config as configs
 from cvmatch.data import storage
-from cvmatch.runtime import hardware, pools, progress, tracking
+from cvmatch.runtime import hardware, internals, pools, progress, tracking
 from cvmatch.runtime.settings import Pool
 from cvmatch.training import checkpoints, loop, metrics
 from cvmatch.training.checkpoints import TrainResult
@@ -151,6 +151,15 @@ def preflight(fit: TrainConfig) -> None:
             "--fit.cpus-per-worker",
             "--fit.gpus-per-worker",
         )
+        if fit.label:
+            pools.require_resources(
+                fit.workers * fit.cpus_per_worker,
+                fit.workers * fit.gpus_per_worker,
+                f"{fit.workers} training workers",
+                "--fit.cpus-per-worker",
+                "--fit.gpus-per-worker",
+                fit.label,
+            )
 
 
 def actors(fit: TrainConfig, batch: int, purpose: str) -> Pool:
@@ -269,7 +278,7 @@ def _trainer(
         num_workers=fit.workers,
         use_gpu=fit.gpus_per_worker > 0,
         resources_per_worker={name: count for name, count in resources.items() if count},
-        label_selector={"pool": fit.label} if fit.label else None,
+        label_selector={pools.LABEL: fit.label} if fit.label else None,
     )
     # Unlimited, Ray would try for ever to start workers that do not fit, a minute each time.
     failures = FailureConfig(max_failures=fit.max_failures, controller_failure_limit=3)
@@ -292,6 +301,7 @@ def _trainer(
         ),
         datasets=dict(datasets),
         dataset_config=SplitDatasets(),
+        torch_config=internals.torch_config(),
     )
 
 

@@ -46,9 +46,16 @@ def test_preflight_leaves_a_cpu_to_read_and_write(ray_session):
 
 
 @pytest.mark.ray
-def test_preflight_counts_the_actors_that_a_pool_may_grow_to(ray_session):
+def test_preflight_counts_the_actors_that_a_pool_begins_with(ray_session):
+    pools.preflight({"generate.pool": Pool(size=1, max_size=16, cpus=0.5)})
     with pytest.raises(ValueError, match="CPUs"):
-        pools.preflight({"generate.pool": Pool(size=1, max_size=16, cpus=0.5)})
+        pools.preflight({"generate.pool": Pool(size=15, max_size=16, cpus=0.5)})
+
+
+@pytest.mark.ray
+def test_preflight_names_a_label_that_no_node_has(ray_session):
+    with pytest.raises(ValueError, match=r"label 'gpu-generate': .*--labels=pool=gpu-generate"):
+        pools.preflight({"generate.pool": Pool(label="gpu-generate")})
 
 
 @pytest.mark.ray

@@ -9,7 +9,7 @@ from cvmatch.demo import models as base_models
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import Conditioning, Sampling
-from cvmatch.runtime.batch_invariant import FixedBatch, error_line
+from cvmatch.nn.batch_invariant import FixedBatch, error_line
 
 
 def double(rows: list[int]) -> list[int]:
