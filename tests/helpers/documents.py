@@ -31,6 +31,8 @@ UNTYPED = {
     "ray dashboard": "needs that cluster",
     "ray get-auth-token": "writes the token of whoever types it",
     "ray job submit": "needs that cluster: the job's own flags are parsed",
+    "kubectl": "needs a cluster of Kubernetes: tests/deploy checks the files that it is given",
+    "docker build": "needs Docker and 6 GB of packages: tests/deploy lints the file",
     "export RAY_AUTH_MODE": "would shut out this session's Ray",
 }
 """Beginnings of commands that cannot run here, and what stands in for that."""
