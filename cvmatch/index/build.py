@@ -38,6 +38,7 @@ from cvmatch.index.writer import (
 )
 from cvmatch.match.model import fingerprint_parts, read_config
 from cvmatch.runtime import session, tracking
+from cvmatch.runtime.gauges import set_gauge
 
 SHARD_ROWS = 100_000
 """Tiles of a shard, the unit of parallel work."""
@@ -90,6 +91,8 @@ def build(config: BuildIndex, shard_rows: int = SHARD_ROWS) -> IndexManifest:
         if built:
             storage.remove(built)
         run.metrics(_numbers(published))
+        if published.recall:
+            set_gauge("cvmatch_shortlist_recall", published.recall.top1, index=config.output)
         run.text(published.to_json(), "manifest.json")
     return published
 

@@ -149,18 +149,20 @@ class OperatorCounts:
     """Seconds of these tasks, all together."""
     slots: int
     """Tasks that its actors run at a time; 0 where it has no actors."""
+    queued: int
+    """Blocks that wait for it."""
 
 
 def operator_counts(executor: Any) -> list[OperatorCounts]:
     """Return the counts of each operator of a running `StreamingExecutor`."""
     try:
-        return [_counts(operator) for operator in executor._topology or ()]
+        return [_counts(*one) for one in (executor._topology or {}).items()]
     except AttributeError as error:
         _warn(f"counts of operators ({error})", RAY, "streams show no rates")
         return []
 
 
-def _counts(operator: Any) -> OperatorCounts:
+def _counts(operator: Any, state: Any) -> OperatorCounts:
     metrics, pools = operator.metrics, operator.get_autoscaling_actor_pools()
     started = metrics.num_tasks_submitted
     rows = metrics.rows_inputs_of_submitted_tasks  # of the inputs: a write returns a row a task
@@ -169,6 +171,7 @@ def _counts(operator: Any) -> OperatorCounts:
         rows=float(rows * metrics.num_tasks_finished / started) if started else 0.0,
         busy_s=float(metrics.block_generation_time + metrics.block_serialization_time_s),
         slots=sum(pool.num_alive_actors() * pool.max_actor_concurrency() for pool in pools),
+        queued=int(state.total_enqueued_input_blocks()),
     )
 
 

@@ -1,7 +1,8 @@
 """One job at a time writes an output: a file beside it says which, for as long as that one lives.
 
-The file is renewed while the job runs. It is taken over when its holder is dead: at once where the
-holder ran on this machine, else when it was not renewed for EXPIRE_S seconds.
+The file is renewed while the job runs. It is taken over when its holder is dead. Where that ran on
+this machine, it is known at once; else it is waited for whether the holder renews it, and after
+EXPIRE_S seconds without that it is dead.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -25,6 +27,9 @@ RENEW_S = 20.0
 
 EXPIRE_S = 120.0
 """Seconds after the last renewal for which a lease is valid; clocks may differ by a part of it."""
+
+LOOK_S = 2.0
+"""Seconds between looks whether another machine's job renews its lease."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +71,14 @@ class Holder:
         return (datetime.now(UTC) - datetime.fromisoformat(self.renewed)).total_seconds()
 
     @property
-    def lives(self) -> bool:
-        """Whether the process may still write."""
-        if (self.host, self.space) != (platform.node(), _process_space()):
+    def here(self) -> bool:
+        """Whether the process is, or was, one of this machine."""
+        return (self.host, self.space) == (platform.node(), _process_space())
+
+    @property
+    def may_live(self) -> bool:
+        """Whether the process may still write; of this machine, whether it lives."""
+        if not self.here:
             return self.age_s < EXPIRE_S
         with contextlib.suppress(psutil.NoSuchProcess):
             return abs(psutil.Process(self.pid).create_time() - self.born) < 1.0
@@ -108,7 +118,7 @@ class Lease:
             raise self.error
 
     def take(self) -> None:
-        """Take the lease.
+        """Take the lease, at once or when it is known that the job that has it is dead.
 
         Raises:
             ValueError: a job that lives has it; says which.
@@ -116,12 +126,24 @@ class Lease:
         while True:
             content = self._read()
             found = Holder(**json.loads(content)) if content else None
-            if found and found.lives:
+            if found and (found.may_live if found.here else self._is_renewed(found)):
                 raise ValueError(self._describe(found))
             if storage.swap_bytes(self.location, content, self.holder.to_bytes()):
                 if found:
                     _log.warning("%s: its job (%s) is dead: going on", self.output, found.command)
                 return
+
+    def _is_renewed(self, found: Holder) -> bool:
+        """Wait until another machine's job renews its lease, or has to be dead."""
+        if found.may_live:
+            who = f"{found.command} (process {found.pid} on {found.host})"
+            _log.warning("%s: waiting whether %s still writes it", self.output, who)
+        while found.may_live:
+            time.sleep(LOOK_S)
+            content = self._read()
+            if content != found.to_bytes():
+                return content is not None
+        return False
 
     def renew(self) -> None:
         """Say that this job lives."""
@@ -146,17 +168,10 @@ class Lease:
             return None
 
     def _describe(self, found: Holder) -> str:
-        here = (found.host, found.space) == (self.holder.host, self.holder.space)
-        wait = (
-            f"Wait for its end, or end process {found.pid}."
-            if here
-            else f"Wait for its end, or end it. If it is dead already, its lease ends "
-            f"{max(0.0, EXPIRE_S - found.age_s):.0f} s from now: give the command again then."
-        )
         return (
             f"{self.output}: expected no other job to write it, but `{found.command}` (process "
             f"{found.pid} on {found.host}) has done so since {found.since}, and said so "
-            f"{found.age_s:.0f} s ago. {wait}"
+            f"{found.age_s:.0f} s ago. Wait for its end, or end it."
         )
 
 

@@ -6,6 +6,7 @@ once, good or with its reason in `error`; more, fewer or no good rows are an err
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,13 @@ from ray.data.checkpoint import CheckpointConfig
 
 from cvmatch.data import manifest, schema, storage
 from cvmatch.runtime import lease, pools, progress, session
+from cvmatch.runtime.gauges import set_gauge
 from cvmatch.runtime.output_directory import FailureRateGuard, OutputDirectory
 from cvmatch.runtime.settings import Pool
 from cvmatch.runtime.throughput import StageThroughput, call_each_step
+
+REPORT_S = 5.0
+"""Seconds between reports to Prometheus."""
 
 _log = logging.getLogger(__name__)
 
@@ -143,10 +148,11 @@ def _run(
         raise ValueError(f"{stream.label}: expected rows to make {stream.output} of, got none.")
     directory.refresh(running=True)  # what was written before
     guard = FailureRateGuard(directory, total, stream.max_rejected)
+    report = _Report(stream.label, total, directory, throughput)
     filesystem, path = storage.resolve(stream.output)
     with (
         progress.watch(stream.label, total, lambda: directory.rows, throughput.summary),
-        call_each_step(rows, throughput.update, guard, held),
+        call_each_step(rows, throughput.update, guard, held, report),
     ):
         try:
             rows.write_parquet(path, filesystem=filesystem)
@@ -156,4 +162,32 @@ def _run(
             # Ray takes the traceback from it, which would tell an error of the input from a defect.
             raise ValueError(str(error)) from None
         directory.refresh()
+    report.send()
     return total
+
+
+@dataclass
+class _Report:
+    """Gauges of a running stream, every `REPORT_S` seconds; a `StepCallback`."""
+
+    label: str
+    total: int
+    directory: OutputDirectory
+    throughput: StageThroughput
+    next: float = 0.0
+
+    def __call__(self, _: Any) -> None:
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + REPORT_S
+            self.send()
+
+    def send(self) -> None:
+        """Set them."""
+        set_gauge("cvmatch_stream_rows", self.directory.rows, stream=self.label)
+        set_gauge("cvmatch_stream_rows_expected", self.total, stream=self.label)
+        set_gauge("cvmatch_stream_rows_failed", len(self.directory.failed), stream=self.label)
+        for name, stage in self.throughput.stages.items():
+            tags = {"stream": self.label, "stage": name}
+            set_gauge("cvmatch_stage_rows_per_second", stage.rate, **tags)
+            set_gauge("cvmatch_stage_queued_blocks", stage.queued, **tags)
+            set_gauge("cvmatch_stage_seconds", stage.busy, **tags)

@@ -52,6 +52,8 @@ class StageCounts:
     """Rows of its finished tasks."""
     busy: float = 0.0
     """Seconds of these tasks, of all together."""
+    queued: int = 0
+    """Blocks that wait for it."""
     tasks: int = 1
     """Tasks at a time, at most so far; 1 of a stage that has no actors, but takes any free CPU."""
 
@@ -78,6 +80,7 @@ class StageThroughput:
                 if operator in counts.name:
                     stage = self.stages[name]
                     stage.rows, stage.busy = counts.rows, counts.busy_s
+                    stage.queued = counts.queued
                     stage.tasks = max(stage.tasks, counts.slots)
 
     @property

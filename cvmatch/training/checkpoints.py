@@ -22,6 +22,7 @@ from ray.train import Checkpoint, UserCallback
 
 from cvmatch.data import images, storage
 from cvmatch.runtime import tracking
+from cvmatch.runtime.gauges import set_gauge
 from cvmatch.training.settings import is_score
 
 LEDGER = "epochs.json"
@@ -200,6 +201,10 @@ class RunRecorder(UserCallback):
         if checkpoint is None:
             return
         self.directory.add(metrics[0])
+        for name, value in metrics[0].items():
+            if name.startswith("val/"):
+                run = self.directory.location.rpartition("/")[2]
+                set_gauge("cvmatch_validation", value, run=run, name=name.removeprefix("val/"))
         if self.run:
             place = self.directory.place(metrics[0]["epoch"])
             curve = storage.read_json(storage.join(place, CURVE))

@@ -10,6 +10,7 @@ import torch.distributed
 from torch import Tensor
 
 from cvmatch.data import storage
+from cvmatch.runtime.gauges import set_gauge
 from cvmatch.training import checkpoints
 
 ROWS = "rows/"
@@ -99,6 +100,10 @@ class LossCurve:
                 "epochs": self.epochs,
                 "loss": loss.item(),
             }
+            run = self.location.split("/")[-2]
+            set_gauge("cvmatch_train_steps", step, run=run)
+            set_gauge("cvmatch_train_epoch", step // self.steps, run=run)
+            set_gauge("cvmatch_train_loss", value["loss"], run=run)
             try:
                 storage.write_json(self.location, value)
             except OSError as error:  # what a training tells of itself does not end it

