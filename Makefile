@@ -5,10 +5,10 @@ BIN := .venv/bin
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check options bench clean
+.PHONY: help install demo test test-cluster check options bench clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: .venv/.installed ## make .venv with the versions of constraints.txt (the other targets do it when needed)
 
@@ -25,7 +25,10 @@ demo: install ## the whole pipeline on embedded data, in minutes, with no downlo
 	$(BIN)/cvmatch demo
 
 test: install ## all tests but the slow ones (pytest -m slow: deaths, resume and DDP)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not cluster"
+
+test-cluster: install ## jobs on four nodes with an object store, and what goes wrong there; needs root
+	$(BIN)/pytest -m "cluster and not slow" tests/cluster
 
 check: install ## lint, format and types
 	$(BIN)/ruff check

@@ -89,10 +89,15 @@ def _parse(command: Command, words: Sequence[str]) -> Any:
 
 def _run(command: Command, config: Any) -> None:
     from cvmatch.runtime import progress
+    from cvmatch.runtime.settings import DryRun
 
     progress.to_console(command.level)
     _require_lasting_outputs(config)
-    answer = command.run(config)
+    try:
+        answer = command.run(config)
+    except DryRun as plan:
+        print(plan)
+        return
     if answer is not None:
         print(json.dumps(answer))
 

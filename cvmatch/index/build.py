@@ -59,6 +59,7 @@ def build(config: BuildIndex, shard_rows: int = SHARD_ROWS) -> IndexManifest:
     version is what is asked for, and whole, it stays, and none is published.
 
     Raises:
+        DryRun: that is all that is asked for.
         ValueError: see `publish`; or the pool does not fit the cluster.
     """
     session.start()
@@ -69,6 +70,8 @@ def build(config: BuildIndex, shard_rows: int = SHARD_ROWS) -> IndexManifest:
     if known and _is_whole(root, known, config):
         _log.info("version %s is this index already: nothing to do", known.version)
         return known
+    if config.dry_run:
+        embed_gallery(config, config.model, dataclasses.asdict(origin))
     with tracking.start("index", config) as run:
         tasks, built = ray_map(config.output), ""
         if known:

@@ -93,6 +93,7 @@ def embed_gallery(
         operators={"read": read_pictures.__name__, "embed": EmbedTile.__name__},
         max_rejected=gallery.max_rejected,
         retry_rejected=gallery.retry_rejected,
+        dry_run=gallery.dry_run,
     )
     write_stream(stream)
     return stream.output, time.monotonic() - begin

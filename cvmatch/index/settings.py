@@ -28,6 +28,8 @@ class GalleryConfig:
     """Largest share of rows without an embedding, in [0, 1]."""
     retry_rejected: bool = False
     """Make the rows again that failed in an earlier run that was not published."""
+    dry_run: bool = False
+    """Say what would be done, where, and what is done already; then stop."""
     output: str = "data/index"
     """Directory of the index, local or in an object store; a new version joins those there. On
     several nodes: a path that all of them mount."""

@@ -89,6 +89,17 @@ def preflight(pools: Mapping[str, Pool]) -> None:
     _require_pools(pools, spare)
 
 
+def describe(pool: Pool) -> str:
+    """Return `4 to 8 actors of 0.5 CPUs and 1 GPUs, on 2 nodes of pool=gpu-generate`."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if pool.label:
+        nodes = [node for node in nodes if node["Labels"].get(LABEL) == pool.label]
+    size = f"{pool.size}" if pool.largest == pool.size else f"{pool.size} to {pool.largest}"
+    gpus = f" and {pool.gpus:g} GPUs" if pool.gpus else ""
+    where = f" of {LABEL}={pool.label}" if pool.label else ""
+    return f"{size} actors of {pool.cpus:g} CPUs{gpus}, on {len(nodes)} nodes{where}"
+
+
 def _require_pools(pools: Mapping[str, Pool], spare: float, label: str = "") -> None:
     """Check the actors that pools begin with: Ray adds more only where there is room."""
     cpus = {name: pool.size * pool.cpus for name, pool in pools.items()}

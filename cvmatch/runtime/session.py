@@ -7,6 +7,7 @@ import re
 import ray
 from ray.data import DataContext
 
+from cvmatch.data import storage
 from cvmatch.runtime import internals
 
 LOGICAL_CPUS = 8
@@ -39,6 +40,8 @@ def start(logical_cpus: int = LOGICAL_CPUS, dashboard: bool = False) -> None:
     context.enable_progress_bars = False
     # The second version lists files in tasks that start tasks: 7 s for one small file, against 2.
     context.use_datasource_v2 = False
+    if storage.PASSING not in context.retried_io_errors:
+        context.retried_io_errors.append(storage.PASSING)
     classes = internals.callback_classes(context)
     if classes is not None and internals.SchedulerThrottle not in classes:
         internals.set_callback_classes(context, [*classes, internals.SchedulerThrottle])
@@ -56,19 +59,20 @@ def _connect(logical_cpus: int, dashboard: bool) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
+        _quieten_ray_data(logging.WARNING)  # hangs and full memories: an operator wants to know
     else:
         internals.set_ray_flags(logical_cpus)
-        _quieten_ray_data()
+        _quieten_ray_data(logging.ERROR)
         # "local": never join a Ray that somebody else runs on this machine.
         ray.init("local", num_cpus=logical_cpus, include_dashboard=dashboard, **quiet)
         internals.spend_restart_warning()
 
 
-def _quieten_ray_data() -> None:
-    """Show of Ray Data's log its errors, but for `_NOISE`; its file keeps all of it."""
+def _quieten_ray_data(level: int) -> None:
+    """Show of Ray Data's log what is as grave, but for `_NOISE`; its file keeps all of it."""
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(level)
             handler.addFilter(_is_news)
 
 

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 
+class DryRun(Exception):
+    """Says what a job would do, in place of doing it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """Actors that run one stage of a stream."""

@@ -19,7 +19,7 @@ from cvmatch.data import manifest, schema, storage
 from cvmatch.runtime import lease, pools, progress, session
 from cvmatch.runtime.gauges import set_gauge
 from cvmatch.runtime.output_directory import FailureRateGuard, OutputDirectory
-from cvmatch.runtime.settings import Pool
+from cvmatch.runtime.settings import DryRun, Pool
 from cvmatch.runtime.throughput import StageThroughput, call_each_step
 
 REPORT_S = 5.0
@@ -52,6 +52,8 @@ class Stream:
     """Largest share of rows that may fail, in [0, 1]; never all of them."""
     retry_rejected: bool = False
     """Whether rows that failed in an earlier run are made again."""
+    dry_run: bool = False
+    """Whether to say only what would be done."""
     manifest: Mapping[str, Any] | None = None
     """What `manifest.write` takes beside the output and its rows; None: there is no manifest, and
     what is needed to resume stays."""
@@ -75,6 +77,7 @@ def write_stream(stream: Stream) -> StreamResult | None:
     """Write each row once. Return None where the output is complete already.
 
     Raises:
+        DryRun: that is all that is asked for; nothing was written.
         ValueError: the output holds rows made from something else, another job writes it, the pools
             do not fit the cluster, there is no row, a row lacks or is there twice, more than
             `max_rejected` of the rows failed (at once, when so many did), or all did.
@@ -83,6 +86,8 @@ def write_stream(stream: Stream) -> StreamResult | None:
     if directory.is_complete(stream.provenance) and not stream.retry_rejected:
         return None
     session.start()
+    if stream.dry_run:
+        raise DryRun(_plan(stream, directory, _prepare(stream)[1]))
     with lease.hold(stream.output) as held:
         if stream.retry_rejected and (count := directory.forget_failed()):
             _log.info("%s: %d failed rows are made again", stream.output, count)
@@ -135,18 +140,9 @@ def _run(
     stream: Stream, directory: OutputDirectory, throughput: StageThroughput, held: lease.Lease
 ) -> int:
     """Run the stream to its end, or until too many rows have failed; return the rows expected."""
-    pools.preflight(stream.pools)
-    # In the task that writes: a column without any value has a type there again.
-    rows = stream.rows().map_batches(
-        schema.conform,
-        fn_kwargs={"wanted": stream.columns},
-        batch_format="pyarrow",
-        batch_size=None,
-    )
-    total = stream.total()
-    if not total:
-        raise ValueError(f"{stream.label}: expected rows to make {stream.output} of, got none.")
+    rows, total = _prepare(stream)
     directory.refresh(running=True)  # what was written before
+    _log.info("%s", _plan(stream, directory, total))
     guard = FailureRateGuard(directory, total, stream.max_rejected)
     report = _Report(stream.label, total, directory, throughput)
     filesystem, path = storage.resolve(stream.output)
@@ -164,6 +160,34 @@ def _run(
         directory.refresh()
     report.send()
     return total
+
+
+def _prepare(stream: Stream) -> tuple[Dataset, int]:
+    """Check the pools; return the rows to write, none of which is made yet, and their number."""
+    pools.preflight(stream.pools)
+    # In the task that writes: a column without any value has a type there again.
+    rows = stream.rows().map_batches(
+        schema.conform,
+        fn_kwargs={"wanted": stream.columns},
+        batch_format="pyarrow",
+        batch_size=None,
+    )
+    total = stream.total()
+    if not total:
+        raise ValueError(f"{stream.label}: expected rows to make {stream.output} of, got none.")
+    return rows, total
+
+
+def _plan(stream: Stream, directory: OutputDirectory, total: int) -> str:
+    """Describe what a stream will do, where, and what is done already."""
+    directory.refresh(running=True)
+    lines = [f"{stream.label}: {total} rows into {stream.output}"]
+    if directory.rows:
+        lines.append(
+            f"  done already: {directory.rows} rows, {len(directory.failed)} of them failed"
+        )
+    lines += [f"  {name}: {pools.describe(pool)}" for name, pool in stream.pools.items()]
+    return "\n".join(lines)
 
 
 @dataclass

@@ -96,6 +96,7 @@ def _stream(config: SearchRows, index: Index, source: manifest.Manifest) -> Stre
         operators={"embed": EmbedQuery.__name__, "rank": RankTiles.__name__},
         max_rejected=1.0,
         retry_rejected=config.retry_rejected,
+        dry_run=config.dry_run,
         manifest={"config": config, "models": models, "source": config.rows},
     )
 

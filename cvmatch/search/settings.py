@@ -93,3 +93,5 @@ class SearchRows:
     """Actors that search; each maps the index's files, which they share."""
     retry_rejected: bool = False
     """Make the rows again that failed in an earlier run, also where the output is complete."""
+    dry_run: bool = False
+    """Say what would be done, where, and what is done already; then stop."""

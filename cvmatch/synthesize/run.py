@@ -37,12 +37,15 @@ def synthesize(config: Synthesize) -> manifest.Manifest:
     An output that is whole already is left as it is.
 
     Raises:
+        DryRun: that is all that is asked for.
         ValueError: the data cannot be used (`PairDataset.open`), or see `write_stream`.
     """
     stream = _stream(config)
     complete = OutputDirectory(stream.output).is_complete(stream.provenance)
     if complete and not config.retry_rejected:
         return manifest.read(stream.output)  # it is no run to track
+    if config.dry_run:
+        write_stream(stream)
     with tracking.start("synthesize", config) as run:
         done = write_stream(stream)
         if done:
@@ -67,6 +70,7 @@ def _stream(config: Synthesize) -> Stream:
         operators=OPERATORS,
         max_rejected=config.max_rejected,
         retry_rejected=config.retry_rejected,
+        dry_run=config.dry_run,
         manifest={"config": config, "models": models, "source": config.data.root},
     )
 

@@ -23,3 +23,5 @@ class Synthesize:
     """Largest share of rows that may fail, in [0, 1]."""
     retry_rejected: bool = False
     """Make the rows again that failed in an earlier run, also where the output is complete."""
+    dry_run: bool = False
+    """Say what would be done, where, and what is done already; then stop."""

@@ -122,6 +122,13 @@ class Cluster:
             endpoint_override=self.endpoint, allow_bucket_creation=True,
         )  # fmt: skip
 
+    @property
+    def access(self) -> dict[str, str]:
+        """Environment of a process of this machine that looks at the store."""
+        names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+        cache = {"CVMATCH_CACHE": str(self.root / "cache")}
+        return {name: self.environment[name] for name in names} | cache
+
     def refuse(self, mode: str) -> None:
         """Let the store answer: `ok`, `503` (it is away), or a share of requests that get 503."""
         aside = self.root / "mode.tmp"

@@ -31,7 +31,7 @@ from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from cvmatch.runtime import lease
-from cvmatch.runtime.settings import Pool
+from cvmatch.runtime.settings import DryRun, Pool
 from cvmatch.search.rows import search_rows
 from cvmatch.search.settings import SearchRows
 from cvmatch.segment.batches import Preprocess
@@ -316,3 +316,12 @@ def test_second_job_of_an_output_is_refused_at_once(models, world_root, tmp_path
     with lease.hold(str(tmp_path / "output")), pytest.raises(ValueError, match="no other job"):
         job.run()
     job.run()
+
+
+def test_dry_run_says_what_would_be_done_and_writes_nothing(models, world_root, tmp_path):
+    pairs = Pairs(world_root, tmp_path)
+    job = _synthesize(models, pairs, str(tmp_path / "output"))
+    with pytest.raises(DryRun, match=rf"synthesize: {ROWS} rows into") as plan:
+        job.run(dry_run=True)
+    assert "generate.pool: 1 actors of 0.5 CPUs, on 1 nodes" in str(plan.value)
+    assert not (tmp_path / "output").exists()
