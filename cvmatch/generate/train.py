@@ -6,7 +6,7 @@ import os
 
 from ray.data import Dataset
 
-from cvmatch.data import manifest, storage
+from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.pairs import PairDataset
 from cvmatch.generate.batches import read_latents
 from cvmatch.generate.encoders import read_sizes, split_revision
@@ -19,6 +19,7 @@ from cvmatch.nn import hub
 from cvmatch.runtime import session, tracking
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
+from cvmatch.training.held_out import choose_held_out, select_pairs
 
 
 def train(config: TrainGenerator) -> TrainResult:
@@ -34,7 +35,7 @@ def train(config: TrainGenerator) -> TrainResult:
     with tracking.start("generate", config) as run:
         pairs = PairDataset.open(config.data)
         held_out = PairDataset.open(config.val.ingest(config.data)) if config.val else None
-        data = read_pairs(config, pairs, config.mirror)
+        data = read_training_pairs(config, pairs)
         val = held_out and read_pairs(config, held_out)
         provenance = manifest.digest([part.fingerprint for part in (pairs, held_out) if part])
         bev = _pretrain_bev(config, data, val, provenance) if config.pretrain_bev else ""
@@ -55,10 +56,22 @@ def build_task(config: TrainGenerator, bev: str = "") -> GeneratorTask:
 
 def read_pairs(config: TrainGenerator, pairs: PairDataset, mirror: bool = False) -> Dataset:
     """Encode pairs, unless the latent cache has them, and read them as training batches."""
+    rows = read_latents(_encode(config, pairs, mirror))
+    return launch.cache_rows(rows, config.fit)
+
+
+def read_training_pairs(config: TrainGenerator, pairs: PairDataset) -> Dataset:
+    """Encode pairs, unless the latent cache has them, and read all but `choose_held_out`."""
+    directory = _encode(config, pairs, config.mirror)
+    rows = map(schema.good_rows, tables.batches(directory, [schema.PAIR_ID, schema.ERROR]))
+    ids = [one for table in rows for one in table[schema.PAIR_ID].to_pylist()]
+    learned = select_pairs(read_latents(directory), choose_held_out(ids), inside=False)
+    return launch.cache_rows(learned, config.fit)
+
+
+def _encode(config: TrainGenerator, pairs: PairDataset, mirror: bool) -> str:
     encoding = config.encoding(data=pairs.config, mirror=mirror)
-    pool = launch.actors(config.fit, 16, "Actors that encode pairs")
-    directory = cache_latents(encoding, pairs, pool)
-    return launch.cache_rows(read_latents(directory), config.fit)
+    return cache_latents(encoding, pairs, launch.actors(config.fit, 16, "Actors that encode pairs"))
 
 
 def with_absolute_paths(config: TrainGenerator) -> TrainGenerator:

@@ -252,14 +252,14 @@ class SumScorer:
         return {name: part.sum(dim=1) for name, part in zip(self.parts, products, strict=True)}
 
 
-def fit_weights(cosines: Mapping[str, Float[Tensor, "pair pair"]]) -> FusionWeights:
+def fit_weights(cosines: Mapping[str, Float[Tensor, "pair tile"]]) -> FusionWeights:
     """Fit the weights of each modality by the cross entropy of each query among all tiles.
 
     Convex in the weights over the temperature, which are at least 0.
 
     Args:
-        cosines: Of queries (rows) and tiles (columns), by each branch; own pairs, none of which was
-            trained on, on the diagonal.
+        cosines: Of queries (rows) and tiles (columns), by each branch; own tiles on the diagonal,
+            others behind them. None of the pairs was trained on.
     """
     weights: dict[Modality, Mapping[str, float]] = {}
     temperature: dict[Modality, float] = {}
@@ -290,7 +290,7 @@ def _cross_entropy(
     score = np.tensordot(logits, cosines, 1)
     log_sum = np.asarray(special.logsumexp(score, axis=1))
     share = np.exp(score - log_sum[:, None])
-    own = np.diagonal(cosines, axis1=1, axis2=2)
+    own = np.diagonal(cosines, axis1=1, axis2=2)  # as many as there are queries
     gradient = (share * cosines).sum(axis=2) - own
     return float((log_sum - np.diagonal(score)).mean()), gradient.mean(axis=1)
 

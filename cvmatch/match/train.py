@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -23,13 +24,15 @@ from cvmatch.runtime import hardware, session, tracking
 from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
+from cvmatch.training.held_out import choose_held_out
 from cvmatch.training.task import EpochOrder
 
 FUSION_PAIRS = 512
 """Validation pairs at most that the branches' weights are fitted on."""
 
-HELD_OUT = 64
-"""Training pairs, at most a tenth, that are left out for that where there are none to validate."""
+FUSION_TILES = 2048
+"""Training tiles at most among which the held-out pairs' own have to be found: few pairs alone are
+too easy, and say little."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +57,9 @@ def train(config: TrainMatcher) -> TrainResult:
             f"train-matcher: expected validation pairs apart from training, got {len(both)} "
             f"in both {config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
         )
-    fusion = val
-    held_out = _hold_out(ids) if val is None and len(config.branches) > 1 else []
-    if held_out and config.score == "sum":
-        whole = read_pairs(config.pairs, config.letters)
-        fusion = _decode(config, _select_ids(whole, held_out, True))
-        rows = _select_ids(rows, held_out, False)
+    fits = config.score == "sum" and len(config.branches) > 1
+    held_out = choose_held_out(ids) if fits and val is None else []
+    rows = _select_ids(rows, held_out, False) if held_out else rows
     order = _hard_negative_order(config, rows) if config.hard_negatives_every else None
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
@@ -68,28 +68,40 @@ def train(config: TrainMatcher) -> TrainResult:
         )
         result = launch.train(build, _decode(config, rows), val, config.fit, run, order, rows_of)
         launch.publish(result, config.output)
-        if fusion is not None and config.score == "sum":
-            fit_fusion(config.output, fusion)
+        if fits and val is not None:
+            fit_fusion(config.output, val)
+        elif held_out:
+            whole = read_pairs(config.pairs, config.letters)
+            pairs = _decode(config, _select_ids(whole, held_out, True))
+            fit_fusion(config.output, pairs, _decode(config, rows))
     return result
 
 
 @torch.inference_mode()
-def fit_fusion(directory: str, rows: Dataset) -> FusionWeights:
-    """Fit the weights of a published model's branches on decoded rows, and save them."""
+def fit_fusion(directory: str, pairs: Dataset, others: Dataset | None = None) -> FusionWeights:
+    """Fit the weights of a published model's branches, and save them.
+
+    Args:
+        directory: of the model.
+        pairs: decoded rows that neither the model nor the generator has learned from.
+        others: decoded rows whose tiles the pairs' own have to be told from, too.
+    """
     model = Matcher.load(directory, hardware.device())
-    assert isinstance(model.heads, BranchHeads)
+    heads = model.heads
+    assert isinstance(heads, BranchHeads)
     queries: list[dict[str, Tensor]] = []
     tiles: list[dict[str, Tensor]] = []
-    for batch in rows.limit(FUSION_PAIRS).iter_torch_batches(batch_size=32, device=model.device):
+    for batch in _batches(pairs, FUSION_PAIRS, model):
         synthetic = batch["synthetic"].float() / 255 if "synthetic" in batch else None
         query = model.query_features(batch["ground"].float() / 255, synthetic)
-        queries.append(model.heads.query_parts(query))
-        tile = model.tile_features(batch["aerial"].float() / 255)
-        tiles.append(model.heads.tile_parts(tile))
+        queries.append(heads.query_parts(query))
+        tiles.append(heads.tile_parts(model.tile_features(batch["aerial"].float() / 255)))
+    for batch in _batches(others, FUSION_TILES, model) if others else ():
+        tiles.append(heads.tile_parts(model.tile_features(batch["aerial"].float() / 255)))
     cosines: dict[str, Tensor] = {
         branch: torch.cat([part[branch] for part in queries])
         @ torch.cat([part[branch] for part in tiles]).T
-        for branch in model.heads.branches
+        for branch in heads.branches
     }
     weights = fit_weights(cosines)
     weights.save(directory)
@@ -97,10 +109,8 @@ def fit_fusion(directory: str, rows: Dataset) -> FusionWeights:
     return weights
 
 
-def _hold_out(ids: tuple[str, ...]) -> list[str]:
-    """Choose pairs that the weights are fitted on, the same ones whatever their number."""
-    count = min(HELD_OUT, len(ids) // 10)
-    return sorted(ids, key=rng.row_key)[:count]
+def _batches(rows: Dataset, count: int, model: Matcher) -> Iterable[dict[str, Any]]:
+    return rows.limit(count).iter_torch_batches(batch_size=32, device=model.device)
 
 
 def _select_ids(rows: Dataset, ids: list[str], inside: bool) -> Dataset:

@@ -7,7 +7,6 @@ logs one warning; tests/runtime/test_internals.py says which entry a new version
 import functools
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -178,47 +177,14 @@ def _counts(operator: Any, state: Any) -> OperatorCounts:
 # Ray Train: what it does on its workers before it joins them to a process group.
 
 
-def torch_config() -> Any:
-    """Return Ray Train's settings of a process group that finds the network between the nodes.
-
-    Gloo listens where the name of its host leads, and on Debian that is 127.0.0.1.
-    """
-    from ray.train.torch import TorchConfig
-
+def torch_backend() -> type | None:
+    """Return what Ray Train runs on its workers; None where this version has it elsewhere."""
     try:
         from ray.train.torch.config import _TorchBackend
     except ImportError:
         _warn("ray.train.torch.config._TorchBackend", RAY, "Gloo may listen on 127.0.0.1")
-        return TorchConfig()
-
-    class Backend(_TorchBackend):
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(choose_gloo_interface)
-            super().on_start(worker_group, backend_config)
-
-    class Config(TorchConfig):
-        @property
-        def backend_cls(self) -> type:
-            return Backend
-
-    return Config()
-
-
-def choose_gloo_interface() -> None:
-    """Name the network interface of this node's address in Ray, where its host's name misleads."""
-    import psutil
-    from ray.util import get_node_ip_address
-
-    try:
-        named = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        named = ""
-    address = get_node_ip_address()
-    if named == address or address.startswith("127."):
-        return
-    for name, found in psutil.net_if_addrs().items():
-        if any(one.address == address for one in found):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        return None
+    return _TorchBackend
 
 
 # torchmetrics: the linear weights of LPIPS, which its wheel holds.

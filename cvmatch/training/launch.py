@@ -29,10 +29,11 @@ from ray.train.torch import TorchTrainer
 
 from cvmatch import config as configs
 from cvmatch.data import storage
-from cvmatch.runtime import hardware, internals, pools, progress, tracking
+from cvmatch.runtime import hardware, pools, progress, tracking
 from cvmatch.runtime.settings import Pool
 from cvmatch.training import checkpoints, loop, metrics
 from cvmatch.training.checkpoints import TrainResult
+from cvmatch.training.process_group import ClusterTorchConfig
 from cvmatch.training.settings import TrainConfig, is_score
 from cvmatch.training.task import EpochOrder, Task
 
@@ -301,7 +302,7 @@ def _trainer(
         ),
         datasets=dict(datasets),
         dataset_config=SplitDatasets(),
-        torch_config=internals.torch_config(),
+        torch_config=ClusterTorchConfig(),
     )
 
 

@@ -12,9 +12,15 @@ from cvmatch.data.settings import Ingest, Validation
 from cvmatch.generate import infer
 from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import Conditioning, Generate, Sampling, TrainGenerator
-from cvmatch.generate.train import build_task, train, with_absolute_paths
+from cvmatch.generate.train import (
+    build_task,
+    read_training_pairs,
+    train,
+    with_absolute_paths,
+)
 from cvmatch.nn import backbones, rng
 from cvmatch.runtime.settings import Pool
+from cvmatch.training.held_out import choose_held_out
 from cvmatch.training.settings import TrainConfig
 from tests.helpers.generator import CONDITIONING, PANORAMA
 from tests.helpers.present import present
@@ -73,6 +79,11 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
         ),
     )
     result = train(config)
+    rows = read_training_pairs(config, PairDataset.open(config.data)).take_all()
+    ids = [row[schema.PAIR_ID] for row in PairDataset.open(config.data).rows().take_all()]
+    learned, held = {row["key"] for row in rows}, {rng.row_key(i) for i in choose_held_out(ids)}
+    assert len(held) == 1  # a tenth
+    assert learned == {rng.row_key(pair_id) for pair_id in ids} - held
     found = result.metrics or {}
     names = ["train/noise", "train/clip", "train/lpips", "val/loss_correct", "val/loss_shuffled"]
     assert all(np.isfinite(found[name]) and found[name] > 0 for name in [*names, "val/lpips"])

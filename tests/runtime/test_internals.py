@@ -86,3 +86,9 @@ def test_a_version_without_an_entry_is_named_once_and_done_without(caplog):
 def test_a_callback_does_nothing_where_a_version_calls_another_method():
     assert internals.ExecutionCallback().before_a_new_step(1, executor=2) is None
     assert not hasattr(internals.ExecutionCallback(), "_private")
+
+
+def test_ray_train_has_what_joins_its_workers_to_a_group(caplog):
+    backend = internals.torch_backend()
+    assert hasattr(backend, "on_start"), "ray.train.torch.config._TorchBackend"
+    assert not caplog.records
