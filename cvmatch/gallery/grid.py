@@ -30,7 +30,7 @@ _ARC_M = SEMI_MAJOR_M * (1 - _E2 / 4 - 3 * _E2**2 / 64 - 5 * _E2**3 / 256)
 
 
 def meridian_arc(latitude: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*cell"]:
-    """Return metres along the meridian from the equator to a latitude in degrees; to 1e-4 m."""
+    """Return metres along the meridian from the equator to a latitude in degrees; to 1 mm."""
     phi = np.radians(latitude)
     return SEMI_MAJOR_M * (
         (1 - _E2 / 4 - 3 * _E2**2 / 64 - 5 * _E2**3 / 256) * phi
@@ -41,7 +41,7 @@ def meridian_arc(latitude: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*ce
 
 
 def latitude_at(arc: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "*cell"]:
-    """Return the latitude in degrees at metres along the meridian; the inverse, to 1e-4 m."""
+    """Return the latitude in degrees at metres along the meridian; the inverse, to 1 mm."""
     mu = arc / _ARC_M
     return np.degrees(
         mu
@@ -82,7 +82,7 @@ class Grid:
     The middles of rows are `stride` apart on the meridian, and a row has the whole number of
     columns that comes nearest to `stride` on its middle parallel: up to stride / (2 x its length)
     off, which is 1e-5 at most below 85 degrees for a stride below 70 m. A cell is a rectangle of
-    latitude and longitude, `metres` high on the meridian (to 1e-4 m) and `metres` wide on its
+    latitude and longitude, `metres` high on the meridian (to 1 mm) and `metres` wide on its
     middle parallel. On its northern and southern edge its width, and so the ground that a pixel
     shows, is off by tan(latitude) x metres / 2 / 6,371 km: 1.3e-5 for 60 m at 70 degrees.
     """
@@ -110,7 +110,7 @@ class Grid:
     ) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " cell"]]:
         """Return latitude and longitude of their middles, in degrees."""
         latitude = latitude_at(cells.row * self.stride)
-        return latitude, cells.column * (360 / self.count_columns(latitude))
+        return latitude, cells.column * 360 / self.count_columns(latitude)
 
     def boxes(self, cells: Cells) -> Float[np.ndarray, "cell 4"]:
         """Return west, south, east and north of each, in degrees; beyond 180 at the date line."""
@@ -128,25 +128,32 @@ class Grid:
         """Return the cells whose middles lie in a box, row by row.
 
         Raises:
-            ValueError: they are more than MAX_CELLS.
+            ValueError: they may be more than MAX_CELLS.
         """
         west, south, east, north = bounds
-        limit = MAX_LATITUDE
-        arcs = meridian_arc(np.clip([south, north], -limit, limit).astype(np.float64))
-        rows = np.arange(math.ceil(arcs[0] / self.stride), math.floor(arcs[1] / self.stride) + 1)
+        limits = np.clip(np.array([south, north]), -MAX_LATITUDE, MAX_LATITUDE)
+        first, last = (meridian_arc(limits) / self.stride).tolist()
+        self._check_count((last - first) * (east - west) / 360, bounds)
+        rows = np.arange(math.ceil(first), math.floor(last) + 1)
         columns = self.count_columns(latitude_at(rows * self.stride))
-        first = np.ceil(np.maximum(west / 360, -0.5) * columns).astype(np.int64)
-        last = np.floor(np.minimum(east / 360 * columns, (columns - 1) / 2)).astype(np.int64)
-        counts = np.maximum(last - first + 1, 0)
-        if counts.sum() > MAX_CELLS:
-            raise ValueError(
-                f"gallery: expected at most {MAX_CELLS:,} cells, got {counts.sum():,} of "
-                f"{self.metres:g} m within {_format(bounds)}. Pass a smaller --region, larger "
-                "--metres or less --overlap."
-            )
-        begins = np.repeat(np.cumsum(counts) - counts - first, counts)
+        left = np.ceil(np.maximum(west / 360, -0.5) * columns).astype(np.int64)
+        right = np.floor(np.minimum(east / 360 * columns, (columns - 1) / 2)).astype(np.int64)
+        counts = np.maximum(right - left + 1, 0)
+        begins = np.repeat(np.cumsum(counts) - counts - left, counts)
         return Cells(np.repeat(rows, counts), np.arange(counts.sum()) - begins)
 
+    def _check_count(self, turns: float, bounds: Bounds) -> None:
+        """Refuse more cells than MAX_CELLS, were all rows (`turns` round the earth) the widest."""
+        widest = np.clip(0, bounds[1], bounds[3])  # the latitude next to the equator
+        count = turns * self.count_columns(np.array([widest], dtype=np.float64))[0]
+        if count > MAX_CELLS:
+            raise ValueError(
+                f"gallery: expected at most {MAX_CELLS:,} cells, got up to {count:,.0f} of "
+                f"{self.metres:g} m within {format_bounds(bounds)}. Pass a smaller --region, "
+                "larger --metres or less --overlap."
+            )
 
-def _format(bounds: Bounds) -> str:
+
+def format_bounds(bounds: Bounds) -> str:
+    """Write them for a person."""
     return "longitude {0:.4f} to {2:.4f}, latitude {1:.4f} to {3:.4f}".format(*bounds)

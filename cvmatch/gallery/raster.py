@@ -47,16 +47,14 @@ class Raster:
         names = ["full resolution", *(f"overview {n}" for n in range(1, count + 1))]
         self.levels = tuple(map(_describe, names, self._levels))
 
-    @property
-    def bounds(self) -> Bounds:
-        """Of the file."""
+    def find_bounds(self) -> Bounds:
+        """Return west, south, east and north of the file, in degrees."""
         box, crs = self._bounds
         west, south, east, north = warp.transform_bounds(crs, CRS.from_epsg(4326), *box)
         return west, south, east, north
 
-    @property
     def fingerprint(self) -> str:
-        """Hash of the sizes of the file and of those that it names."""
+        """Hash the sizes of the file and of those that it names."""
         return file_fingerprint(*sorted(self._files))
 
     def find_zoom(self, zoom: int) -> int:

@@ -23,7 +23,7 @@ from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.schema import AERIAL, ERROR, LATITUDE, LONGITUDE, PAIR_ID
 from cvmatch.gallery import resampling
 from cvmatch.gallery.cutting import Cutter
-from cvmatch.gallery.grid import Cells
+from cvmatch.gallery.grid import Bounds, Cells, format_bounds
 from cvmatch.gallery.region import Region, read_region
 from cvmatch.gallery.settings import MakeGallery
 from cvmatch.gallery.sources import choose_format
@@ -108,7 +108,7 @@ def make_gallery(config: MakeGallery) -> manifest.Manifest:
             `write_stream`.
     """
     imagery = storage.absolute(config.imagery).rstrip("/")
-    cutter = Cutter.of(config, choose_format(imagery, config.format), imagery)
+    cutter = Cutter.of(config, chooseformat_bounds(imagery, config.format), imagery)
     region = read_region(config.region) if config.region else None
     directory = OutputDirectory(storage.absolute(config.output).rstrip("/"))
     provenance = _provenance(config, cutter, region)
@@ -121,7 +121,7 @@ def make_gallery(config: MakeGallery) -> manifest.Manifest:
 
 def list_cells(cutter: Cutter, region: Region | None) -> Cells:
     """Return the cells whose middles lie in the region, or in the imagery's bounds, by window."""
-    cells = cutter.grid.within(region.bounds if region else cutter.source.bounds)
+    cells = cutter.grid.within(region.bounds if region else cutter.source.find_bounds())
     if region:
         cells = cells.take(region.contains(*cutter.grid.middles(cells)))
     return cutter.sort(cells)
@@ -141,7 +141,7 @@ def survey(
         min_coverage: least share of a cell that must be shown.
         run: maps a function over parts of the cells, such as `pools.map_tasks`.
     """
-    near = _meet(cutter.grid.boxes(cells), cutter.source.bounds)
+    near = _meet(cutter.grid.boxes(cells), cutter.source.find_bounds())
     close = cells.take(near)
     parts = [
         close.take(np.arange(start, min(start + SURVEY, len(close))))
@@ -204,8 +204,8 @@ def _plan(config: MakeGallery, cutter: Cutter, region: Region | None, partial: s
 def _explain_nothing(
     config: MakeGallery, cutter: Cutter, region: Region | None, counts: Counts
 ) -> str:
-    shown = _format(cutter.source.bounds)
-    wanted = f"{config.region} ({_format(region.bounds)})" if region else "the imagery itself"
+    shown = format_bounds(cutter.source.find_bounds())
+    wanted = f"{config.region} ({format_bounds(region.bounds)})" if region else "the imagery itself"
     text = (
         f"{config.imagery}: expected cells of {wanted} with imagery, got none: {counts.outside} "
         f"lie outside of it (it has {shown}), and of {counts.sparse} it shows less than "
@@ -255,7 +255,7 @@ def _stream(
 def _provenance(config: MakeGallery, cutter: Cutter, region: Region | None) -> dict[str, object]:
     """What the rows depend on."""
     return {
-        "imagery": cutter.source.fingerprint,
+        "imagery": cutter.source.fingerprint(),
         "format": cutter.format,
         "region": manifest.digest(shapely.to_geojson(region.shape)) if region else "",
         "cells": [config.metres, config.overlap, config.size, config.zoom, config.min_coverage],
@@ -265,11 +265,7 @@ def _provenance(config: MakeGallery, cutter: Cutter, region: Region | None) -> d
     }
 
 
-def _meet(boxes: Float[np.ndarray, "cell 4"], bounds: tuple[float, ...]) -> np.ndarray:
+def _meet(boxes: Float[np.ndarray, "cell 4"], bounds: Bounds) -> np.ndarray:
     """Return which boxes have a part in the bounds."""
     west, south, east, north = boxes.T
     return (west < bounds[2]) & (east > bounds[0]) & (south < bounds[3]) & (north > bounds[1])
-
-
-def _format(bounds: tuple[float, ...]) -> str:
-    return "longitude {0:.4f} to {2:.4f}, latitude {1:.4f} to {3:.4f}".format(*bounds)

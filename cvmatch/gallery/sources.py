@@ -1,7 +1,7 @@
 """Open imagery, whatever it is stored as."""
 
 import functools
-from typing import Protocol, get_args
+from typing import Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,6 +17,7 @@ from cvmatch.gallery.tiles import MapTiles, compare_row_orders
 _BY_ENDING: dict[str, Format] = {"mbtiles": "mbtiles", "pmtiles": "pmtiles"}
 
 
+@runtime_checkable
 class Source(Protocol):
     """Imagery in Web Mercator, of which windows are read."""
 
@@ -25,14 +26,12 @@ class Source(Protocol):
         """Its zoom levels, or full resolution and overviews."""
         ...
 
-    @property
-    def bounds(self) -> Bounds:
-        """West, south, east and north of all of it, in degrees."""
+    def find_bounds(self) -> Bounds:
+        """Return west, south, east and north of all of it, in degrees."""
         ...
 
-    @property
     def fingerprint(self) -> str:
-        """Hash of what its pixels depend on."""
+        """Hash what its pixels depend on."""
         ...
 
     def find_zoom(self, zoom: int) -> int:

@@ -9,7 +9,7 @@ import re
 import sqlite3
 import urllib.parse
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pmtiles import tile as pm
 
@@ -21,6 +21,7 @@ _TILE_NAME = re.compile(r"(\d+)\.(png|jpe?g|webp)", re.IGNORECASE)
 _PMTILES_HEADER = 127  # bytes, by version 3 of its specification
 
 
+@runtime_checkable
 class TileStore(Protocol):
     """Encoded map tiles."""
 
@@ -29,14 +30,12 @@ class TileStore(Protocol):
         """Levels that it has, ascending."""
         ...
 
-    @property
-    def bounds(self) -> Bounds:
-        """Of the tiles of the finest level."""
+    def find_bounds(self) -> Bounds:
+        """Return west, south, east and north of the tiles of the finest level, in degrees."""
         ...
 
-    @property
     def fingerprint(self) -> str:
-        """Hash of names and sizes, which stand for the content."""
+        """Hash names and sizes, which stand for the content."""
         ...
 
     def tile(self, zoom: int, column: int, row: int) -> bytes | None:
@@ -72,8 +71,7 @@ class TileFolder:
             return None
         return storage.read_bytes(storage.join(self.location, str(zoom), str(column), name))
 
-    @property
-    def bounds(self) -> Bounds:
+    def find_bounds(self) -> Bounds:
         """See `TileStore`."""
         zoom = self.zooms[-1]
         columns = [one for one in self._columns(zoom) if self._column(zoom, one)]
@@ -82,7 +80,6 @@ class TileFolder:
         rows = [self._flip(zoom, row) for one in columns for row in self._column(zoom, one)]
         return _bounds(zoom, min(columns), min(rows), max(columns), max(rows))
 
-    @property
     def fingerprint(self) -> str:
         """See `TileStore`."""
         from pyarrow import fs  # noqa: PLC0415 (see storage)
@@ -136,8 +133,7 @@ class MBTiles:
         found = self._ask(f"SELECT tile_data FROM tiles WHERE {wanted}", key)
         return bytes(found[0][0]) if found else None
 
-    @property
-    def bounds(self) -> Bounds:
+    def find_bounds(self) -> Bounds:
         """See `TileStore`."""
         zoom = self.zooms[-1]
         ends = "min(tile_column), max(tile_row), max(tile_column), min(tile_row)"
@@ -145,7 +141,6 @@ class MBTiles:
         left, top, right, bottom = found[0]
         return _bounds(zoom, left, 2**zoom - 1 - top, right, 2**zoom - 1 - bottom)
 
-    @property
     def fingerprint(self) -> str:
         """See `TileStore`."""
         return file_fingerprint(self.location)
@@ -189,14 +184,12 @@ class PMTiles:
             offset, length = self._header["leaf_directory_offset"] + entry.offset, entry.length
         return None
 
-    @property
-    def bounds(self) -> Bounds:
+    def find_bounds(self) -> Bounds:
         """See `TileStore`; as the header says them."""
         sides: Any = ("min_lon_e7", "min_lat_e7", "max_lon_e7", "max_lat_e7")
         west, south, east, north = (self._header[side] / 1e7 for side in sides)
         return west, south, east, north
 
-    @property
     def fingerprint(self) -> str:
         """See `TileStore`."""
         return file_fingerprint(self.location)

@@ -30,15 +30,13 @@ class MapTiles:
         self._size = self._measure()
         self.levels: tuple[Level, ...] = tuple(zoom_level(z, self._size) for z in store.zooms)
 
-    @property
-    def bounds(self) -> Bounds:
-        """Of the tiles of the finest level."""
-        return self.store.bounds
+    def find_bounds(self) -> Bounds:
+        """Return west, south, east and north of the tiles of the finest level, in degrees."""
+        return self.store.find_bounds()
 
-    @property
     def fingerprint(self) -> str:
-        """Hash of names and sizes."""
-        return self.store.fingerprint
+        """Hash names and sizes."""
+        return self.store.fingerprint()
 
     def find_zoom(self, zoom: int) -> int:
         """Return the number of the level of a zoom.
