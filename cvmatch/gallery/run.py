@@ -108,7 +108,7 @@ def make_gallery(config: MakeGallery) -> manifest.Manifest:
             `write_stream`.
     """
     imagery = storage.absolute(config.imagery).rstrip("/")
-    cutter = Cutter.of(config, chooseformat_bounds(imagery, config.format), imagery)
+    cutter = Cutter.of(config, choose_format(imagery, config.format), imagery)
     region = read_region(config.region) if config.region else None
     directory = OutputDirectory(storage.absolute(config.output).rstrip("/"))
     provenance = _provenance(config, cutter, region)
