@@ -5,7 +5,6 @@ stream cuts them, window by window, in tasks of Ray.
 """
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +59,8 @@ SURVEY = 4096
 BLOCK = 64
 """Cells of a task that cuts: what a resumed run repeats at most."""
 
-_log = logging.getLogger(__name__)
+Part = tuple[Cutter, Cells]
+"""Some cells, and what cuts them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def survey(
     cutter: Cutter,
     cells: Cells,
     min_coverage: float,
-    run: Callable[[Any, Sequence[Cells]], list[Any]],
+    run: Callable[[Any, Sequence[Part]], list[Any]],
 ) -> tuple[Cells, Counts]:
     """Find the cells that the imagery shows enough of, and count the others.
 
@@ -144,10 +144,10 @@ def survey(
     near = _meet(cutter.grid.boxes(cells), cutter.source.find_bounds())
     close = cells.take(near)
     parts = [
-        close.take(np.arange(start, min(start + SURVEY, len(close))))
+        (cutter, close.take(np.arange(start, min(start + SURVEY, len(close)))))
         for start in range(0, len(close), SURVEY)
     ]
-    shares = np.concatenate([np.zeros(0), *run(cutter.measure_coverage, parts)])
+    shares = np.concatenate([np.zeros(0), *run(measure_part, parts)])
     shown = shares > 0
     kept = close.take(shown & (shares >= min_coverage))
     return kept, Counts(
@@ -159,6 +159,12 @@ def survey(
             cutter.source.levels[n].name for n in np.unique(cutter.levels_of(kept)).tolist()
         ),
     )
+
+
+def measure_part(part: Part) -> Float[np.ndarray, " cell"]:
+    """Return the share of each cell that the imagery shows; a task."""
+    cutter, cells = part
+    return cutter.measure_coverage(cells)
 
 
 def cut_cells(rows: pa.Table, cutter: Cutter, encoding: str, vintage: str) -> pa.Table:
