@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rasterio import warp
 
 from cvmatch.gallery.grid import Cells, Grid, latitude_at, meridian_arc
+from tests.helpers.imagery import transform
 
 LATITUDES = [-70, -47, 0, 47, 70]
 
@@ -19,7 +19,7 @@ def ground(middle: tuple[float, float], longitude: float, latitude: float) -> np
     """Metres east and north of a place, along geodesics, by PROJ."""
     lat, lon = middle
     local = f"+proj=aeqd +lat_0={lat:.12f} +lon_0={lon:.12f} +datum=WGS84 +units=m"
-    east, north = warp.transform("EPSG:4326", local, [longitude], [latitude])
+    east, north = transform("EPSG:4326", local, [longitude], [latitude])
     return np.array([east[0], north[0]])
 
 

@@ -3,6 +3,7 @@
 import os
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def warp_plainly(mosaic: Mosaic, box, size: int, samples: int = 8) -> np.ndarray
     A mean of the nearest pixels is an area average where the cell's pixels are larger.
     """
     west, south, east, north = box
-    xs, ys = warp.transform("EPSG:4326", "EPSG:3857", [west, east], [south, north])
+    xs, ys = imagery.transform("EPSG:4326", "EPSG:3857", [west, east], [south, north])
     steps = (np.arange(size * samples) + 0.5) / (size * samples)
     columns = (xs[0] + steps * (xs[1] - xs[0]) - mosaic.transform.c) / mosaic.resolution
     rows = (mosaic.transform.f - ys[1] + steps * (ys[1] - ys[0])) / mosaic.resolution
@@ -84,9 +85,13 @@ def test_metres_a_pixel_are_right_to_a_thousandth(latitude, tmp_path):
     mosaic = draw_mosaic().at(latitude)
     mosaic = Mosaic(pixels, mosaic.left, mosaic.top, mosaic.zoom)
     x, y = (np.array(pair) + 0.5 for pair in ([400, 520], [380, 500]))
-    lon, lat = warp.transform("EPSG:3857", "EPSG:4326", *(mosaic.transform @ (x, y)))
+    east, north = (
+        mosaic.transform.c + x * mosaic.resolution,
+        mosaic.transform.f - y * mosaic.resolution,
+    )
+    lon, lat = imagery.transform("EPSG:3857", "EPSG:4326", east, north)
     middle = f"+proj=aeqd +lat_0={np.mean(lat):.12f} +lon_0={np.mean(lon):.12f} +datum=WGS84"
-    east, north = warp.transform("EPSG:4326", middle, lon, [lat[1], lat[0]])
+    east, north = imagery.transform("EPSG:4326", middle, lon, [lat[1], lat[0]])
 
     grid = Grid((east[1] - east[0]) * 1.4, 0.9)
     cut = cutter(imagery.write_folder(mosaic, tmp_path), "xyz", grid, 256)
@@ -202,9 +207,10 @@ def test_unknown_ground_is_left_out_and_black(form, mosaic, tmp_path):
 def test_raster_in_another_projection_shows_the_same_ground(crs, mosaic, files, tmp_path):
     with rasterio.open(files["raster"]) as file:
         bands = file.read()
-        shape, width, height = warp.calculate_default_transform(
+        default: Any = warp.calculate_default_transform(
             file.crs, crs, file.width, file.height, *file.bounds
         )
+        shape, width, height = default
         there = np.zeros((3, height, width), dtype=np.uint8)
         warp.reproject(
             bands, there, src_transform=file.transform, src_crs=file.crs, dst_transform=shape,

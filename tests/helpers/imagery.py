@@ -13,6 +13,7 @@ import rasterio
 from PIL import Image
 from pmtiles.tile import Compression, TileType, zxy_to_tileid
 from pmtiles.writer import Writer
+from rasterio import warp
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 
@@ -87,6 +88,12 @@ def draw_mosaic(across: int = 4, latitude: float = 46.95, zoom: int = 19) -> Mos
     pixels[300:340, 500:600] = (250, 10, 30)
     left = int((7.44 + 180) / 360 * 2**zoom)
     return Mosaic(pixels, left, tile_row(latitude, zoom) - across // 2, zoom)
+
+
+def transform(source: str, target: str, xs: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Places in another projection, by PROJ."""
+    moved: Any = warp.transform(source, target, xs, ys)
+    return np.array(moved[0]), np.array(moved[1])
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
