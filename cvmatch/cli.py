@@ -160,7 +160,7 @@ def _gallery(config: Any) -> Any:
 
     manifest = make_gallery(config)
     found = manifest["config"]["counts"]
-    print(Counts(**found).describe(config.metres), file=sys.stderr)
+    print(Counts.read(found).describe(config.metres), file=sys.stderr)
     return {"output": config.output, "rows": manifest["rows"], **found}
 
 

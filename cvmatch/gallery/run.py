@@ -5,8 +5,8 @@ stream cuts them, window by window, in tasks of Ray.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from cvmatch.gallery.cutting import Cutter
 from cvmatch.gallery.grid import Bounds, Cells, format_bounds
 from cvmatch.gallery.region import Region, read_region
 from cvmatch.gallery.settings import MakeGallery
-from cvmatch.gallery.sources import choose_format
+from cvmatch.gallery.sources import detect_format
 from cvmatch.runtime import pools, session
 from cvmatch.runtime.output_directory import OutputDirectory
 from cvmatch.runtime.stream import Stream, write_stream
@@ -78,6 +78,11 @@ class Counts:
     levels: tuple[str, ...]
     """Of the imagery, that are read."""
 
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> "Counts":
+        """Take them from JSON."""
+        return cls(**{**plain, "levels": tuple(plain["levels"])})
+
     def describe(self, metres: float) -> str:
         """Say it in a line."""
         every = max(1, self.cells + self.outside + self.sparse)
@@ -108,7 +113,8 @@ def make_gallery(config: MakeGallery) -> manifest.Manifest:
             `write_stream`.
     """
     imagery = storage.absolute(config.imagery).rstrip("/")
-    cutter = Cutter.of(config, choose_format(imagery, config.format), imagery)
+    kind = detect_format(imagery) if config.format == "auto" else config.format
+    cutter = Cutter.of(config, kind, imagery)
     region = read_region(config.region) if config.region else None
     directory = OutputDirectory(storage.absolute(config.output).rstrip("/"))
     provenance = _provenance(config, cutter, region)
@@ -192,8 +198,7 @@ def _plan(config: MakeGallery, cutter: Cutter, region: Region | None, partial: s
     """Survey the cells and leave them beside the output, or take the survey of a killed run."""
     state = storage.join(partial, COUNTS)
     if storage.exists(state):
-        found = storage.read_json(state)
-        return Counts(**{**found, "levels": tuple(found["levels"])})
+        return Counts.read(storage.read_json(state))
     session.start()
     cells = list_cells(cutter, region)
     kept, counts = survey(cutter, cells, config.min_coverage, pools.map_tasks)
@@ -203,7 +208,7 @@ def _plan(config: MakeGallery, cutter: Cutter, region: Region | None, partial: s
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     storage.write_bytes(storage.join(partial, PLAN), sink.getvalue().to_pybytes())
-    storage.write_json(state, counts.__dict__)  # last: it vouches for the other
+    storage.write_json(state, asdict(counts))  # last: it vouches for the other
     return counts
 
 

@@ -1,7 +1,7 @@
 """Open imagery, whatever it is stored as."""
 
 import functools
-from typing import Protocol, get_args, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -96,9 +96,3 @@ def _check_row_order(location: str) -> None:
             f"{orders[1]:.1f} levels instead of {orders[0]:.1f}. Pass --format tms, or "
             "--format xyz if they are XYZ nevertheless."
         )
-
-
-def choose_format(location: str, kind: Format) -> Format:
-    """Return what `kind` says, or for auto what is there."""
-    assert kind in get_args(Format)
-    return detect_format(location) if kind == "auto" else kind

@@ -90,10 +90,13 @@ class MapTiles:
         """Return the width of a tile in pixels."""
         zoom = self.store.zooms[-1]
         for column, row in self.store.sample(zoom, 8):
-            data = self.store.tile(zoom, column, row)
-            if data:
-                return _open(data).width
-        raise ValueError(f"{self.location}: expected map tiles at zoom {zoom}, found none.")
+            tile = _try_tile(self.store, zoom, column, row)
+            if tile is not None:
+                return tile.shape[1]
+        raise ValueError(
+            f"{self.location}: expected map tiles (PNG, JPEG or WebP of 8 bits) at zoom {zoom}, "
+            "found none that can be decoded."
+        )
 
     def _tiles(self, level: int, window: Window) -> Iterator[tuple[int, int]]:
         """Column and row of the tiles that a window touches; none beyond the edge of the world."""
@@ -147,14 +150,24 @@ def compare_row_orders(store: TileStore) -> tuple[float, float] | None:
     zoom = store.zooms[-1]
     fits = []
     for column, row in store.sample(zoom, SEAMS):
-        first, second = (store.tile(zoom, column, at) for at in (row, row + 1))
-        if first and second:
-            upper, lower = decode_tile(first), decode_tile(second)
+        upper, lower = (_try_tile(store, zoom, column, at) for at in (row, row + 1))
+        if upper is not None and lower is not None and upper.shape == lower.shape:
             fits.append((_differ(upper[-1], lower[0]), _differ(lower[-1], upper[0])))
     if not fits:
         return None
     north, south = np.mean(fits, axis=0).tolist()
     return north, south
+
+
+def _try_tile(
+    store: TileStore, zoom: int, column: int, row: int
+) -> UInt8[np.ndarray, "h w 4"] | None:
+    """Return a tile; None where there is none, or it cannot be decoded."""
+    data = store.tile(zoom, column, row)
+    try:
+        return decode_tile(data) if data is not None else None
+    except images.BadImage:
+        return None
 
 
 def _differ(first: UInt8[np.ndarray, "w 4"], second: UInt8[np.ndarray, "w 4"]) -> float:

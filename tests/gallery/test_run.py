@@ -152,7 +152,7 @@ def test_gallery_killed_in_the_middle_goes_on_to_the_same_bytes(location, tmp_pa
 @pytest.mark.ray
 def test_region_outside_the_imagery_is_refused_with_what_both_span(location, tmp_path, ray_session):
     region = imagery.write_region(tmp_path / "sea.json", (7.5, 46.9, 7.501, 46.901))
-    with pytest.raises(ValueError, match=r"longitude 7\.5000 to 7\.5010.* it has longitude 7\.43"):
+    with pytest.raises(ValueError, match=r"longitude 7\.5000 to 7\.5010.*it has longitude 7\.43"):
         make_gallery(settings(location, tmp_path / "tiles", region=region))
 
 
