@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cvmatch.gallery.grid import Cells, Grid, latitude_at, meridian_arc
@@ -88,6 +88,7 @@ def test_too_many_cells_are_refused_before_they_are_listed():
         Grid(1.0, 0.5).within((-180.0, -80.0, 180.0, 80.0))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.floats(-89.9, 89.9))
 def test_latitude_of_an_arc_is_that_which_it_was_made_of(latitude):
     there = latitude_at(meridian_arc(np.array([latitude])))
