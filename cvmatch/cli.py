@@ -196,6 +196,18 @@ def _synthesize(config: Any) -> Any:
     return {"output": config.output, "rows": manifest["rows"], "models": manifest["models"]}
 
 
+def _gallery(config: Any) -> Any:
+    from cvmatch.gallery.extra import require_geo
+
+    require_geo()
+    from cvmatch.gallery.run import Counts, make_gallery
+
+    manifest = make_gallery(config)
+    found = manifest["config"]["counts"]
+    print(Counts.read(found).describe(config.metres), file=sys.stderr)
+    return {"output": config.output, "rows": manifest["rows"], **found}
+
+
 def _build_index(config: Any) -> Any:
     from cvmatch.index.build import build
 
@@ -361,6 +373,13 @@ COMMANDS = (
         settings="cvmatch.match.settings:TrainMatcher",
         run=_train_matcher,
         kept=_training_kept,
+    ),
+    Command(
+        name="gallery",
+        help="cut imagery (map tiles, PMTiles, GeoTIFF) into the tiles of a gallery",
+        settings="cvmatch.gallery.settings:MakeGallery",
+        run=_gallery,
+        kept=_rows_kept,
     ),
     Command(
         name="build-index",

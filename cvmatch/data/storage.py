@@ -125,6 +125,33 @@ def local_directory(location: str) -> str:
     return copy
 
 
+@retry_passing
+def local_file(location: str) -> str:
+    """Return the local path of a file: itself, or this node's copy of what is there now.
+
+    A copy is named by size and time of the file, so one that has changed is copied again.
+
+    Raises:
+        FileNotFoundError: there is no file.
+    """
+    filesystem, path = resolve(location)
+    found = filesystem.get_file_info(path)
+    if not found.is_file:
+        raise FileNotFoundError(f"{location}: expected a file, found none.")
+    if not is_remote(location):
+        return local_path(location)
+    from pyarrow import fs  # noqa: PLC0415 (see above)
+
+    name = hashlib.sha256(json.dumps([location, found.size, found.mtime_ns]).encode()).hexdigest()
+    copy = os.path.join(cache_directory(), "files", name[:16], os.path.basename(path))
+    if not os.path.exists(copy):
+        os.makedirs(os.path.dirname(copy), exist_ok=True)
+        aside = f"{copy}.{uuid.uuid4().hex}.tmp"
+        fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
+        os.replace(aside, copy)
+    return copy
+
+
 def describe_local(directory: str) -> str:
     """Return a directory with the name of this node: another may not have it."""
     return f"{directory!r} (on {platform.node()})"

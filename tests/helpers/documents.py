@@ -18,6 +18,7 @@ import yaml
 
 from cvmatch.data import schema
 from cvmatch.demo import models as base_models
+from tests.helpers import imagery
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -139,6 +140,9 @@ def make_clone(folder: Path, world_root: str, ray_address: str) -> Clone:
     assert len(tiles) == 36
     _write_tiles(tiles[:24], folder / "tiles")
     _write_tiles(tiles[24:], folder / "new-tiles")
+    mosaic = imagery.draw_mosaic(across=2)
+    imagery.write_pmtiles(mosaic, folder / "city.pmtiles")
+    imagery.write_region(folder / "canton.geojson", mosaic.bounds)
     (folder / "gone.txt").write_text(f"{tiles[0].stem}\n{tiles[30].stem}\n")
     variables = {
         "CVUSA": str(world_root),

@@ -21,7 +21,7 @@ def cosines(noise: float, others: int, seed: int) -> torch.Tensor:
 def cross_entropy(found: dict[str, torch.Tensor], share: float, temperature: float) -> float:
     score = (1 - share) * found["direct"].numpy() + share * found["layout"].numpy()
     logits = score / temperature
-    return float((logsumexp(logits, axis=1) - np.diagonal(logits)).mean())
+    return float((np.asarray(logsumexp(logits, axis=1)) - np.diagonal(logits)).mean())
 
 
 @pytest.mark.parametrize("others", [0, OTHERS])
