@@ -118,8 +118,9 @@ def make_gallery(config: MakeGallery) -> manifest.Manifest:
     region = read_region(config.region) if config.region else None
     directory = OutputDirectory(storage.absolute(config.output).rstrip("/"))
     provenance = _provenance(config, cutter, region)
-    if directory.begin_or_resume(provenance):
+    if directory.is_complete(provenance) and not config.retry_rejected:
         return manifest.read(directory.output)
+    directory.begin(provenance)  # which would delete a plan that was left before
     counts = _plan(config, cutter, region, directory.partial)
     write_stream(_stream(config, cutter, directory, counts, provenance))
     return manifest.read(directory.output)
@@ -255,6 +256,7 @@ def _stream(
         pools={},
         operators={"cut": cut_cells.__name__},
         max_rejected=config.max_rejected,
+        retry_rejected=config.retry_rejected,
         manifest={
             "config": Record(gallery=config, counts=counts),
             "models": {},

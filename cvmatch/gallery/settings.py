@@ -39,6 +39,8 @@ class MakeGallery:
     """URI of the directory of rows; the same command goes on where a killed one stopped."""
     max_rejected: float = 0.05
     """Largest share of the cells, in [0, 1], whose imagery cannot be read."""
+    retry_rejected: bool = False
+    """Cut the cells again that failed in an earlier run, also where the output is complete."""
 
     def __post_init__(self) -> None:
         if not (self.metres > 0 and 0 <= self.overlap < 1 and self.size >= 1):
