@@ -49,6 +49,12 @@ GALLERY = 512
 
 SPLITS = ("train", "val")
 
+SIZES = {
+    True: {"pairs": 160, "held_out": 48, "epochs": 2},
+    False: {"pairs": 2000, "held_out": 1536, "epochs": 20},
+}
+"""Of a quick run, and of another."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingBench(Bench):
@@ -350,20 +356,8 @@ def _hits(found: Found, modality: str, kind: str) -> Float[Tensor, " query"]:
     return (getattr(found.ranks[modality], kind) == 0).float()
 
 
-def main(bench: MatchingBench) -> None:
-    """Train and measure each."""
-    sizes = (
-        {"pairs": 160, "held_out": 48, "epochs": 2}
-        if bench.quick
-        else {"pairs": 2000, "held_out": 1536, "epochs": 20}
-    )
-    bench = fill_sizes(bench, sizes)
-    session.start(logical_cpus=4)
-    hardware.keep_freed_memory()
-    chosen = [
-        name for name in CONTENDERS if not bench.only or any(word in name for word in bench.only)
-    ]
-    found: dict[str, list[Found]] = {name: [] for name in chosen}
+def place_of(bench: MatchingBench, temporary: str, seed: int) -> str:
+    """Return the directory of what a seed needs, the same one for the same settings."""
     about = (
         bench.pairs,
         bench.held_out,
@@ -371,14 +365,25 @@ def main(bench: MatchingBench) -> None:
         bench.quick,
         configs.plain(bench.difficulty),
     )
-    settings = manifest.digest(about)[:8]
+    return f"{os.path.abspath(bench.keep or temporary)}/{manifest.digest(about)[:8]}/{seed}"
+
+
+def main(bench: MatchingBench) -> None:
+    """Train and measure each."""
+    bench = fill_sizes(bench, SIZES[bench.quick])
+    session.start(logical_cpus=4)
+    hardware.keep_freed_memory()
+    chosen = [
+        name for name in CONTENDERS if not bench.only or any(word in name for word in bench.only)
+    ]
+    found: dict[str, list[Found]] = {name: [] for name in chosen}
     with tempfile.TemporaryDirectory() as at:
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{at}/mlflow.db")
         with progress.watch(
             "matchers", len(chosen) * len(bench.seeds), lambda: sum(map(len, found.values()))
         ):
             for seed in bench.seeds:
-                rows = Rows(bench, f"{os.path.abspath(bench.keep or at)}/{settings}/{seed}", seed)
+                rows = Rows(bench, place_of(bench, at, seed), seed)
                 for name in chosen:
                     found[name].append(find(bench, rows, name))
     figures = {
