@@ -88,17 +88,18 @@ def embed(rows: Rows, model: Matcher, degrees: float = 0.0, metres: float = 0.0)
 def _join(parts: Sequence[tuple[list[str], dict[str, Tensor], dict[str, Tensor]]]) -> Held:
     ids = [pair_id for some, _, _ in parts for pair_id in some]
     order = sorted(range(len(ids)), key=ids.__getitem__)
-    joined: list[dict[str, Tensor]] = []
-    for side in (1, 2):
-        vectors = {
-            name: torch.cat([part[side][name] for part in parts])[order] for name in parts[0][side]
-        }
-        maps = {name: one for name, one in vectors.items() if name.startswith("S")}
-        centred = {name: one - one.mean(0, keepdim=True) for name, one in maps.items()}
-        joined.append(
-            vectors | {name: functional.normalize(one, dim=1) for name, one in centred.items()}
-        )
-    return Held(*joined)
+    sides = [query for _, query, _ in parts], [tile for _, _, tile in parts]
+    return Held(*(_join_side(side, order) for side in sides))
+
+
+def _join_side(parts: Sequence[dict[str, Tensor]], order: list[int]) -> dict[str, Tensor]:
+    """Join vectors; those of maps are centred, so that their product is a correlation."""
+    vectors = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+    maps = {name: one for name, one in vectors.items() if name.startswith("S")}
+    return vectors | {
+        name: functional.normalize(one - one.mean(0, keepdim=True), dim=1)
+        for name, one in maps.items()
+    }
 
 
 def share_classes(ids: np.ndarray) -> Float[Tensor, "n c"]:
