@@ -110,19 +110,7 @@ def local_directory(location: str) -> str:
     if not files:
         raise FileNotFoundError(f"{location}: expected a directory with files, found none.")
     name = hashlib.sha256(json.dumps([location, files]).encode()).hexdigest()[:16]
-    copy = os.path.join(cache_directory(), "directories", name)
-    if not os.path.isdir(copy):
-        aside = f"{copy}.{uuid.uuid4().hex}.tmp"
-        os.makedirs(aside)
-        try:
-            fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
-            os.rename(aside, copy)
-        except OSError:
-            if not os.path.isdir(copy):  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return copy
+    return _keep_copy(filesystem, path, os.path.join(cache_directory(), "directories", name))
 
 
 @retry_passing
@@ -140,15 +128,28 @@ def local_file(location: str) -> str:
         raise FileNotFoundError(f"{location}: expected a file, found none.")
     if not is_remote(location):
         return local_path(location)
+    name = hashlib.sha256(json.dumps([location, found.size, found.mtime_ns]).encode()).hexdigest()
+    folder = os.path.join(cache_directory(), "files", name[:16])
+    return _keep_copy(filesystem, path, os.path.join(folder, os.path.basename(path)))
+
+
+def _keep_copy(filesystem: "fs.FileSystem", path: str, copy: str) -> str:
+    """Copy a file or a directory to `copy`, whole or not at all, unless it is there; return it."""
     from pyarrow import fs  # noqa: PLC0415 (see above)
 
-    name = hashlib.sha256(json.dumps([location, found.size, found.mtime_ns]).encode()).hexdigest()
-    copy = os.path.join(cache_directory(), "files", name[:16], os.path.basename(path))
-    if not os.path.exists(copy):
-        os.makedirs(os.path.dirname(copy), exist_ok=True)
-        aside = f"{copy}.{uuid.uuid4().hex}.tmp"
-        fs.copy_files(path, aside, filesystem, fs.LocalFileSystem())
-        os.replace(aside, copy)
+    if os.path.exists(copy):
+        return copy
+    aside = f"{copy}.{uuid.uuid4().hex}.tmp"
+    os.makedirs(aside)
+    try:
+        whole = os.path.join(aside, os.path.basename(copy))
+        fs.copy_files(path, whole, filesystem, fs.LocalFileSystem())
+        os.rename(whole, copy)
+    except OSError:
+        if not os.path.exists(copy):  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return copy
 
 

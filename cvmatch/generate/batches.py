@@ -4,6 +4,7 @@ It imports no network: a Ray task that reads rows should not wait for diffusers 
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from cvmatch.data import images, schema, storage
 from cvmatch.nn import rng
+from cvmatch.training.held_out import select_pairs
 
 GROUND_VIEW, AERIAL, AERIAL_MASK = "ground_view", "aerial", "aerial_mask"
 LATENT, CLIP_TOKENS = "latent", "clip_tokens"
@@ -66,8 +68,8 @@ class PairBatch(NamedTuple):
     """Whether a pair is mirrored."""
 
 
-def read_latents(directory: str) -> Dataset:
-    """Read the good rows of a latent cache as `to_tensors` returns them."""
+def read_latents(directory: str, left_out: Sequence[str] = ()) -> Dataset:
+    """Read the good rows of a latent cache, but for some pairs, as `to_tensors` returns them."""
     filesystem, path = storage.resolve(directory)
     files = [name for name in storage.names(directory) if name.endswith(".parquet")]
     rows: Any = ray.data.read_parquet(
@@ -78,7 +80,8 @@ def read_latents(directory: str) -> Dataset:
         override_num_blocks=len(files),
     )
     good = rows.filter(expr=col(schema.ERROR).is_null())
-    return good.map_batches(to_tensors, batch_size=_READ_ROWS)
+    chosen: Any = select_pairs(good, left_out, inside=False) if left_out else good
+    return chosen.map_batches(to_tensors, batch_size=_READ_ROWS)
 
 
 def to_tensors(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from cvmatch.nn import hub
 from cvmatch.runtime import session, tracking
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
-from cvmatch.training.held_out import choose_held_out, select_pairs
+from cvmatch.training.held_out import choose_held_out
 
 
 def train(config: TrainGenerator) -> TrainResult:
@@ -65,8 +65,7 @@ def read_training_pairs(config: TrainGenerator, pairs: PairDataset) -> Dataset:
     directory = _encode(config, pairs, config.mirror)
     rows = map(schema.good_rows, tables.batches(directory, [schema.PAIR_ID, schema.ERROR]))
     ids = [one for table in rows for one in table[schema.PAIR_ID].to_pylist()]
-    learned = select_pairs(read_latents(directory), choose_held_out(ids), inside=False)
-    return launch.cache_rows(learned, config.fit)
+    return launch.cache_rows(read_latents(directory, choose_held_out(ids)), config.fit)
 
 
 def _encode(config: TrainGenerator, pairs: PairDataset, mirror: bool) -> str:

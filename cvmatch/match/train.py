@@ -6,13 +6,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from ray.data import Dataset
 from torch import Tensor
 
-from cvmatch.data import manifest, schema
+from cvmatch.data import manifest
 from cvmatch.match.batches import decode, read_pair_ids, read_pairs
 from cvmatch.match.hard_negatives import order_hard_negatives
 from cvmatch.match.heads import BranchHeads, FusionWeights, fit_weights
@@ -24,7 +22,7 @@ from cvmatch.runtime import hardware, session, tracking
 from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
-from cvmatch.training.held_out import choose_held_out
+from cvmatch.training.held_out import choose_held_out, select_pairs
 from cvmatch.training.task import EpochOrder
 
 FUSION_PAIRS = 512
@@ -59,7 +57,7 @@ def train(config: TrainMatcher) -> TrainResult:
         )
     fits = config.score == "sum" and len(config.branches) > 1
     held_out = choose_held_out(ids) if fits and val is None else []
-    rows = _select_ids(rows, held_out, False) if held_out else rows
+    rows = select_pairs(rows, held_out, False) if held_out else rows
     order = _hard_negative_order(config, rows) if config.hard_negatives_every else None
     with tracking.start("match", config) as run:
         build = functools.partial(build_task, config, ids)
@@ -72,7 +70,7 @@ def train(config: TrainMatcher) -> TrainResult:
             fit_fusion(config.output, val)
         elif held_out:
             whole = read_pairs(config.pairs, config.letters)
-            pairs = _decode(config, _select_ids(whole, held_out, True))
+            pairs = _decode(config, select_pairs(whole, held_out, True))
             fit_fusion(config.output, pairs, _decode(config, rows))
     return result
 
@@ -111,17 +109,6 @@ def fit_fusion(directory: str, pairs: Dataset, others: Dataset | None = None) ->
 
 def _batches(rows: Dataset, count: int, model: Matcher) -> Iterable[dict[str, Any]]:
     return rows.limit(count).iter_torch_batches(batch_size=32, device=model.device)
-
-
-def _select_ids(rows: Dataset, ids: list[str], inside: bool) -> Dataset:
-    """Keep the rows of some ids, or all others."""
-    kept: Any = functools.partial(_keep_ids, ids=ids, inside=inside)
-    return rows.map_batches(kept, batch_format="pyarrow", batch_size=None)
-
-
-def _keep_ids(rows: pa.Table, ids: list[str], inside: bool) -> pa.Table:
-    found = pc.field(schema.PAIR_ID).isin(ids)
-    return rows.filter(found if inside else ~found)
 
 
 def with_absolute_paths(config: TrainMatcher) -> TrainMatcher:

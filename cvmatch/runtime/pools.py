@@ -91,9 +91,7 @@ def preflight(pools: Mapping[str, Pool]) -> None:
 
 def describe(pool: Pool) -> str:
     """Return `4 to 8 actors of 0.5 CPUs and 1 GPUs, on 2 nodes of pool=gpu-generate`."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if pool.label:
-        nodes = [node for node in nodes if node["Labels"].get(LABEL) == pool.label]
+    nodes = _live_nodes(pool.label or "")
     size = f"{pool.size}" if pool.largest == pool.size else f"{pool.size} to {pool.largest}"
     gpus = f" and {pool.gpus:g} GPUs" if pool.gpus else ""
     where = f" of {LABEL}={pool.label}" if pool.label else ""
@@ -160,10 +158,9 @@ def _has_nodes(label: str) -> bool:
         ValueError: no node has it, and there is no autoscaler.
     """
     session.start()
-    labels = {node["Labels"].get(LABEL) for node in ray.nodes() if node["Alive"]}
-    if label in labels:
+    if _live_nodes(label):
         return True
-    known = sorted(name for name in labels if name)
+    known = sorted({node["Labels"].get(LABEL, "") for node in _live_nodes()} - {""})
     if not internals.max_cluster_resources():
         raise ValueError(
             f"label {label!r}: expected nodes that were started with --labels={LABEL}={label} "
@@ -172,6 +169,12 @@ def _has_nodes(label: str) -> bool:
         )
     _log.warning("no node has the label %s=%s yet: waiting for the autoscaler", LABEL, label)
     return False
+
+
+def _live_nodes(label: str = "") -> list[dict[str, Any]]:
+    """Return what Ray knows of the nodes that run, of one label or of all."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in nodes if not label or node["Labels"].get(LABEL) == label]
 
 
 def cluster_capacity(resource: str, label: str = "") -> float:
@@ -190,9 +193,7 @@ def cluster_capacity(resource: str, label: str = "") -> float:
         session.start()
     most = float(internals.max_cluster_resources().get(resource, 0.0))
     if label and not most:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        chosen = [node for node in nodes if node["Labels"].get(LABEL) == label]
-        return sum(node["Resources"].get(resource, 0.0) for node in chosen)
+        return sum(node["Resources"].get(resource, 0.0) for node in _live_nodes(label))
     return max(ray.cluster_resources().get(resource, 0.0), most)
 
 

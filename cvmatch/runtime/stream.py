@@ -141,7 +141,6 @@ def _run(
 ) -> int:
     """Run the stream to its end, or until too many rows have failed; return the rows expected."""
     rows, total = _prepare(stream)
-    directory.refresh(running=True)  # what was written before
     _log.info("%s", _plan(stream, directory, total))
     guard = FailureRateGuard(directory, total, stream.max_rejected)
     report = _Report(stream.label, total, directory, throughput)
@@ -180,7 +179,7 @@ def _prepare(stream: Stream) -> tuple[Dataset, int]:
 
 def _plan(stream: Stream, directory: OutputDirectory, total: int) -> str:
     """Describe what a stream will do, where, and what is done already."""
-    directory.refresh(running=True)
+    directory.refresh(running=True)  # what was written before
     lines = [f"{stream.label}: {total} rows into {stream.output}"]
     if directory.rows:
         lines.append(

@@ -8,9 +8,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from ray.data import Dataset
 
+from cvmatch.data import schema
 from cvmatch.nn import rng
 
 HELD_OUT = 64
@@ -23,12 +25,11 @@ def choose_held_out(ids: Sequence[str]) -> list[str]:
 
 
 def select_pairs(rows: Dataset, ids: Sequence[str], inside: bool) -> Dataset:
-    """Keep the decoded rows (with `key`) of some ids, or all others."""
-    keys = np.array([rng.row_key(one) for one in ids], dtype=np.int64)
-    keep: Any = functools.partial(_keep, keys=keys, inside=inside)
-    return rows.map_batches(keep, batch_format="numpy", batch_size=None)
+    """Keep the rows (with `pair_id`) of some ids, or all others."""
+    keep: Any = functools.partial(_keep, ids=list(ids), inside=inside)
+    return rows.map_batches(keep, batch_format="pyarrow", batch_size=None)
 
 
-def _keep(batch: dict[str, np.ndarray], keys: np.ndarray, inside: bool) -> dict[str, np.ndarray]:
-    kept = np.isin(batch["key"], keys) == inside
-    return {name: values[kept] for name, values in batch.items()}
+def _keep(rows: pa.Table, ids: list[str], inside: bool) -> pa.Table:
+    found = pc.field(schema.PAIR_ID).isin(ids)
+    return rows.filter(found if inside else ~found)
