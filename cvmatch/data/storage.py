@@ -143,6 +143,8 @@ def _keep_copy(filesystem: "fs.FileSystem", path: str, copy: str) -> str:
     os.makedirs(aside)
     try:
         whole = os.path.join(aside, os.path.basename(copy))
+        if not filesystem.get_file_info(path).is_file:
+            os.mkdir(whole)  # copy_files makes the directories inside it alone
         fs.copy_files(path, whole, filesystem, fs.LocalFileSystem())
         os.rename(whole, copy)
     except OSError:
