@@ -7,7 +7,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import is_dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.runtime import hardware, pools, progress, tracking
 from cvmatch.runtime.settings import Pool
-from cvmatch.training import checkpoints, loop, metrics
+from cvmatch.training import checkpoints, loop, metrics, mid_epoch
 from cvmatch.training.checkpoints import TrainResult
 from cvmatch.training.process_group import ClusterTorchConfig
 from cvmatch.training.settings import TrainConfig, is_score
@@ -40,8 +40,11 @@ from cvmatch.training.task import EpochOrder, Task
 _log = logging.getLogger(__name__)
 
 _FREE = {"epochs", "workers", "cpus_per_worker", "gpus_per_worker", "label", "storage", "name"}
-_FREE |= {"best", "max_failures", "cache"}
+_FREE |= {"best", "max_failures", "cache", "max_workers", "checkpoint_minutes"}
 """Fields of TrainConfig that may change when a run is resumed."""
+
+LazyRows = Dataset | Callable[[], Dataset]
+"""Rows, or what makes them whenever workers are started: the rest of an epoch is another then."""
 
 _listeners: ContextVar[tuple[UserCallback, ...]] = ContextVar("cvmatch_listeners", default=())
 
@@ -96,32 +99,33 @@ def train(
         job = loop.TrainJob(
             build=build,
             fit=fit,
-            steps=_steps(rows.count(), fit),
+            rows=_count_rows(rows, fit),
             validate=val is not None,
             directory=location,
             resume=done,
             until=until,
             ordered=order is not None,
         )
-        _run_epochs(
-            job, {"train": rows} | ({"val": val} if val else {}), directory, callbacks, name
-        )
+        datasets = {"train": rows, "rest": functools.partial(mid_epoch.select_rest, rows, location)}
+        _run_epochs(job, datasets | ({"val": val} if val else {}), directory, callbacks, name)
         done = until
     return directory.result()
 
 
 def _run_epochs(
     job: loop.TrainJob,
-    datasets: dict[str, Dataset],
+    datasets: Mapping[str, LazyRows],
     directory: checkpoints.RunDirectory,
     callbacks: list[UserCallback],
     name: str,
 ) -> None:
     """Run the epochs from `job.resume` to `job.until`."""
     read = functools.partial(_read_progress, storage.join(job.directory, checkpoints.PROGRESS))
-    total = job.steps * job.fit.epochs
+    fit = job.fit
+    workers = max(fit.workers, 1)
+    total = loop.count_steps(job.rows, workers, fit.batch // workers) * fit.epochs
     with progress.watch(f"train {name}", total, lambda: read()["step"], lambda: _note(read())):
-        if job.fit.workers:
+        if fit.workers:
             _trainer(job, datasets, callbacks, name).fit()
         else:
             loop.run_epochs(job, LocalBackend(job, datasets, directory, callbacks))
@@ -222,7 +226,7 @@ class LocalBackend:
     def __init__(
         self,
         job: loop.TrainJob,
-        datasets: dict[str, Dataset],
+        datasets: Mapping[str, LazyRows],
         directory: checkpoints.RunDirectory,
         callbacks: list[UserCallback],
     ) -> None:
@@ -233,7 +237,8 @@ class LocalBackend:
 
     def shard(self, name: str) -> Dataset:
         """All rows."""
-        return self.datasets[name]
+        rows = self.datasets[name]
+        return rows() if callable(rows) else rows
 
     def commit(self, metrics: dict[str, Any], directory: str) -> None:
         """Put the checkpoint in its place, then tell of it."""
@@ -248,14 +253,18 @@ class LocalBackend:
         """What earlier starts left."""
         return loop.starting_checkpoint(self.job)
 
+    def is_preempted(self) -> bool:
+        """Return False: nothing tells this process of it."""
+        return False
+
 
 class SplitDatasets(DataConfig):
-    """Equal shares of `train`, and all of `val` in uneven ones: an equal split drops rows."""
+    """Equal shares of training rows, and all of `val` in uneven ones: an equal split drops rows."""
 
     def __init__(self) -> None:
         options = DataConfig.default_ingest_options()
         options.preserve_order = True  # or the order of rows is another in each run
-        super().__init__(datasets_to_split=["train"], execution_options=options)
+        super().__init__(datasets_to_split=["train", "rest"], execution_options=options)
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
@@ -270,13 +279,13 @@ class SplitDatasets(DataConfig):
 
 
 def _trainer(
-    job: loop.TrainJob, datasets: dict[str, Dataset], callbacks: list[UserCallback], name: str
+    job: loop.TrainJob, datasets: Mapping[str, LazyRows], callbacks: list[UserCallback], name: str
 ) -> TorchTrainer:
     fit = job.fit
     preflight(fit)
     resources = {"CPU": fit.cpus_per_worker, "GPU": fit.gpus_per_worker}
     scaling = ScalingConfig(
-        num_workers=fit.workers,
+        num_workers=(fit.workers, fit.max_workers) if fit.max_workers else fit.workers,
         use_gpu=fit.gpus_per_worker > 0,
         resources_per_worker={name: count for name, count in resources.items() if count},
         label_selector={pools.LABEL: fit.label} if fit.label else None,
@@ -324,15 +333,15 @@ def _check(train: Dataset, val: Dataset | None, fit: TrainConfig) -> None:
             raise ValueError(metrics.column_error(wrong))
 
 
-def _steps(rows: int, fit: TrainConfig) -> int:
-    """Return the steps of an epoch of one worker; a last row alone makes none."""
-    share = rows // max(fit.workers, 1)
-    if share < min(2, fit.share):
+def _count_rows(rows: Dataset, fit: TrainConfig) -> int:
+    """Count the training rows; each worker needs a step's share, or two."""
+    count, workers = rows.count(), fit.most_workers
+    if count // workers < min(2, fit.batch // workers):
         raise ValueError(
-            f"training rows: expected at least 2 for each worker, got {rows} in all. Check the "
+            f"training rows: expected at least 2 for each worker, got {count} in all. Check the "
             "location and the limit, if it has one (this job's flag that ends in .limit)."
         )
-    return share // fit.share + (share % fit.share > 1)
+    return count
 
 
 def _identity(

@@ -9,14 +9,16 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed
 from ray.train import Checkpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -24,8 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from cvmatch.data import images, storage
 from cvmatch.nn import rng
 from cvmatch.runtime import hardware
-from cvmatch.training import checkpoints
-from cvmatch.training.metrics import LossCurve, MeanMetrics, to_tensors
+from cvmatch.training import checkpoints, mid_epoch
+from cvmatch.training.metrics import LossCurve, MeanMetrics, gather_rows, to_tensors
 from cvmatch.training.settings import TrainConfig
 from cvmatch.training.task import Task
 
@@ -36,8 +38,8 @@ class TrainJob:
 
     build: Callable[[], Task]
     fit: TrainConfig
-    steps: int
-    """Steps of an epoch of one worker."""
+    rows: int
+    """Training rows, of all workers."""
     validate: bool
     directory: str
     """Absolute location of the run directory."""
@@ -58,7 +60,7 @@ class Backend(Protocol):
     device: torch.device
 
     def shard(self, name: str) -> Any:
-        """This worker's rows of `train` or `val`, with `iter_torch_batches`."""
+        """This worker's rows of `train`, of the `rest` of an epoch that was begun, or of `val`."""
         ...
 
     def commit(self, metrics: dict[str, Any], directory: str) -> None:
@@ -67,6 +69,10 @@ class Backend(Protocol):
 
     def latest(self) -> Checkpoint | None:
         """Where to go on."""
+        ...
+
+    def is_preempted(self) -> bool:
+        """Return whether a worker's node is about to be taken away; all workers ask at once."""
         ...
 
 
@@ -96,6 +102,10 @@ class RayTrainBackend:
         """Ray's own after a restart of the workers; else that of earlier starts."""
         return ray.train.get_checkpoint() or starting_checkpoint(self.job)
 
+    def is_preempted(self) -> bool:
+        """Return whether Ray was told that a node of the workers will go."""
+        return ray.train.get_preemption_info() is not None
+
 
 def starting_checkpoint(job: TrainJob) -> Checkpoint | None:
     """Return the checkpoint that earlier starts of the run left."""
@@ -108,10 +118,11 @@ def run_epochs(job: TrainJob, backend: Backend) -> None:
     """Train from the latest checkpoint to the last epoch."""
     torch.manual_seed(job.fit.seed)
     trainer = Trainer(job, backend)
-    curve = LossCurve(job.directory, job.steps, job.fit.epochs, writes=backend.rank == 0)
-    for epoch in range(trainer.load(backend.latest()), job.until):
+    curve = LossCurve(job.directory, trainer.steps, job.fit.epochs, writes=backend.rank == 0)
+    for epoch in range(trainer.resume(), job.until):
         # Dropout and the like, which draw from torch's generator, are the same after a resume.
-        torch.manual_seed(rng.fold_in(job.fit.seed, epoch, f"torch {backend.rank}"))
+        begun = f" from {trainer.so_far.steps}" if trainer.so_far.steps else ""
+        torch.manual_seed(rng.fold_in(job.fit.seed, epoch, f"torch {backend.rank}{begun}"))
         metrics: dict[str, Any] = {"epoch": epoch + 1}
         metrics |= trainer.train(epoch, curve)
         pictures = {}
@@ -130,10 +141,45 @@ def run_epochs(job: TrainJob, backend: Backend) -> None:
                     with open(os.path.join(directory, f"{name}.png"), "wb") as file:
                         file.write(images.encode(pixels))
             backend.commit(metrics, directory)
+        if backend.rank == 0:
+            trainer.writer.clear()
 
 
 PATIENCE = 3
 """Epochs without a better validation loss before plateau lowers the rate."""
+
+LOOK_S = 5.0
+"""Seconds from one look at whether a node will be taken away to the next."""
+
+
+@dataclass
+class EpochSoFar:
+    """What is known of the epoch that a worker is in; of what earlier starts did, rank 0 knows."""
+
+    steps: int = 0
+    rows: int = 0
+    """Rows that all workers of earlier starts have used."""
+    means: MeanMetrics = field(default_factory=MeanMetrics)
+    keys: list[Tensor] = field(default_factory=list)
+    """Of the rows that were used."""
+
+    def add(self, losses: dict[str, Tensor], keys: Tensor) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.means.add(losses, len(keys))
+        self.keys.append(keys.cpu())
+
+
+def count_steps(rows: int, workers: int, share: int) -> int:
+    """Return the steps of a worker: a last row alone makes none.
+
+    Args:
+        rows: of all workers.
+        workers: which share them evenly.
+        share: rows of a step of one worker.
+    """
+    own = rows // workers
+    return own // share + (own % share > 1)
 
 
 class Trainer:
@@ -153,33 +199,50 @@ class Trainer:
         self.weights = [p for p in self.task.parameters() if p.requires_grad]
         groups = parameter_groups(task, self.task)
         self.optimizer = torch.optim.AdamW(groups, weight_decay=job.fit.weight_decay)
-        self.schedule = build_scheduler(self.optimizer, job.fit, job.steps)
+        self.share = job.fit.batch // backend.world
+        self.steps = count_steps(job.rows, backend.world, self.share)
+        self.schedule = build_scheduler(self.optimizer, job.fit, self.steps)
+        self.so_far = EpochSoFar()
+        self.writer = mid_epoch.MidEpochWriter(job.directory)
+        self.written = self.looked = time.monotonic()
+        self.noticed = False
         on_gpu = backend.device.type == "cuda"
         self.bf16 = job.fit.precision == "bf16" or (job.fit.precision == "auto" and on_gpu)
 
     def train(self, epoch: int, curve: LossCurve) -> dict[str, float]:
-        """Train one epoch; return the row-weighted means over all workers, as `train/...`."""
+        """Train what is left of an epoch; return the row-weighted means of all of it.
+
+        They are over all workers, and are named `train/...`.
+        """
         self.model.train()
-        means, steps = MeanMetrics(), self.job.steps
-        number = torch.tensor(epoch)
-        count = 0
-        for batch in self._batches("train", epoch):
+        so_far, number = self.so_far, torch.tensor(epoch)
+        first, steps = so_far.steps, self._count_left()
+        for batch in self._batches("rest" if first else "train", epoch):
+            count = so_far.steps - first
             if count == steps:  # the last row alone, which no statistic of a batch can use
                 break
-            first = count - count % self.fit.accumulate
-            group = min(self.fit.accumulate, steps - first)
-            count += 1
-            moves = count == first + group
+            group = count - count % self.fit.accumulate
+            size = min(self.fit.accumulate, steps - group)
+            moves = count + 1 == group + size
             with contextlib.nullcontext() if moves else self._unsynced():
                 losses = self._forward({**batch, "epoch": number})
-                (losses["loss"] / group).backward()
+                (losses["loss"] / size).backward()
             if moves:
                 self._move()
-            means.add(losses, len(batch["key"]))
-            curve.tick(epoch * steps + count, losses["loss"].detach())
-        if count != steps:
-            raise RuntimeError(f"epoch {epoch} had {count} steps, its rows were counted as {steps}")
-        metrics = {f"train/{k}": v.item() for k, v in means.reduce(self.backend.world).items()}
+            so_far.add(losses, batch["key"])
+            step = epoch * self.steps + min(so_far.steps, self.steps)
+            curve.tick(step, losses["loss"].detach())
+            if moves and count + 1 < steps and self._wants_checkpoint():
+                self._write_mid_epoch(epoch)
+        if so_far.steps - first != steps:
+            raise RuntimeError(
+                f"epoch {epoch} had {so_far.steps - first} steps, its rows were counted as {steps}"
+            )
+        self.so_far = EpochSoFar()
+        means = so_far.means.reduce(self.backend.world)
+        metrics = {f"train/{k}": v.item() for k, v in means.items()}
+        rows = gather_rows(torch.tensor([so_far.means.rows]), self.backend.world)
+        metrics |= {"train/rows": int(rows.sum()), "train/workers": self.backend.world}
         if not math.isfinite(metrics["train/loss"]):
             raise FloatingPointError(
                 f"train/loss is {metrics['train/loss']} in epoch {epoch + 1}: lower the learning "
@@ -213,17 +276,34 @@ class Trainer:
         model = os.path.join(directory, checkpoints.MODEL)
         os.makedirs(model)
         self.task.save(model)
+        torch.save(self._state(epoch), os.path.join(directory, checkpoints.STATE))
+
+    def _state(self, epoch: int) -> dict[str, Any]:
         # By all names: a module that two parts share is in `state_dict` under both.
         named = self.task.named_parameters(remove_duplicate=False)
         frozen = {name for name, p in named if not p.requires_grad}
         weights = {k: v for k, v in self.task.state_dict().items() if k not in frozen}
-        state = {
+        return {
             "epoch": epoch,
             "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
-        torch.save(state, os.path.join(directory, checkpoints.STATE))
+
+    def resume(self) -> int:
+        """Go on from the latest checkpoint; return the epochs that are done."""
+        done = self.load(self.backend.latest())
+        begun = mid_epoch.find(self.job.directory)
+        if begun is None or begun["epoch"] != done:
+            return done
+        self.load(mid_epoch.checkpoint(self.job.directory, begun))
+        seen = mid_epoch.read_seen(self.job.directory, begun)
+        self.so_far = EpochSoFar(begun["steps"], len(seen))
+        if self.backend.rank == 0:
+            self.so_far.keys = [torch.from_numpy(seen)]
+            means = {name: torch.tensor(mean) for name, mean in begun["means"].items()}
+            self.so_far.means.add(means, len(seen))
+        return done
 
     def load(self, checkpoint: Checkpoint | None) -> int:
         """Go on from a checkpoint; return the epochs that are done."""
@@ -244,15 +324,55 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         return state["epoch"]
 
+    def _count_left(self) -> int:
+        """Return the steps that are left of the epoch."""
+        left = self.job.rows - self.so_far.rows
+        return count_steps(left, self.backend.world, self.share) if left else 0
+
+    def _wants_checkpoint(self) -> bool:
+        """Return whether it is time for a checkpoint, or a node will be taken away.
+
+        The clock is that of rank 0, or workers would not agree.
+        """
+        if not self.fit.checkpoint_minutes:
+            return False
+        now = time.monotonic()
+        due = now - self.written > 60 * self.fit.checkpoint_minutes
+        due, looks = self._agree(due, now - self.looked > LOOK_S)
+        if looks:
+            self.looked, noticed = now, self.noticed
+            self.noticed = self.backend.is_preempted()
+            due = due or (self.noticed and not noticed)
+        if due:
+            self.written = now
+        return due
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Return the flags of rank 0."""
+        if self.backend.world == 1:
+            return list(flags)
+        shared = torch.tensor(flags, dtype=torch.uint8, device=self.backend.device)
+        torch.distributed.broadcast(shared, 0)
+        return [bool(flag) for flag in shared.tolist()]
+
+    def _write_mid_epoch(self, epoch: int) -> None:
+        so_far = self.so_far
+        means = so_far.means.reduce(self.backend.world)
+        seen = gather_rows(torch.cat(so_far.keys), self.backend.world)
+        if self.backend.rank == 0:
+            scalars = {name: float(mean) for name, mean in means.items()}
+            state = self._state(epoch)
+            self.writer.write(epoch, so_far.steps, scalars, state, seen.numpy())
+
     def _batches(self, name: str, epoch: int | None) -> Iterator[dict[str, Tensor]]:
         """Batches of this worker's rows on its device; shuffled by epoch in training."""
         order = {}
         if epoch is not None and self.fit.shuffle and not self.job.ordered:
             seed = rng.fold_in(self.fit.seed, epoch, f"order {self.backend.rank}") % 2**32
-            size = max(self.fit.shuffle, self.fit.share)
+            size = max(self.fit.shuffle, self.share)
             order = {"local_shuffle_buffer_size": size, "local_shuffle_seed": seed}
         batches = self.backend.shard(name).iter_torch_batches(
-            batch_size=self.fit.share, collate_fn=to_tensors, **order
+            batch_size=self.share, collate_fn=to_tensors, **order
         )
         for batch in batches:
             yield {k: v.to(self.backend.device, non_blocking=True) for k, v in batch.items()}

@@ -63,6 +63,15 @@ class MeanMetrics:
         return means | {name: torch.cat(parts) for name, parts in rows.items()}
 
 
+def gather_rows(own: Tensor, world: int) -> Tensor:
+    """Join the rows of all workers, of which each may have another number; on the CPU."""
+    parts: list = [own]
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, own.cpu())
+    return torch.cat(parts)
+
+
 def _group(workers: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
     """Group the values of all workers by name; not every worker has all of them."""
     names = dict.fromkeys(name for values in workers for name in values)

@@ -20,7 +20,8 @@ class TrainConfig:
     epochs: int = 10
     """Passes over the training rows."""
     batch: int = 8
-    """Rows of a step, over all workers."""
+    """Rows of a step, over all workers (of a changing number of them, the most that they can share
+    evenly)."""
     accumulate: int = 1
     """Steps whose gradients are averaged before the weights move."""
     clip_norm: float = 1.0
@@ -35,6 +36,12 @@ class TrainConfig:
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     workers: int = 0
     """Ray Train workers (DDP); 0: train in this process, without the 30 s of their start."""
+    max_workers: int = 0
+    """Workers at most: the training takes what the cluster has, at least `workers`, and starts them
+    again from the last checkpoint when nodes come or go. 0: always `workers`."""
+    checkpoint_minutes: float = 10.0
+    """Minutes from one checkpoint in the midst of an epoch to the next, and one is written when a
+    node is about to be taken away; 0: at the end of an epoch alone."""
     cpus_per_worker: float = 1.0
     """Logical CPUs of a worker."""
     gpus_per_worker: int = 0
@@ -57,23 +64,35 @@ class TrainConfig:
     """Keep the decoded rows in the object store, for data that fits in memory."""
 
     def __post_init__(self) -> None:
-        shares = max(self.workers, 1)
-        if self.batch < 1 or self.batch % shares:
+        if min(self.epochs, self.accumulate, self.batch) < 1:
             raise ValueError(
-                f"fit: expected a batch that {shares} workers can share evenly, got {self.batch}. "
-                f"Try --fit.batch {max(shares, round(self.batch / shares) * shares)}."
-            )
-        if min(self.epochs, self.accumulate) < 1:
-            raise ValueError(
-                f"fit: expected epochs and accumulate >= 1, got {self.epochs} and "
-                f"{self.accumulate}."
+                f"fit: expected epochs, accumulate and batch >= 1, got {self.epochs}, "
+                f"{self.accumulate} and {self.batch}."
             )
         if self.workers < 0:
             raise ValueError(f"fit: expected workers >= 0, got {self.workers}.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"fit: warmup is a share of the steps in [0, 1), got {self.warmup}.")
+        if self.checkpoint_minutes < 0:
+            raise ValueError(
+                f"fit: expected checkpoint_minutes >= 0, got {self.checkpoint_minutes}."
+            )
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        workers = max(self.workers, 1)
+        if self.max_workers and not 1 <= self.workers < self.max_workers <= self.batch:
+            raise ValueError(
+                f"fit: expected max_workers above workers >= 1, and a batch of a row for each, got "
+                f"{self.max_workers}, {self.workers} and a batch of {self.batch}."
+            )
+        if not self.max_workers and self.batch % workers:
+            raise ValueError(
+                f"fit: expected a batch that {workers} workers can share evenly, got {self.batch}. "
+                f"Try --fit.batch {max(workers, round(self.batch / workers) * workers)}."
+            )
 
     @property
-    def share(self) -> int:
-        """Rows of a step of one worker."""
-        return self.batch // max(self.workers, 1)
+    def most_workers(self) -> int:
+        """How many workers share a step at most."""
+        return max(self.workers, self.max_workers, 1)

@@ -44,6 +44,26 @@ def test_workers_of_two_nodes_train_together(cluster, toys):
     assert {run["info"]["status"] for run in runs_of(cluster, "two-workers")} == {"FINISHED"}
 
 
+def test_training_takes_the_workers_that_there_are(cluster, toys):
+    elastic = ["--fit.workers", "1", "--fit.max-workers", "3", "--fit.cpus-per-worker", "3"]
+    often = ["--fit.checkpoint-minutes", "0.01", "--fit.epochs", "150", "--fit.max-failures", "9"]
+    job = cluster.submit(*toys.train("elastic", *elastic, *often, "--fit.batch", "6"))
+    job.wait_for("epoch 5/150")
+    for name in ("two", "three"):
+        cluster.kill_node(name)
+    job.wait_for("epoch 40/150")
+    for name in ("two", "three"):
+        cluster.start_node(name)
+    assert job.wait(1500).code == 0, job.log
+    ledger = storage.read_json(f"{toys.bucket}/runs/elastic/epochs.json")["epochs"]
+    assert [one["epoch"] for one in ledger] == list(range(1, 151))
+    assert {one["train/rows"] for one in ledger} == {24}
+    workers = [one["train/workers"] for one in ledger]
+    assert workers[0] == 3
+    assert min(workers) == 1
+    assert workers[-1] == 3
+
+
 def test_mlflow_server_that_is_away_ends_no_training(cluster, toys):
     job = cluster.submit(*toys.train("untracked", "--fit.epochs", "6"))
     job.wait_for("epoch 1/6")

@@ -149,6 +149,14 @@ class Cluster:
         """Submit a job and wait for its end."""
         return self.submit(*command, **variables).wait(seconds)
 
+    def type(self, script: str, **variables: str) -> None:
+        """Type lines of a shell on the head, in the checkout, and stop at the first that fails."""
+        typed = subprocess.run(
+            [*self._enter(HEAD), "bash", "-euo", "pipefail", "-c", f"cd {ROOT}\n{script}"],
+            env=self.environment | variables, cwd="/", capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert typed.returncode == 0, f"{script}\n{typed.stdout[-6000:]}\n{typed.stderr[-3000:]}"
+
     def on(self, node: str, *command: str) -> str:
         """Run a command on a node; return what it prints."""
         entered = [*self._enter(node), *command]

@@ -31,10 +31,15 @@ UNTYPED = {
     "ray up": "starts machines in a cloud: tests/runtime/test_cluster.py checks the file",
     "ray dashboard": "needs that cluster",
     "ray get-auth-token": "writes the token of whoever types it",
-    "ray job submit": "needs that cluster: the job's own flags are parsed",
+    "ray start": "starts a node here: tests/cluster starts its own so",
+    "ray job submit": "needs that cluster: tests/cluster types it, and the job's flags are parsed",
     "kubectl": "needs a cluster of Kubernetes: tests/deploy checks the files that it is given",
     "docker build": "needs Docker and 6 GB of packages: tests/deploy lints the file",
     "export RAY_AUTH_MODE": "would shut out this session's Ray",
+    "export STORE": "names an object store: tests/cluster has one",
+    "export RUNTIME": "goes with `ray job submit`",
+    "for split": "goes with `ray job submit`",
+    "done": "ends that",
 }
 """Beginnings of commands that cannot run here, and what stands in for that."""
 
@@ -114,7 +119,7 @@ def commands(script: str) -> list[str]:
 
 def untyped(command: str) -> list[str]:
     """Those of UNTYPED with which a command begins."""
-    return [start for start in UNTYPED if command.startswith(start)]
+    return [start for start in UNTYPED if command.strip().startswith(start)]
 
 
 def is_untyped(script: str) -> bool:

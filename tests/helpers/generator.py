@@ -158,6 +158,10 @@ class Alone:
     def latest(self):
         """Return no checkpoint."""
 
+    def is_preempted(self):
+        """Return False."""
+        return False
+
 
 def make_trainer(
     task: GeneratorTask, batches: Sequence[dict[str, torch.Tensor]] = (), **options: Any
@@ -166,7 +170,7 @@ def make_trainer(
     job = loop.TrainJob(
         build=lambda: task,
         fit=TrainConfig(shuffle=0, **options),
-        steps=len(batches),
+        rows=sum(len(batch["key"]) for batch in batches),
         validate=False,
         directory="",
         resume=0,
