@@ -67,10 +67,11 @@ def select_rest(rows: Dataset, run: str) -> Dataset:
     found = find(run)
     if found is None:
         return rows
-    return rows.map_batches(_leave_out, fn_kwargs={"seen": read_seen(run, found)})
+    leave_out: Any = _leave_out
+    return rows.map_batches(leave_out, fn_kwargs={"seen": read_seen(run, found)})
 
 
-def _leave_out(batch: Any, seen: Keys) -> Any:
+def _leave_out(batch: Mapping[str, np.ndarray], seen: Keys) -> dict[str, np.ndarray]:
     left = ~np.isin(batch["key"], seen)
     return {name: values[left] for name, values in batch.items()}
 
