@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
@@ -24,6 +25,9 @@ LINE_S = 10.0
 
 BAR_S = 0.5
 """Seconds between updates of the bar."""
+
+ESTIMATE_S = 60.0
+"""Seconds from the first results on after which the time of the others is estimated."""
 
 T = TypeVar("T")
 
@@ -86,6 +90,36 @@ def line(label: str, total: int, done: int, seconds: float, note: str = "", befo
         left = round((total - done) / rate)
         parts.append(f"{left // 60}:{left % 60:02d} left")
     return "  ".join([*parts, note] if note else parts)
+
+
+@dataclass
+class Estimate:
+    """How long rows will take, said once, from what was done in a minute of work."""
+
+    total: int
+    gpus: float
+    """That are busy meanwhile."""
+    begin: int | None = None
+    """Rows that were there before."""
+    first: tuple[int, float] | None = None
+    """Rows, and the time, when the first results were there."""
+    said: bool = False
+
+    def update(self, rows: int, now: float) -> str:
+        """Take the rows so far and the time in seconds; return the estimate, else nothing."""
+        if self.begin is None:
+            self.begin = rows
+        if self.first is None:
+            self.first = (rows, now) if rows > self.begin else None
+            return ""
+        before, then = self.first
+        if self.said or now - then < ESTIMATE_S or not before < rows < self.total:
+            return ""
+        self.said = True
+        rate = (rows - before) / (now - then)
+        hours = (self.total - rows) / rate / 3600
+        text = f"{self.total - rows} rows at {rate:.3g}/s take {hours:.2g} hours more"
+        return f"{text}, {hours * self.gpus:.2g} GPU hours" if self.gpus else text
 
 
 class _Look:

@@ -143,7 +143,8 @@ def _run(
     rows, total = _prepare(stream)
     _log.info("%s", _plan(stream, directory, total))
     guard = FailureRateGuard(directory, total, stream.max_rejected)
-    report = _Report(stream.label, total, directory, throughput)
+    gpus = sum(pool.largest * pool.gpus for pool in stream.pools.values())
+    report = _Report(stream.label, total, directory, throughput, progress.Estimate(total, gpus))
     filesystem, path = storage.resolve(stream.output)
     with (
         progress.watch(stream.label, total, lambda: directory.rows, throughput.summary),
@@ -197,12 +198,15 @@ class _Report:
     total: int
     directory: OutputDirectory
     throughput: StageThroughput
+    estimate: progress.Estimate
     next: float = 0.0
 
     def __call__(self, _: Any) -> None:
         if time.monotonic() >= self.next:
             self.next = time.monotonic() + REPORT_S
             self.send()
+            if text := self.estimate.update(self.directory.rows, time.monotonic()):
+                _log.info("%s: %s", self.label, text)
 
     def send(self) -> None:
         """Set them."""

@@ -74,3 +74,24 @@ def test_bar_shows_the_state_at_the_end():
     progress._bar("train", 10, look, finished, console)
     assert "10/10" in shown.getvalue()
     assert "loss 0.5" in shown.getvalue()
+
+
+def test_estimate_is_of_what_a_minute_of_work_did_and_said_once():
+    estimate = progress.Estimate(total=100_000, gpus=4.0)
+    told = [
+        estimate.update(rows, now)
+        for rows, now in ((10, 0.0), (10, 50.0), (20, 60.0), (600, 100.0))
+    ]
+    assert told == ["", "", "", ""]  # ten were there before, and the first came after a minute
+    # 600 rows in 60 s: the other 99,380 take 9,938 s.
+    assert estimate.update(620, 120.0) == "99380 rows at 10/s take 2.8 hours more, 11 GPU hours"
+    assert estimate.update(700, 180.0) == ""
+
+
+def test_estimate_without_gpus_speaks_of_none_and_a_finished_work_has_none():
+    estimate = progress.Estimate(total=100, gpus=0.0)
+    assert estimate.update(0, 0.0) == estimate.update(40, 1.0) == ""
+    assert estimate.update(100, 90.0) == ""
+    slower = progress.Estimate(total=100, gpus=0.0)
+    assert slower.update(0, 0.0) == slower.update(10, 0.0) == ""
+    assert slower.update(46, 3600.0) == "54 rows at 0.01/s take 1.5 hours more"
