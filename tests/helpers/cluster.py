@@ -55,7 +55,7 @@ _ENVIRONMENT = {
 _INIT = """
 mount --make-rprivate /
 for needed in {needed}; do case $needed in /tmp/*)
-    mkdir -p {node}/tmp$needed; mount --bind $needed {node}/tmp$needed;;
+    mkdir -p {node}$needed; mount --bind $needed {node}$needed;;
 esac; done
 mount -t tmpfs -o size=600m tmpfs /dev/shm
 mount --rbind {node}/tmp /tmp
