@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cvmatch import config as configs
-from cvmatch.data import manifest, storage, tables
+from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.images import PREPROCESS
-from cvmatch.index import shard, verify, versions
+from cvmatch.index import calibration, shard, verify, versions
+from cvmatch.index.calibration import Calibration
 from cvmatch.index.embedding import (
     QuerySample,
     building_directory,
@@ -173,20 +175,43 @@ def publish(
         )
         queries = sample_queries(config.queries, config.model, config.seed)
         info = _add_shortlist(writer, config, info, shape.shortlist_width, queries)
-        if queries:
-            info = replace(info, queries=queries.origin)
         stored = known.check_samples if known else verify.store_check_samples(writer, check_samples)
         return writer.publish(replace(info, check_samples=stored), rejected)
 
 
-def measure_recall(
+def measure_version(
     writer: IndexWriter, info: IndexManifest, queries: QuerySample | None
-) -> Recall | None:
-    """Measure a version that is not published yet; None without queries."""
+) -> IndexManifest:
+    """Measure a version that is not published yet; without queries, return it as it is."""
     if not queries:
-        return None
+        return info
     with writer.time_stage("recall"):
-        return compute_recall(open_version(writer.root, info), queries.vectors)
+        index = open_version(writer.root, info)
+        recall = compute_recall(index, queries.vectors)
+        return replace(
+            info,
+            recall=recall,
+            calibrations=calibrate_index(index, queries),
+            queries=queries.origin,
+        )
+
+
+def calibrate_index(index: Index, queries: QuerySample) -> dict[str, Calibration]:
+    """Fit probabilities on the queries whose tiles the index holds, by their modality."""
+    names = pc.SetLookupOptions(value_set=index.tiles[schema.PAIR_ID].combine_chunks())
+    rows = pc.call_function("index_in", [pa.array(queries.ids, pa.string())], names)
+    own = rows.fill_null(-1).to_numpy().astype(np.int64)
+    own[np.isin(own, index.deleted)] = -1
+    here = np.flatnonzero(own >= 0)
+    found: dict[str, Calibration] = {}
+    for modality, vectors in queries.modalities.items():
+        best = rank(index, vectors[torch.from_numpy(here)], calibration.TOP, "exact")
+        own_place = best.rows == own[here, None]
+        places = np.where(own_place.any(1), own_place.argmax(1), best.rows.shape[1])
+        answers = calibration.Answers(best.scores.astype(np.float64), places)
+        if fitted := calibration.calibrate(answers):
+            found[modality] = fitted
+    return found
 
 
 def compute_recall(index: Index, query: Float[Tensor, "query width"]) -> Recall:
@@ -257,7 +282,14 @@ def _add_shortlist(
             index, queries.vectors, most
         )  # once: the exact search is the dear one
         recall = _recall_of(places, _choose_size(places, most, config.recall))
-    return replace(info, shortlist=recall.shortlist, recall=recall)
+        calibrations = calibrate_index(index, queries)
+    return replace(
+        info,
+        shortlist=recall.shortlist,
+        recall=recall,
+        calibrations=calibrations,
+        queries=queries.origin,
+    )
 
 
 def _tile_origin(config: BuildIndex, shard_rows: int) -> TileOrigin:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,7 +25,7 @@ from cvmatch.index.writer import TaskMapper
 from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.model import read_config
-from cvmatch.match.settings import Embed, Modality
+from cvmatch.match.settings import BRANCHES_OF, Embed, Modality
 from cvmatch.runtime import hardware, pools, session
 from cvmatch.runtime.stream import Stream, write_stream
 
@@ -34,6 +34,8 @@ RECALL_QUERIES = 200
 
 SAMPLING = tuple(field.name for field in fields(Sampling) if field.name != "seed")
 """Settings of the generator that queries of one index should share."""
+
+_STEP = 64  # queries whose pictures are decoded at a time
 
 FULLEST: dict[str, Modality] = {"G": "G", "GA": "G+A", "GAS": "G+A+S"}
 """The modality of queries that have all the letters that a matcher looks at."""
@@ -130,12 +132,19 @@ def ray_map(uri: str) -> TaskMapper:
 
 @dataclass(frozen=True)
 class QuerySample:
-    """Embedded queries that measure a shortlist."""
+    """Embedded queries that measure an index."""
 
-    vectors: Float[Tensor, "query width"]
-    """Of the fullest modality that the model knows."""
+    ids: Sequence[str]
+    """pair_id of each."""
+    modalities: Mapping[Modality, Float[Tensor, "query width"]]
+    """Their vectors by what they consist of, the fullest that the model knows last."""
     origin: QueryOrigin
     """What made the rows."""
+
+    @property
+    def vectors(self) -> Float[Tensor, "query width"]:
+        """Those of the fullest modality."""
+        return list(self.modalities.values())[-1]
 
 
 def sample_queries(location: str, model: str, seed: int) -> QuerySample | None:
@@ -152,8 +161,30 @@ def sample_queries(location: str, model: str, seed: int) -> QuerySample | None:
         for pair_id in schema.good_rows(table)[schema.PAIR_ID].to_pylist()
     ]
     chosen = np.random.default_rng(seed).permutation(ids).tolist()[:RECALL_QUERIES]
-    modality = FULLEST[read_config(model).letters]
-    return QuerySample(_embed(location, model, modality, chosen), _read_origin(location))
+    config = read_config(model)
+    fullest = FULLEST[config.letters]
+    pictures = schema.query_columns(fullest)
+    columns = [schema.PAIR_ID, *pictures, schema.ERROR]
+    rows = pa.concat_tables(
+        table.filter(pc.field(schema.PAIR_ID).isin(chosen))
+        for table in tables.batches(location, columns)
+    )
+    modalities: list[Modality] = [
+        modality
+        for modality in FULLEST.values()
+        if fullest.startswith(modality)
+        and (config.score == "joint" or {*config.branches}.intersection(BRANCHES_OF[modality]))
+    ]
+    embedded: dict[Modality, Tensor] = {m: _embed(rows, model, m) for m in modalities}
+    good = ~torch.stack([vectors.isnan().any(1) for vectors in embedded.values()]).any(0)
+    if not good.any():
+        raise ValueError(
+            f"build-index: expected {pictures} in some rows of {location}, got none. "
+            "Run cvmatch synthesize on them, or leave --queries out."
+        )
+    known = [i for i, there in zip(rows[schema.PAIR_ID].to_pylist(), good, strict=True) if there]
+    vectors: dict[Modality, Tensor] = {m: part[good] for m, part in embedded.items()}
+    return QuerySample(known, vectors, _read_origin(location))
 
 
 def _count(gallery: GalleryConfig) -> int:
@@ -180,21 +211,15 @@ def _read_origin(location: str) -> QueryOrigin:
     )
 
 
-def _embed(
-    location: str, model: str, modality: Modality, ids: list[str]
-) -> Float[Tensor, "query width"]:
-    pictures = schema.query_columns(modality)
-    columns = [schema.PAIR_ID, *pictures, schema.ERROR]
-    embed, parts = EmbedQuery(model, modality), []
-    for table in tables.batches(location, columns):
-        rows = table.filter(pc.field(schema.PAIR_ID).isin(ids))
-        parts.append(embed({name: rows[name].to_numpy() for name in columns}))
+def _embed(rows: pa.Table, model: str, modality: Modality) -> Float[Tensor, "query width"]:
+    """Embed rows; NaN for those that cannot be."""
+    embed = EmbedQuery(model, modality)
+    columns = [schema.PAIR_ID, *schema.query_columns(modality), schema.ERROR]
+    parts = [
+        embed({name: step[name].to_numpy() for name in columns})
+        for step in (rows.slice(at, _STEP) for at in range(0, len(rows), _STEP))
+    ]
     errors = [error for part in parts for error in schema.read_errors(part[schema.ERROR])]
-    good = np.array([error is None for error in errors], dtype=bool)
-    if not good.any():
-        raise ValueError(
-            f"build-index: expected {pictures} in some rows of {location}, got none. "
-            "Run cvmatch synthesize on them, or leave --queries out."
-        )
-    vectors = np.concatenate([part[QUERY_VECTOR] for part in parts])[good]
+    vectors = np.concatenate([part[QUERY_VECTOR] for part in parts])
+    vectors[[error is not None for error in errors]] = np.nan
     return torch.from_numpy(vectors).to(hardware.device())

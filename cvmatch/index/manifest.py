@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cvmatch.index.calibration import Calibration
+
 FORMAT = 4
 """Version of the layout; a directory of another one is refused."""
 
@@ -154,6 +156,8 @@ class IndexManifest:
     queries: QueryOrigin = QueryOrigin()
     recall: Recall | None = None
     """None: not measured."""
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    """By the modality of a query; none where there were too few queries of tiles that are there."""
     rejected: int = 0
     """Rows that failed, and are no tiles."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -242,6 +246,10 @@ def _decode(plain: dict[str, Any]) -> IndexManifest:
         "queries": QueryOrigin(**plain["queries"]),
         "tile_origin": TileOrigin(**origin) if origin else None,
         "recall": Recall(**recall) if recall else None,
+        "calibrations": {
+            modality: Calibration(**known)
+            for modality, known in plain.get("calibrations", {}).items()
+        },
         "bytes_per_tile": BytesPerTile(**size) if size else None,
         "files": {name: FileInfo(**info) for name, info in plain["files"].items()},
     }

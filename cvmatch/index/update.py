@@ -14,7 +14,7 @@ from jaxtyping import Int64
 
 from cvmatch.data import schema, storage
 from cvmatch.index import embedding, shard, verify, versions
-from cvmatch.index.build import SHARD_ROWS, measure_recall
+from cvmatch.index.build import SHARD_ROWS, measure_version
 from cvmatch.index.manifest import AnnPartInfo, Files, IndexManifest, ShardInfo
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import AddTiles, Compact, DeleteTiles, GalleryConfig, Vacuum
@@ -143,10 +143,7 @@ def join(
             deleted = _store_deleted(writer, np.setdiff1d(index.deleted, revived))
             new = replace(new, deleted=deleted)
         queries = embedding.sample_queries(config.queries, index.matcher_dir, config.seed)
-        new = replace(new, recall=measure_recall(writer, new, queries))
-        if queries:
-            new = replace(new, queries=queries.origin)
-        return writer.publish(new, rejected)
+        return writer.publish(measure_version(writer, new, queries), rejected)
 
 
 @versions.retry_stale

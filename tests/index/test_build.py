@@ -151,6 +151,22 @@ def test_recall_of_a_matcher_of_g_alone_needs_no_synthetic_pictures(output, tmp_
     assert (recall.top1, recall.queries) == (1.0, 12)
 
 
+def test_build_calibrates_each_modality_on_the_queries_whose_tiles_it_holds(output, tmp_path):
+    model = tiny.matcher(str(tmp_path / "model"), branches=("direct", "layout"))
+    rows = tiny.rows(60)
+    # A that is the tile itself tells places apart, where G of random weights cannot.
+    rows = rows.set_column(
+        rows.column_names.index(schema.SYNTHETIC), schema.SYNTHETIC, rows[schema.AERIAL]
+    )
+    queries = tiny.write(rows, str(tmp_path / "queries"))
+    parts = tiny.parts(rows.slice(0, 50), model, str(tmp_path / "parts"))
+    publish(parts, BuildIndex(model=model, output=output, queries=queries))
+    known = Index.open(output).manifest.calibrations
+    assert set(known) == {"G", "G+A"}
+    assert {one.queries for one in known.values()} == {50}  # ten places are not in the index
+    assert known["G+A"].auroc > known["G"].auroc + 0.1
+
+
 def test_recall_of_queries_without_pictures_is_refused(model, parts, output, tmp_path):
     rows = tiny.rows(12)
     column = rows.column_names.index(schema.SYNTHETIC)
