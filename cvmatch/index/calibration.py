@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
-from scipy import optimize, special, stats
+from scipy import special
 
 TOP = 64
 """Best tiles that take part in a softmax; the others' share of it is not seen."""
@@ -131,11 +131,14 @@ def measure_auroc(
     positive: Float[np.ndarray, " positive"], negative: Float[np.ndarray, " negative"]
 ) -> float:
     """Return the share of pairs in which the positive has the larger value; ties count half."""
-    wins = stats.mannwhitneyu(positive, negative).statistic
-    return float(wins / (len(positive) * len(negative)))
+    ordered = np.sort(negative)
+    wins = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
+    return float(wins.mean() / 2 / len(negative))
 
 
 def _fit(answers: Answers) -> Calibration:
+    from scipy import optimize  # noqa: PLC0415 (a second, which a search does not need)
+
     temperature = _fit_temperature(answers)
     inputs = np.concatenate(
         [_features(answers.scores, temperature), _features(answers.without_own(), temperature)]
@@ -155,6 +158,8 @@ def _fit_temperature(answers: Answers) -> float:
     found = np.flatnonzero(answers.places < answers.scores.shape[1])
     if not len(found):
         return 1.0
+    from scipy import optimize  # noqa: PLC0415 (see above)
+
     scores, places = answers.scores[found], answers.places[found]
 
     def loss(logarithm: float) -> float:
