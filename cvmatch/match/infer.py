@@ -17,6 +17,113 @@ from cvmatch.runtime import hardware
 if TYPE_CHECKING:  # it takes three seconds of a core, and the search of a file needs none of it
     from ray.data import Dataset
 
+_PICTURES = (
+    schema.GROUND,
+    schema.AERIAL,
+    schema.CLASSES,
+    schema.SYNTHETIC,
+    schema.SYNTHETIC_CLASSES,
+)
+
+
+class EmbedTile:
+    """`aerial` (encoded) -> `tile_vector` (width, float16); pictures are dropped.
+
+    A row with `error`, or with a picture that cannot be decoded, gets zeros. The network takes
+    `batch` tiles at a time: a vector depends on the tile and on this number, on nothing else.
+    """
+
+    def __init__(self, model: str, batch: int) -> None:
+        hardware.keep_freed_memory()
+        self.device = hardware.device()
+        self.model = Matcher.load(model, self.device)
+        self.tiles = FixedBatch(self._tiles, batch)
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Embed one batch; failed rows keep the reason in `error`."""
+        config = self.model.config
+        side = (config.tile_size, config.tile_size)
+        decoders = {schema.AERIAL: lambda data: images.decode(data, side)}
+        good, errors, (aerial,) = _decode(batch, decoders, "embed tile")
+        vectors = np.zeros((len(errors), config.width), dtype=np.float16)
+        for row, vector in zip(good, self.tiles(aerial), strict=True):
+            if isinstance(vector, Exception):
+                errors[row] = f"embed tile: {error_line(vector)}"
+            else:
+                vectors[row] = vector
+        return _drop_pictures(batch) | {TILE_VECTOR: vectors, schema.ERROR: errors}
+
+    def _tiles(self, aerial: list[np.ndarray]) -> list[np.ndarray]:
+        return [*self.model.embed_tiles(_planes(aerial, self.device)).cpu().half().numpy()]
+
+
+class EmbedQuery:
+    """`ground`, `synthetic`, `synthetic_classes` -> `query_vector` (width, float32).
+
+    Reads what `modality` names, and drops pictures. A row with `error`, or with a picture that
+    cannot be decoded, gets zeros.
+    """
+
+    def __init__(self, model: str, modality: Modality) -> None:
+        hardware.keep_freed_memory()
+        self.device = hardware.device()
+        self.model = Matcher.load(model, self.device)
+        self.modality = modality
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Embed one batch; failed rows keep the reason in `error`."""
+        config = self.model.config
+        side = (config.tile_size, config.tile_size)
+        every = {
+            "G": lambda data: images.decode(data, config.panorama),
+            "A": lambda data: images.decode(data, side),
+            "S": lambda data: images.decode_ids(data, side),
+        }
+        letters = self.modality.split("+")
+        columns = schema.query_columns(self.modality)
+        decoders = {name: every[letter] for name, letter in zip(columns, letters, strict=True)}
+        good, errors, pictures = _decode(batch, decoders, "embed query")
+        vectors = np.zeros((len(errors), config.width), dtype=np.float32)
+        rows = [dict(zip(letters, row, strict=True)) for row in zip(*pictures, strict=True)]
+        # All at once, not in batches of one size: a query need not wait for padding.
+        results = require_any(call_rows(self._embed, rows)) if rows else []
+        for row, result in zip(good, results, strict=True):
+            if isinstance(result, Exception):
+                errors[row] = f"embed query: {error_line(result)}"
+            else:
+                vectors[row] = result
+        return _drop_pictures(batch) | {QUERY_VECTOR: vectors, schema.ERROR: errors}
+
+    def _embed(self, rows: Sequence[dict[str, np.ndarray]]) -> list[np.ndarray]:
+        """Return the vectors of rows; a row holds pictures by their letters."""
+        pictures = {letter: [row[letter] for row in rows] for letter in rows[0]}
+        ground, synthetic = (
+            _planes(pictures[letter], self.device) if letter in pictures else None
+            for letter in ("G", "A")
+        )
+        ids = pictures.get("S")
+        mask = None if ids is None else torch.from_numpy(np.stack(ids)).to(self.device)
+        return [*self.model.embed_queries(ground, synthetic, mask).cpu().numpy()]
+
+
+def embed_tiles(rows: "Dataset", config: Embed) -> "Dataset":
+    """Add `tile_vector` to rows with `aerial`; drop pictures."""
+    from cvmatch.runtime import pools  # noqa: PLC0415 (Ray)
+
+    size = config.pool.batch
+    return pools.map_actors(rows, EmbedTile, config.pool, model=config.model, batch=size)
+
+
+def embed_queries(rows: "Dataset", config: Embed) -> "Dataset":
+    """Add `query_vector` to rows with what `config.modality` reads; drop pictures."""
+    from cvmatch.runtime import pools  # noqa: PLC0415 (Ray)
+
+    return pools.map_actors(
+        rows, EmbedQuery, config.pool, model=config.model, modality=config.modality
+    )
+
 
 def _decode(
     batch: dict[str, np.ndarray],

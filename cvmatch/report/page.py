@@ -169,20 +169,26 @@ class _Row:
 def _figure(
     picture: Pixels | None, kind: str, alt: str, caption: str, absent: str = "not made"
 ) -> _Figure:
-    return _Figure(kind, _encode_uri(picture, kind), alt, caption, absent)
+    return _Figure(kind, encode_uri(picture, kind), alt, caption, absent)
 
 
 def _answer(tile: Tile, number: int, true_id: str) -> _Figure:
     right = tile.pair_id == true_id
     alt = f"Answer {number}, {'right' if right else 'wrong'}: {tile.pair_id}"
     kind = "right" if right else "answer"
-    uri = _encode_uri(tile.picture, kind)
+    uri = encode_uri(tile.picture, kind)
     score = f"{tile.score:.2f}"
     return _Figure(kind, uri, alt, str(number), "not at hand", score, tile.branches, right)
 
 
-def _encode_uri(picture: Pixels | None, kind: str) -> str | None:
-    """Return a picture, shrunk to its kind's width, as a data URI; class maps keep colours."""
+def encode_uri(picture: Pixels | None, kind: str) -> str | None:
+    """Return a picture as a data URI; None where there is none.
+
+    Args:
+        picture: RGB.
+        kind: what it shows: a panorama (`ground`) may be wider than others, and a map of classes
+            (`classes`) keeps its colours.
+    """
     if picture is None:
         return None
     height, width = picture.shape[:2]
