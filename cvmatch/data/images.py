@@ -52,6 +52,10 @@ class BadImage(ValueError):
     """A picture that cannot be used; the message says why."""
 
 
+class TooLarge(BadImage):
+    """A picture of more pixels than are decoded."""
+
+
 def is_picture(name: str) -> bool:
     """Whether a file's name ends as those of pictures do, in capitals or not."""
     return name.lower().endswith(ENDINGS)
@@ -78,7 +82,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     formats = [*FORMATS, *_heif_formats(data)]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
+            warnings.simplefilter("ignore")  # of size, which is checked below, and of EXIF
             image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
         # Pillow's text holds an address.
@@ -86,7 +90,7 @@ def read_header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImage(f"cannot be decoded: {error}") from error
     if image.width * image.height > max_pixels:
-        raise BadImage(f"{image.width} x {image.height} pixels, at most {max_pixels} allowed")
+        raise TooLarge(f"{image.width} x {image.height} pixels, at most {max_pixels} allowed")
     return image
 
 
@@ -102,7 +106,9 @@ def load_image(image: Image.Image) -> Image.Image:
 def read_orientation(image: Image.Image) -> int:
     """Return EXIF's orientation, 1 (upright) to 8; 1 where there is none that can be read."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001 (damaged EXIF: Pillow's parser raises what it likes)
         return 1
     return orientation if orientation in range(2, 9) else 1
@@ -229,7 +235,7 @@ def _load(image: Image.Image) -> Image.Image:
     """Decode an opened picture, upright, in the mode in which it is stored."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImage(f"cannot be decoded: {error}") from error
