@@ -29,9 +29,6 @@ decoded too where the extra `cvmatch[heic]` is installed."""
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif")
 """How names of pictures end, in lower case."""
 
-WIDEST_OTHER = 2.5
-"""Pictures that are less wide for their height are no panoramas of a band: a sphere is 2:1."""
-
 TOLERANCE = 30.0
 """Largest distance (L2 in RGB) of a pixel from its palette colour; beyond it, it is ignored."""
 
@@ -112,22 +109,6 @@ def read_orientation(image: Image.Image) -> int:
     except Exception:  # noqa: BLE001 (damaged EXIF: Pillow's parser raises what it likes)
         return 1
     return orientation if orientation in range(2, 9) else 1
-
-
-def open_panorama(data: bytes) -> Image.Image:
-    """Decode a 360-degree panorama.
-
-    Raises:
-        BadImage: as `open_image`; or a picture of another shape, which resizing would squash.
-    """
-    image = open_image(data)
-    if image.width < WIDEST_OTHER * image.height:
-        raise BadImage(
-            f"{image.width} x {image.height} pixels, expected a 360-degree panorama at least "
-            f"{WIDEST_OTHER} times as wide as high (CVUSA: 1232 x 224). Crop a whole sphere (2:1) "
-            "to the band that the models were trained on, 65 degrees high"
-        )
-    return image
 
 
 def decode(data: bytes, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:

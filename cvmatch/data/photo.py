@@ -40,6 +40,7 @@ HeadingSource = Literal["flag", "XMP", "EXIF", "EXIF, magnetic north", "assumed"
 
 _BAND_RATIO = BAND_SIZE[1] / BAND_SIZE[0]
 _ALIKE = 0.02  # relative difference of shapes up to which they are the same
+_LOW, _HIGH = 0.7, 1.4  # shapes relative to the band's between which nothing is warned of
 _WIDEST_PHOTO = 150.0  # degrees; beyond, a plane projection is no camera's
 _LEAST_COVER = 0.02  # of the band; below, nothing can be matched
 _APART = 10.0  # degrees between two headings from which they contradict each other
@@ -82,6 +83,8 @@ class PhotoReading:
         parts = [f"{self.projection} {self.width} x {self.height}"]
         if self.projection != "band":
             parts[0] += f" (by its {self.projection_source})".replace("its flag", "--fov")
+        elif not _alike(self.width / self.height, _BAND_RATIO):
+            parts.append("taken for the trained band")
         if self.fov < 360:
             parts.append(f"{self.fov:.1f} degrees wide")
         parts.append(
@@ -93,6 +96,8 @@ class PhotoReading:
             parts.append(f"level mended by {0 - self.pitch:.1f} / {0 - self.roll:.1f} degrees")
         if self.orientation != 1:
             parts.append(f"orientation {self.orientation} applied")
+        if self.mode in ("1", "L", "LA") or self.mode.startswith("I"):
+            parts.append("grey")
         if self.mode not in ("RGB", "L"):
             parts.append(f"converted from {self.mode}")
         if self.covered < 1:
@@ -149,32 +154,33 @@ def read_photo(data: bytes, settings: PhotoSettings | None = None) -> Photo:
     header = _read_header(data, settings.max_pixels)
     about = read_metadata(header)
     orientation, mode = images.read_orientation(header), header.mode
-    size = header.size if orientation < 5 else header.size[::-1]
-    view = _choose_view(*size, about, settings)
+    width, height = header.size if orientation < 5 else (header.height, header.width)
+    view = _choose_view(width, height, about, settings)
     heading, source, warnings = choose_heading(about, settings)
-    image = _load_reduced(header, view, size[0])
-    view, more = _check_edges(image, view, about, size)
+    image = _load_reduced(header, view, width)
+    view, more = _check_edges(image, view, about, (width, height))
     read = PhotoReading(
-        view.projection,
-        view.source,
-        *size,
-        heading,
-        source,
-        about.pitch,
-        about.roll,
+        projection=view.projection,
+        projection_source=view.source,
+        width=width,
+        height=height,
+        heading=heading,
+        heading_source=source,
+        pitch=about.pitch,
+        roll=about.roll,
         fov=view.fov,
         orientation=orientation,
         mode=mode,
         warnings=(*about.warnings, *view.warnings, *warnings, *more),
     )
     if view.projection == "band" and not (heading or about.pitch or about.roll):
-        kept = data if size[0] * size[1] <= images.MAX_PIXELS else _encode(image)
+        kept = data if width * height <= images.MAX_PIXELS else _encode(image)
         return Photo(kept, _add_faults(read, np.asarray(image.convert("RGB"))))
-    pixels, seen = _make_band(image.convert("RGB"), view.scaled(image.width / size[0]), read)
+    pixels, seen = _make_band(image.convert("RGB"), view.scaled(image.width / width), read)
     read = replace(read, covered=1.0 if seen is None else float(seen.mean()))
     if read.covered < _LEAST_COVER:
         raise BadImage(
-            f"{size[0]} x {size[1]} pixels that show {read.covered:.1%} of the trained band, "
+            f"{width} x {height} pixels that show {read.covered:.1%} of the trained band, "
             f"{GROUND_FOV:.0f} degrees high around the horizon"
         )
     return Photo(images.encode(pixels), _add_faults(read, pixels, seen))
@@ -237,8 +243,8 @@ def _choose_view(width: int, height: int, about: Metadata, settings: PhotoSettin
     if settings.fov is not None:
         return _view_of_fov(width, height, settings.fov, "flag", warnings)
     if ratio >= NARROWEST_BAND:
-        if not _alike(ratio, _BAND_RATIO):
-            warnings = (f"{ratio:.1f} times as wide as high, taken for the trained band (5.5)",)
+        if not _LOW <= ratio / _BAND_RATIO <= _HIGH:
+            warnings = (f"{ratio:.1f} times as wide as high, where the trained band has 5.5",)
         return _View("band", "shape", _centre(width, height), warnings=warnings)
     if _alike(ratio, 2.0):
         return _view_of(_centre(width, height), "shape")
@@ -361,7 +367,7 @@ def _make_band(
         top = area.full_height / 2 - high / 2 - area.top
         if top > -0.5 and top + high < image.height + 0.5:
             box = (0, max(0, top), image.width, min(image.height, top + high))
-            small = image.resize(size[::-1], Image.Resampling.BICUBIC, box)
+            small = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
             # The middle of a picture may not be the sphere's.
             middle = (area.left + area.width / 2 - area.full_width / 2) / area.full_width * 360
             return _turn(np.asarray(small), read.heading + middle), None
@@ -496,5 +502,5 @@ def _add_warnings(read: PhotoReading, *warnings: str) -> PhotoReading:
 
 def _encode(image: Image.Image) -> bytes:
     """Encode a band that is too large for the decoder of rows."""
-    small = image.convert("RGB").resize(BAND_SIZE[::-1], Image.Resampling.BICUBIC)
+    small = image.convert("RGB").resize((BAND_SIZE[1], BAND_SIZE[0]), Image.Resampling.BICUBIC)
     return images.encode(np.asarray(small))

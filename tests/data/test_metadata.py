@@ -19,11 +19,11 @@ def metadata_of(kind: str = "PNG", **about) -> Metadata:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize("elements", [False, True], ids=["attributes", "elements"])
-def test_read_metadata_knows_gpano_in_every_format_and_form(kind, elements):
+@pytest.mark.parametrize("form", ["attributes", "elements"])
+def test_read_metadata_knows_gpano_in_every_format_and_form(kind, form):
     pose = {"PoseHeadingDegrees": 225.5, "PosePitchDegrees": 3.3, "PoseRollDegrees": -0.7}
     areas = areas_of((100, 50), (80, 40), (10, 5))
-    assert metadata_of(kind, xmp=xmp_of(elements, **areas, **pose)) == Metadata(
+    assert metadata_of(kind, xmp=xmp_of(form, **areas, **pose)) == Metadata(
         projection="equirectangular",
         area=SphereArea(100.0, 50.0, 80.0, 40.0, 10.0, 5.0),
         heading=225.5,

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,8 +278,19 @@ def test_read_photo_one_colour_and_black_bars_are_named():
 
 
 def test_read_photo_half_a_turn_that_looks_like_a_band_is_warned_of():
-    rest = read_photo(encode(BAND[20:50, 40:205])).read
-    assert any("do not meet" in warning for warning in rest.warnings)
+    read = read_photo(encode(BAND[20:50, 40:205])).read
+    assert any("do not meet" in warning for warning in read.warnings)
+
+
+def test_read_photo_band_of_another_shape_is_taken_for_the_trained_one_and_said():
+    squeezed = decode(encode(BAND), (64, 256))
+    read = read_photo(encode(squeezed))
+    assert read.data == encode(squeezed)
+    assert (
+        str(read.read) == "band 256 x 64, taken for the trained band, north assumed in the middle"
+    )
+    flat = read_photo(encode(decode(encode(BAND), (64, 176))))
+    assert "2.8 times as wide as high" in flat.read.warnings[0]
 
 
 def test_read_photo_limit_of_pixels_is_a_setting():
@@ -296,7 +308,13 @@ def test_read_photo_band_that_rows_would_refuse_for_its_size_is_made_smaller(mon
 
 
 def test_photo_settings_that_make_no_sense_are_refused():
-    for wrong in ({"heading": 400.0}, {"fov": 0.0}, {"fov": 361.0}, {"max_pixels": 0}):
+    wrongs: list[dict[str, Any]] = [
+        {"heading": 400.0},
+        {"fov": 0.0},
+        {"fov": 361.0},
+        {"max_pixels": 0},
+    ]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="expected"):
             PhotoSettings(**wrong)
 

@@ -2,6 +2,7 @@
 
 import io
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -18,16 +19,18 @@ ATTRIBUTES = (
 ELEMENTS = ATTRIBUTES.replace(" {}/>", ">{}</rdf:Description>")
 
 
-def xmp_of(elements: bool = False, **properties: object) -> bytes:
-    """An XMP packet with GPano properties."""
-    if elements:
+def xmp_of(form: str = "attributes", **properties: Any) -> bytes:
+    """An XMP packet with GPano properties as "attributes" or "elements"."""
+    if form == "elements":
         inner = "".join(f"<GPano:{key}>{value}</GPano:{key}>" for key, value in properties.items())
         return ELEMENTS.format(inner).encode()
     inner = " ".join(f'GPano:{key}="{value}"' for key, value in properties.items())
     return ATTRIBUTES.format(inner).encode()
 
 
-def areas_of(full: tuple[int, int], size: tuple[int, int], corner: tuple[int, int]) -> dict:
+def areas_of(
+    full: tuple[int, int], size: tuple[int, int], corner: tuple[int, int]
+) -> dict[str, Any]:
     """GPano's properties of a part; each (width, height) or (left, top)."""
     return {
         "ProjectionType": "equirectangular",
@@ -64,7 +67,7 @@ def save(
     kind: str = "PNG",
     xmp: bytes = b"",
     exif: Image.Exif | None = None,
-    **options: object,
+    **options: Any,
 ) -> bytes:
     """Encode a picture with its metadata."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
