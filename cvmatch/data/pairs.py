@@ -203,7 +203,8 @@ def _check_split(config: Ingest, layout: cvusa.Layout, cache: str) -> dict[str, 
 
 def _hash_inputs(config: Ingest, layout: cvusa.Layout) -> str:
     """Hash all that the cached rows depend on, but for the pictures themselves."""
-    settings = [schema.VERSION, images.MAX_PIXELS, MAX_BYTES, config.split, config.limit]
+    decoder = [images.PREPROCESS, images.MAX_PIXELS, MAX_BYTES]
+    settings = [schema.VERSION, *decoder, config.split, config.limit]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for table in (*layout.tables.values(), layout.locations):
         digest.update(hashlib.sha256(storage.read_bytes(table) if table else b"").digest())
@@ -313,9 +314,10 @@ def _read(filesystem: fs.FileSystem, base: str, file: str | None) -> Content:
 def _fault(data: bytes, column: str) -> str | None:
     """Return what is wrong with a picture, or None."""
     try:
-        mode = images.open_image(data).mode
+        if column == CLASSES:
+            images.check_palette(data)
+        else:
+            images.open_image(data)
     except images.BadImage as error:
         return str(error)
-    if column == CLASSES and mode != "RGB":
-        return f"mode {mode}, expected RGB (a map in the palette's colours)"
     return None

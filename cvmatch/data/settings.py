@@ -1,4 +1,4 @@
-"""Settings of the pairs that a job reads."""
+"""Settings of the pairs and photos that a job reads."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -46,6 +46,31 @@ class Validation:
     def ingest(self, data: Ingest) -> Ingest:
         """Return these rows, read as `data` is."""
         return replace(data, root=self.root, split=self.split, limit=self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoSettings:
+    """What is known of photos beside what they say themselves."""
+
+    heading: float | None = None
+    """Where the middle of each picture looks, in degrees clockwise from north; None: as its XMP or
+    EXIF says, else north."""
+    fov: float | None = None
+    """Degrees from left to right that a picture shows which is no panorama of a whole turn; None:
+    as its EXIF says."""
+    max_pixels: int = 2**27
+    """Largest picture that is read, in pixels (128 Mi: a sphere of 16384 x 8192)."""
+
+    def __post_init__(self) -> None:
+        if self.heading is not None and not -360 <= self.heading <= 360:
+            raise ValueError(f"heading: expected degrees in [-360, 360], got {self.heading}.")
+        if self.fov is not None and not 0 < self.fov <= 360:
+            raise ValueError(f"fov: expected degrees in (0, 360], got {self.fov}.")
+        if not 0 < self.max_pixels <= 170 * 2**20:
+            raise ValueError(
+                f"max-pixels: expected 1 to {170 * 2**20} (what Pillow opens), got "
+                f"{self.max_pixels}."
+            )
 
 
 def check_disjoint(data: Ingest, val: Validation | None) -> None:

@@ -111,7 +111,7 @@ def measure_segmentation(
     for row in rows:
         if not (row[column] and row[schema.CLASSES]):
             continue
-        truth = images.classes_of(images.decode(row[schema.CLASSES]), num_classes)
+        truth = images.decode_palette(row[schema.CLASSES], num_classes=num_classes)
         ids = torch.from_numpy(images.decode_ids(row[column], truth.shape).copy())
         true = torch.from_numpy(truth)
         total = total + metrics.confusion(ids, true, num_classes)

@@ -52,6 +52,7 @@ def _build_example(result: SearchResult, pictures: examples.Pictures) -> Example
             )
             for tile in result.tiles
         ],
+        note="" if result.read is None else f"Read: {result.read}.",
         offsets=_measure_offsets(result),
     )
 

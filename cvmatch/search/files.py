@@ -1,7 +1,8 @@
 """Panoramas + an index -> ranked tiles with scores and positions, in this process, without Ray.
 
-The pictures go through the same actors as in the offline stages, so that decoding, resizing and
-noise are the same; but one query must not wait for Ray to start.
+Each picture becomes the panorama that the models were trained on (`cvmatch.data.photo`), and goes
+through the same actors as in the offline stages, so that decoding, resizing and noise are the same;
+but one query must not wait for Ray to start.
 """
 
 import functools
@@ -17,6 +18,8 @@ from jaxtyping import Int64
 
 from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.geography import Area, Box, Circle
+from cvmatch.data.photo import PhotoReading, read_photo
+from cvmatch.data.settings import PhotoSettings
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.settings import Sampling
 from cvmatch.index.embedding import SAMPLING
@@ -32,7 +35,6 @@ _log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
 
 _BATCH = 16  # panoramas a step
-_PICTURES = (".jpg", ".jpeg", ".png")
 
 
 class RankedTile(TypedDict):
@@ -52,6 +54,8 @@ class RankedTile(TypedDict):
     longitude: float | None
     modality: str
     """What the query consisted of."""
+    read: str
+    """What was read of the panorama's file, and assumed; in one line."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class SearchResult:
     """Best first; none where there is an `error`."""
     error: str | None = None
     """Why the panorama could not be searched."""
+    read: PhotoReading | None = None
+    """What was read of its file, and assumed; None: it could not be read."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,9 @@ class _Panorama:
 
     location: str
     data: bytes = b""
+    """The panorama as the models take it, encoded."""
     error: str | None = None
+    read: PhotoReading | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ def search_files(config: SearchFiles) -> Iterator[SearchResult]:
         ValueError: no panorama can be searched; a generator or segmenter that did not make the
             queries of the index; no tile in the area; or see `Index.open`.
     """
-    panoramas = [_read_panorama(location) for location in _list_locations(config.panorama)]
+    locations = _list_locations(config.panorama)
+    panoramas = [_read_panorama(location, config) for location in locations]
+    _log_readings(panoramas)
     _warn_failed({one.location: one.error for one in panoramas if one.error}, len(panoramas))
     index = Index.open(config.index)
     _check_models(config, index)
@@ -141,10 +151,10 @@ def _search_batch(
         answers = zip(vectors, ranking.rows, ranking.scores, strict=True)
     for panorama, query in zip(panoramas, queries, strict=True):
         if query.error is not None:
-            yield SearchResult(panorama.location, error=query.error)
+            yield SearchResult(panorama.location, error=query.error, read=panorama.read)
             continue
-        tiles = _describe_tiles(index, panorama.location, config.modality, *next(answers))
-        yield SearchResult(panorama.location, query.pictures, tiles)
+        tiles = _describe_tiles(index, panorama, config.modality, *next(answers))
+        yield SearchResult(panorama.location, query.pictures, tiles, read=panorama.read)
 
 
 def _embed(panoramas: Sequence[_Panorama], actors: Sequence[Any]) -> list[_Query]:
@@ -225,18 +235,25 @@ def _list_locations(panoramas: Sequence[str]) -> list[str]:
     locations = []
     for location in panoramas:
         names = storage.names(location) if storage.is_directory(location) else []
-        pictures = [name for name in names if name.lower().endswith(_PICTURES)]
+        pictures = [name for name in names if images.is_picture(name)]
         locations += [storage.join(location, name) for name in pictures] or [location]
     return locations
 
 
-def _read_panorama(location: str) -> _Panorama:
+def _read_panorama(location: str, settings: PhotoSettings) -> _Panorama:
     try:
-        data = storage.read_bytes(location)
-        images.open_panorama(data)
+        photo = read_photo(storage.read_bytes(location), settings)
     except (OSError, images.BadImage) as error:
         return _Panorama(location, error=str(error))
-    return _Panorama(location, data)
+    return _Panorama(location, photo.data, read=photo.read)
+
+
+def _log_readings(panoramas: Sequence[_Panorama]) -> None:
+    """Say of each panorama what was read; what may make its result wrong is a warning."""
+    for panorama in panoramas:
+        if panorama.read is not None:
+            level = logging.WARNING if panorama.read.warnings else logging.INFO
+            _log.log(level, "search: %s: %s", panorama.location, panorama.read)
 
 
 def _warn_failed(errors: Mapping[str, str], total: int) -> None:
@@ -265,7 +282,7 @@ def _make_batch(panoramas: Sequence[_Panorama]) -> Batch:
 
 def _describe_tiles(
     index: Index,
-    location: str,
+    panorama: _Panorama,
     modality: str,
     vector: torch.Tensor,
     rows: np.ndarray,
@@ -275,7 +292,7 @@ def _describe_tiles(
     answers = zip(index.describe(known), scores, index.split_scores(vector, known), strict=False)
     return [
         RankedTile(
-            query=location,
+            query=panorama.location,
             rank=number,
             tile=tile["pair_id"],
             score=float(score),
@@ -283,6 +300,7 @@ def _describe_tiles(
             latitude=tile["latitude"],
             longitude=tile["longitude"],
             modality=modality,
+            read=str(panorama.read),
         )
         for number, (tile, score, branches) in enumerate(answers, 1)
     ]

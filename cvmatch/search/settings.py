@@ -5,18 +5,18 @@ from typing import Annotated
 
 import tyro
 
+from cvmatch.data.settings import PhotoSettings
 from cvmatch.index.settings import Mode
 from cvmatch.match.settings import Modality
 from cvmatch.runtime.settings import Pool
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchFiles:
+class SearchFiles(PhotoSettings):
     """Find the tiles of panorama files."""
 
     panorama: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Location of a 360-degree panorama, north in the middle, or of a directory of them; repeat the
-    flag for more."""
+    """Location of a panorama or photo, or of a directory of them; repeat the flag for more."""
     index: str = "data/index"
     """Directory of the index, local or in an object store (then copied here first)."""
     top_k: int = 10
@@ -51,6 +51,7 @@ class SearchFiles:
     """Open the page in a browser (without --page: search.html)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.panorama or self.top_k < 1:
             raise ValueError(
                 f"search: expected at least one --panorama FILE and top_k >= 1, got "

@@ -40,15 +40,12 @@ def bomb() -> bytes:
         (None, "no such file"),
         (b"", "empty file"),
         (picture(kind="JPEG", size=(64, 64))[:-60], "cannot be decoded"),
-        (b"\0\5\x16\7 Mac OS X", "not a PNG or JPEG"),
-        (picture(mode="CMYK", kind="JPEG"), "mode CMYK"),
-        (picture(mode="P"), "mode P"),
-        (picture(mode="I;16"), "mode I;16"),
-        (picture(mode="RGBA"), "mode RGBA"),
-        (picture(kind="TIFF"), "not a PNG or JPEG"),
+        (b"\0\5\x16\7 Mac OS X", "not a PNG, JPEG"),
+        (picture(mode="I;16"), "grey of 16 bits"),
+        (picture(kind="TIFF"), "not a PNG, JPEG"),
         (bomb(), "10000000000 pixels"),
     ],
-    ids=["gone", "empty", "cut", "mac", "cmyk", "palette", "16-bit", "alpha", "tiff", "bomb"],
+    ids=["gone", "empty", "cut", "mac", "dark", "tiff", "bomb"],
 )
 def test_check_pictures_bad_file_is_named_with_its_reason(tmp_path, column, data, reason):
     write_pair(tmp_path, 1)

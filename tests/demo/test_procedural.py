@@ -11,6 +11,7 @@ from cvmatch.data.images import classes_of, colours_of
 from cvmatch.data.schema import IGNORE, PALETTE
 from cvmatch.demo.procedural.paints import PLANTS, ROAD, SKY
 from cvmatch.demo.procedural.pairs import Sizes, render_pairs, render_tiles, world_seed
+from cvmatch.demo.procedural.panorama import render_panorama
 from cvmatch.demo.procedural.world import EDGE, SPACING, build_world, place_cameras
 from cvmatch.demo.procedural.write import make_world
 from cvmatch.demo.settings import Difficulty, MakeWorld
@@ -132,6 +133,21 @@ def test_annotation_has_sky_above_and_ground_below(every):
         assert (pair.annotation[below_ground] != SKY).mean() > 0.999
     assert np.mean([(pair.annotation == SKY).mean() for pair in every]) > 0.15
     assert np.mean([(pair.annotation == PLANTS).mean() for pair in every]) > 0.1
+
+
+def test_panorama_whole_sphere_has_the_band_in_its_middle_rows():
+    world = build_world(world_seed(0, 5))
+    at = next(place_cameras(world))
+
+    def annotate(height, **fov):
+        return render_panorama(np.random.default_rng(1), world, at, (height, 352), **fov)[1]
+
+    band, sphere = annotate(64), annotate(176, vertical_fov=180.0)
+    middle = sphere[56:120]
+    # But for the ragged edges of crowns, which are drawn anew.
+    assert (middle == band).mean() > 0.98
+    assert (sphere[:8] == SKY).mean() > 0.9
+    assert (sphere[-8:] != SKY).all()
 
 
 def test_photometry_brightness_of_the_road_in_one_view_does_not_tell_the_other(worlds):

@@ -19,7 +19,10 @@ from cvmatch.report.search_page import write_search_page
 from cvmatch.search import files
 from cvmatch.search.settings import SearchFiles
 from tests.helpers import index as tiny
+from tests.helpers.photo import exif_of, save, xmp_of
 from tests.helpers.present import present
+
+SPHERE = xmp_of(ProjectionType="equirectangular")
 
 
 def index_folder(index):
@@ -79,13 +82,56 @@ def test_search_goes_on_where_a_model_fails_on_some_panoramas(index, tmp_path, m
         list(files.search_files(two))
 
 
-@pytest.mark.parametrize("width", [16, 32])
-def test_search_of_a_tile_or_a_whole_sphere_is_refused(tmp_path, width):
-    data = images.encode(tiny.picture(np.random.default_rng(0), 16, width))
+def test_search_of_a_photo_that_cannot_be_placed_is_refused_with_the_flag(tmp_path):
+    data = images.encode(tiny.picture(np.random.default_rng(0), 16, 24))
     (tmp_path / "other.png").write_bytes(data)
     config = SearchFiles(panorama=(str(tmp_path / "other.png"),), index=str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=rf"{width} x 16 pixels, expected .*2\.5 times as wide"):
+    with pytest.raises(ValueError, match=r"24 x 16 pixels, no panorama .* --fov"):
         files.search_files(config)
+
+
+def test_search_reads_any_picture_of_a_directory_as_the_same_band(index, tmp_path, caplog):
+    band = tiny.picture(np.random.default_rng(3), 64, 352)
+    band[:, -8:] = band[:, :8]  # the edges meet
+    sphere = np.pad(band, ((56, 56), (0, 0), (0, 0)), "edge")
+    turned = np.roll(sphere, -88, axis=1)
+    pose = xmp_of(ProjectionType="equirectangular", PoseHeadingDegrees=90)
+    # Each is the same panorama, so that each has the same scores, to the bit.
+    (tmp_path / "1.PNG").write_bytes(images.encode(band))
+    (tmp_path / "2.webp").write_bytes(save(band, "WEBP", lossless=True))
+    (tmp_path / "3.png").write_bytes(save(turned, xmp=pose))
+    (tmp_path / "4.png").write_bytes(
+        save(sphere[::-1, ::-1], exif=exif_of(orientation=3), xmp=SPHERE)
+    )
+    (tmp_path / "notes.txt").write_text("not a picture")
+    folder = index_folder(index)
+    with caplog.at_level("INFO", logger="cvmatch.search"):
+        results = list(files.search_files(SearchFiles(panorama=(str(tmp_path),), index=folder)))
+    plain, *others = [[(tile["tile"], tile["score"]) for tile in one.tiles] for one in results]
+    assert len(plain) == 10
+    assert others == [plain] * 3
+    readings = [
+        "band 352 x 64, north assumed in the middle",
+        "band 352 x 64, north assumed in the middle",
+        "sphere 352 x 176 (by its XMP), heading 90.0 (XMP)",
+        "sphere 352 x 176 (by its XMP), north assumed in the middle, orientation 3 applied",
+    ]
+    for result, reading in zip(results, readings, strict=True):
+        assert [tile["read"] for tile in result.tiles] == [reading] * 10
+        assert f"{result.query}: {reading}" in caplog.text
+    page = Path(write_search_page(results, str(tmp_path / "page.html"))).read_text("utf-8")
+    assert "heading 90.0 (XMP)" in page
+
+
+def test_search_flags_say_what_a_photo_does_not(index, tmp_path, caplog):
+    (tmp_path / "photo.png").write_bytes(
+        images.encode(tiny.picture(np.random.default_rng(3), 48, 64))
+    )
+    where = {"panorama": (str(tmp_path / "photo.png"),), "index": index_folder(index)}
+    (result,) = files.search_files(SearchFiles(**where, fov=70.0, heading=45.0))
+    read = present(result.read)
+    assert (read.projection, read.fov, read.heading) == ("photo", 70.0, 45.0)
+    assert len(result.tiles) == 10
 
 
 def test_search_files_gives_ranked_tiles_with_places(index, tmp_path):

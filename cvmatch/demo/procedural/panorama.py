@@ -63,10 +63,12 @@ def render_panorama(
     at: Float[np.ndarray, "2"],
     size: tuple[int, int],
     turn: float = 0.0,
+    vertical_fov: float = VERTICAL_FOV,
 ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
     """RGB panorama and ground annotation seen from `at` (metres east, south).
 
-    The middle column looks `turn` degrees clockwise of north. `size` is (height, width).
+    The middle column looks `turn` degrees clockwise of north. `size` is (height, width);
+    `vertical_fov` are degrees around the horizon, 180 for a whole sphere.
     """
     height, width = size
     photometry = sample_photometry(rng)
@@ -74,7 +76,8 @@ def render_panorama(
     rays = _cast(rng, view, at, width, turn)
     # Slopes of the rows from the bottom up, so that they ascend.
     rise = (np.arange(height) + 0.5) / height - 0.5
-    slope = np.tan(np.radians(rise * VERTICAL_FOV)).astype(np.float32)
+    slope = np.tan(np.radians(rise * vertical_fov)).astype(np.float32)
+    slope = slope.clip(-_STEEPEST / 2, _STEEPEST / 2)  # the zenith is sky, the nadir ground
     hits = _find_first_hits(rays, slope)
     crown = _find_crown_hits(rng, rays, hits, slope)
     sunlight = _trace_sunlight(view, rays, photometry)
