@@ -285,6 +285,32 @@ def _search(config: Any) -> None:
             webbrowser.open(location if "://" in location else f"file://{location}")
 
 
+def _locate(config: Any) -> None:
+    import webbrowser
+
+    from cvmatch.data import storage
+    from cvmatch.search import places
+    from cvmatch.search.files import search_files
+
+    results = []
+    for result in search_files(config):
+        print(places.to_text(result), flush=True)
+        results.append(result)
+    for location, write in (
+        (config.geojson, places.to_geojson),
+        (config.kml, places.to_kml),
+        (config.csv, places.to_csv),
+    ):
+        if location:
+            storage.write_text(location, write(results))
+    if page := config.page or ("found.html" if config.open else ""):
+        from cvmatch.report.map_page import write_map_page
+
+        write_map_page(results, page, config.tiles, config.basemap, config.attribution)
+        if config.open:
+            webbrowser.open(page if "://" in page else f"file://{storage.absolute(page)}")
+
+
 def _search_rows(config: Any) -> Any:
     from cvmatch.search.rows import search_rows
 
@@ -436,6 +462,14 @@ COMMANDS = (
         settings="cvmatch.evaluate.settings:Evaluate",
         run=_evaluate,
         kept=_nothing_kept,
+    ),
+    Command(
+        name="locate",
+        help="find the places of photos: text, GeoJSON, KML, CSV, a map",
+        settings="cvmatch.search.settings:LocatePhotos",
+        run=_locate,
+        kept=_nothing_kept,
+        level=logging.ERROR,
     ),
     Command(
         name="search",

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.pairs import PairDataset, read_pictures
-from cvmatch.generate.settings import Sampling
-from cvmatch.index.manifest import QueryOrigin
+from cvmatch.index.manifest import SAMPLING, QueryOrigin
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.index.shard import CHUNK
 from cvmatch.index.writer import TaskMapper
@@ -31,9 +30,6 @@ from cvmatch.runtime.stream import Stream, write_stream
 
 RECALL_QUERIES = 200
 """Queries at most that measure a shortlist."""
-
-SAMPLING = tuple(field.name for field in fields(Sampling) if field.name != "seed")
-"""Settings of the generator that queries of one index should share."""
 
 _STEP = 64  # queries whose pictures are decoded at a time
 

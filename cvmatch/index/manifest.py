@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cvmatch.generate.settings import Sampling
 from cvmatch.index.calibration import Calibration
 
 FORMAT = 4
 """Version of the layout; a directory of another one is refused."""
 
 NAME = "manifest.json"
+
+SAMPLING = tuple(field.name for field in dataclasses.fields(Sampling) if field.name != "seed")
+"""Settings of the generator that queries of one index should share."""
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ from torch import Tensor
 from cvmatch.data import geography, schema
 from cvmatch.data.images import PREPROCESS
 from cvmatch.index import shard, versions
+from cvmatch.index.calibration import Calibration
 from cvmatch.index.manifest import AnnPartInfo, IndexManifest
 from cvmatch.index.settings import Mode
 from cvmatch.index.shortlist import AnnPart, search_parts
 from cvmatch.match.heads import SumScorer
-from cvmatch.match.model import Scorer, fingerprint_parts, load_scorer
+from cvmatch.match.model import Scorer, fingerprint_parts, load_scorer, read_config
+from cvmatch.match.settings import Modality
 from cvmatch.runtime import hardware
 
 MAX_EXACT_TILES = 100_000
@@ -95,6 +97,15 @@ class Index:
     def live_ids(self) -> pa.Array:
         """pair_id of each of the `live_rows`."""
         return self.tiles[schema.PAIR_ID].take(pa.array(self.live_rows)).combine_chunks()
+
+    def calibration_of(self, modality: Modality) -> Calibration | None:
+        """Return what makes scores of such queries probabilities; None: too few queries fitted it.
+
+        What the model does not look at is no part of a query.
+        """
+        letters = read_config(self.matcher_dir).letters
+        seen = "+".join(letter for letter in modality.split("+") if letter in letters)
+        return self.manifest.calibrations.get(seen)
 
     def describe(self, rows: Int64[np.ndarray, " row"]) -> list[Tile]:
         """Return the names and places of some tiles."""

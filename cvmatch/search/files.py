@@ -20,15 +20,15 @@ from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.geography import Area, Box, Circle
 from cvmatch.data.photo import PhotoReading, read_photo
 from cvmatch.data.settings import PhotoSettings
-from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.settings import Sampling
-from cvmatch.index.embedding import SAMPLING
+from cvmatch.index import calibration
+from cvmatch.index.manifest import SAMPLING
 from cvmatch.index.reader import Index, rank
 from cvmatch.match.heads import QUERY_VECTOR
 from cvmatch.match.infer import EmbedQuery
+from cvmatch.match.settings import Modality
 from cvmatch.nn.batch_invariant import call_rows, error_line
 from cvmatch.search.settings import SearchFiles
-from cvmatch.segment.infer import SegmentAerial
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ class RankedTile(TypedDict):
     tile: str
     """pair_id."""
     score: float
+    probability: float | None
+    """That this is the place, in [0, 1]; None: the index was built without enough queries of its
+    own tiles."""
     branches: dict[str, float]
     """What each branch adds to the score; empty for a joint score."""
     latitude: float | None
@@ -68,6 +71,8 @@ class SearchResult:
     """`ground`, and where they were made `synthetic` and `synthetic_classes`; encoded."""
     tiles: list[RankedTile] = field(default_factory=list)
     """Best first; none where there is an `error`."""
+    absent: float | None = None
+    """Probability that the index does not hold the place, in [0, 1]; None: as for the tiles."""
     error: str | None = None
     """Why the panorama could not be searched."""
     read: PhotoReading | None = None
@@ -147,14 +152,31 @@ def _search_batch(
     answers = iter(())
     if good:
         vectors = torch.from_numpy(np.stack([query.vector for query in good])).to(index.device)
-        ranking = rank(index, vectors, config.top_k, config.mode, config.shortlist, rows)
+        count = max(config.top_k, calibration.TOP)  # all that take part in a probability
+        ranking = rank(index, vectors, count, config.mode, config.shortlist, rows)
         answers = zip(vectors, ranking.rows, ranking.scores, strict=True)
     for panorama, query in zip(panoramas, queries, strict=True):
         if query.error is not None:
             yield SearchResult(panorama.location, error=query.error, read=panorama.read)
             continue
-        tiles = _describe_tiles(index, panorama, config.modality, *next(answers))
-        yield SearchResult(panorama.location, query.pictures, tiles, read=panorama.read)
+        vector, found, scores = next(answers)
+        chances, absent = _find_chances(index, config.modality, scores)
+        best = found[: config.top_k]
+        tiles = _describe_tiles(index, panorama, config.modality, vector, best, scores, chances)
+        yield SearchResult(
+            panorama.location, query.pictures, tiles, absent=absent, read=panorama.read
+        )
+
+
+def _find_chances(
+    index: Index, modality: Modality, scores: np.ndarray
+) -> tuple[list[float | None], float | None]:
+    """Return the probabilities of tiles, best first, and that the place is not in the index."""
+    fitted = index.calibration_of(modality)
+    if fitted is None:
+        return [None] * len(scores), None
+    known = scores[None].astype(np.float64)
+    return fitted.probabilities(known)[0].tolist(), 1 - float(fitted.present(known)[0])
 
 
 def _embed(panoramas: Sequence[_Panorama], actors: Sequence[Any]) -> list[_Query]:
@@ -180,9 +202,13 @@ def _embed(panoramas: Sequence[_Panorama], actors: Sequence[Any]) -> list[_Query
 def _load_actors(config: SearchFiles, index: Index, batch: int) -> list[Any]:
     actors: list[Any] = []
     if config.generator:
+        from cvmatch.generate.infer import GenerateAerial  # noqa: PLC0415 (10 s of a core)
+
         model = storage.absolute(config.generator)
         actors.append(GenerateAerial(model, _choose_sampling(config, index), batch))
     if config.segmenter:
+        from cvmatch.segment.infer import SegmentAerial  # noqa: PLC0415 (as above)
+
         actors.append(SegmentAerial(config.segmenter, batch=batch))
     return [*actors, EmbedQuery(index.matcher_dir, config.modality)]
 
@@ -287,20 +313,23 @@ def _describe_tiles(
     vector: torch.Tensor,
     rows: np.ndarray,
     scores: np.ndarray,
+    chances: Sequence[float | None],
 ) -> list[RankedTile]:
     known = rows[rows >= 0]
-    answers = zip(index.describe(known), scores, index.split_scores(vector, known), strict=False)
+    parts = index.split_scores(vector, known)
+    answers = zip(index.describe(known), scores, parts, chances, strict=False)
     return [
         RankedTile(
             query=panorama.location,
             rank=number,
             tile=tile["pair_id"],
             score=float(score),
+            probability=chance,
             branches=branches,
             latitude=tile["latitude"],
             longitude=tile["longitude"],
             modality=modality,
             read=str(panorama.read),
         )
-        for number, (tile, score, branches) in enumerate(answers, 1)
+        for number, (tile, score, branches, chance) in enumerate(answers, 1)
     ]

@@ -54,7 +54,8 @@ class SearchFiles(PhotoSettings):
         super().__post_init__()
         if not self.panorama or self.top_k < 1:
             raise ValueError(
-                f"search: expected at least one --panorama FILE and top_k >= 1, got "
+                "search: expected at least one panorama (search --panorama FILE, locate FILE) and "
+                f"top_k >= 1, got "
                 f"{len(self.panorama)} and {self.top_k}."
             )
         if self.segmenter and not self.generator:
@@ -70,6 +71,25 @@ class SearchFiles(PhotoSettings):
         if not self.generator:
             return "G"
         return "G+A+S" if self.segmenter else "G+A"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocatePhotos(SearchFiles):
+    """Find the places of photos, for people and maps."""
+
+    panorama: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Photos: whole spheres, parts of them, or ordinary ones; or directories of them."""
+    geojson: str = ""
+    """Also write the tiles as points of GeoJSON there."""
+    kml: str = ""
+    """Also write them as placemarks of KML there."""
+    csv: str = ""
+    """Also write them as a table there."""
+    basemap: str = ""
+    """Address of a background map for the page, with {z}, {x} and {y}, which is then loaded from
+    there; empty: none, and the page loads nothing."""
+    attribution: str = ""
+    """To whom the background map is due, shown on it."""
 
 
 @dataclass(frozen=True, kw_only=True)

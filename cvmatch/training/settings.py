@@ -64,11 +64,13 @@ class TrainConfig:
     """Keep the decoded rows in the object store, for data that fits in memory."""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.accumulate, self.batch) < 1:
+        if min(self.epochs, self.accumulate) < 1:
             raise ValueError(
-                f"fit: expected epochs, accumulate and batch >= 1, got {self.epochs}, "
-                f"{self.accumulate} and {self.batch}."
+                f"fit: expected epochs and accumulate >= 1, got {self.epochs} and "
+                f"{self.accumulate}."
             )
+        if self.batch < 1:
+            raise ValueError(f"fit: expected a batch of rows, got {self.batch}. Try --fit.batch 8.")
         if self.workers < 0:
             raise ValueError(f"fit: expected workers >= 0, got {self.workers}.")
         if not 0 <= self.warmup < 1:
