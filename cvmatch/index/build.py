@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 from cvmatch import config as configs
 from cvmatch.data import manifest, storage, tables
 from cvmatch.data.images import PREPROCESS
+from cvmatch.data.tables import Reject
 from cvmatch.index import shard, verify, versions
 from cvmatch.index.embedding import (
     QuerySample,
     building_directory,
     embed_gallery,
+    find_left_out,
     fingerprint_gallery,
     ray_map,
     read_gallery,
@@ -88,6 +91,7 @@ def build(config: BuildIndex, shard_rows: int = SHARD_ROWS) -> IndexManifest:
                 origin=origin,
                 check_samples=verify.select_check_samples(pa.Table.from_pylist(samples)),
                 embed_seconds=seconds,
+                left_out=find_left_out(config),
             )
             built = building_directory(config.output, inputs)
         published = _push(config, tasks, origin, published)
@@ -124,6 +128,7 @@ def publish(
     known: IndexManifest | None = None,
     check_samples: pa.Table | None = None,
     embed_seconds: float = 0.0,
+    left_out: Sequence[Reject] = (),
 ) -> IndexManifest:
     """Make embedded tiles the current version; return its manifest.
 
@@ -136,6 +141,7 @@ def publish(
         known: manifest of a version whose shards are taken instead of `parts`.
         check_samples: tiles whose pictures are stored, to verify the index.
         embed_seconds: what embedding took.
+        left_out: rows that were not embedded, which count as failed.
 
     Raises:
         ValueError: no good row, a pair_id twice, tile_vector of another width or not finite in half
@@ -143,7 +149,9 @@ def publish(
     """
     root = versions.local_root(config.output)
     shard_rows = origin.shard_rows if origin else shard_rows
-    tiles, rejected = (None, []) if known else shard.select_good_rows(parts, config.max_rejected)
+    tiles, rejected = None, []
+    if not known:
+        tiles, rejected = shard.select_good_rows(parts, config.max_rejected, left_out)
     with open_writer(root, run) as writer:
         writer.seconds["embed"] = embed_seconds
         model = writer.copy_matcher(config.model)

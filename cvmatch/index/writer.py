@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 from jaxtyping import Float16, Int64
 
 from cvmatch.data import manifest, storage
+from cvmatch.data.tables import Reject
 from cvmatch.index import shard, versions
 from cvmatch.index.manifest import AnnPartInfo, BytesPerTile, Files, IndexManifest, ShardInfo
 from cvmatch.index.shard import ShardedArray
@@ -153,7 +154,7 @@ class IndexWriter:
         self.files |= files
         return AnnPartInfo(name, rows, shards[0].row_start)
 
-    def publish(self, info: IndexManifest, rejected: Sequence[Mapping[str, str]]) -> IndexManifest:
+    def publish(self, info: IndexManifest, rejected: Sequence[Reject]) -> IndexManifest:
         """Publish a version with its files, times and sizes; return its manifest.
 
         Raises:

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import ray.data
 import torch
 from jaxtyping import UInt8
 from ray.data import Dataset
 
-from cvmatch.data import images, manifest, schema, storage
+from cvmatch.data import images, manifest, row_files, schema
 from cvmatch.data.pairs import PairDataset
 from cvmatch.nn import hub
 from cvmatch.runtime import session, tracking
@@ -106,9 +105,8 @@ def read_training_rows(
     """
     if not config.synthesized:
         return read_labelled(pairs, preprocess, config.fit)
-    filesystem, path = storage.resolve(config.synthesized)
     columns = [schema.PAIR_ID, schema.SYNTHETIC, schema.CLASSES, schema.ERROR]
-    synthetic = ray.data.read_parquet(path, filesystem=filesystem, columns=columns)
+    synthetic = row_files.read(config.synthesized, columns, needed=columns)
     share = config.synthesized_share
     options = {"preprocess": preprocess, "share": share, "seed": config.fit.seed}
     synthetic = _map_blocks(synthetic, decode_synthesized, **options)
