@@ -15,7 +15,7 @@ from cvmatch.nn import hub
 from cvmatch.runtime import session, tracking
 from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.segment.batches import Preprocess, decode, decode_synthesized
-from cvmatch.segment.model import BASES, Segmenter
+from cvmatch.segment.model import Segmenter, check_base
 from cvmatch.segment.settings import TrainSegmenter
 from cvmatch.segment.task import SegmenterTask, class_weights
 from cvmatch.training import launch
@@ -39,9 +39,9 @@ def train(config: TrainSegmenter) -> TrainResult:
     """
     launch.preflight(config.fit)
     check_synthesized(config)
-    hub.check_model(BASES.get(config.base, config.base), "--base")
-    session.start()
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
+    check_base(config.base, preprocess)
+    session.start()
     pairs = PairDataset.open(config.data)
     held_out = config.held_out and PairDataset.open(config.held_out.ingest(config.data))
     rows = read_training_rows(config, pairs, preprocess)
