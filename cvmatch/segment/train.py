@@ -1,7 +1,8 @@
 """Fine-tune SegFormer on aerial pictures and their class maps."""
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from ray.data import Dataset
 
 from cvmatch.data import images, manifest, row_files, schema
 from cvmatch.data.pairs import PairDataset
+from cvmatch.data.settings import Ingest
 from cvmatch.nn import hub
 from cvmatch.runtime import session, tracking
 from cvmatch.runtime.output_directory import read_provenance
@@ -25,8 +27,13 @@ from cvmatch.training.settings import TrainConfig
 COUNTED = 256
 """Training rows whose pixels are counted for the class weights."""
 
+MOST = 0.5
+"""Share of labelled pixels, in [0, 1], below which a training warns."""
+
 SHOWN = 6
 """Pictures in the image of masks that a run logs."""
+
+_log = logging.getLogger(__name__)
 
 
 def train(config: TrainSegmenter) -> TrainResult:
@@ -65,7 +72,7 @@ def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: TrainConfig) 
     """Decode the rows with a class map to `aerial`, `aerial_mask` and `key`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no pixel of any has a class.
     """
     decoded = launch.cache_rows(_map_blocks(pairs.rows(), decode, preprocess=preprocess), fit)
     if not decoded.take(1):
@@ -74,7 +81,39 @@ def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: TrainConfig) 
             f"{data.root} ({data.split}): expected rows with a class map, got none. The segmenter "
             "learns from segmap/*.png; official CVUSA has none, the published subset has."
         )
+    masks = decoded.select_columns("aerial_mask").iter_rows()
+    check_labels((row["aerial_mask"] for row in masks), pairs.config)
     return decoded
+
+
+def check_labels(masks: Iterable[UInt8[np.ndarray, "size size"]], data: Ingest) -> None:
+    """Check that class maps say something: COUNTED of them, or more until a pixel has a class.
+
+    A warning says so where most pixels have none.
+
+    Args:
+        masks: Class maps.
+        data: Where they are from.
+
+    Raises:
+        ValueError: no pixel of any map has a class.
+    """
+    maps = pixels = labelled = 0
+    for mask in masks:
+        maps += 1
+        pixels += mask.size
+        labelled += int((mask != schema.IGNORE).sum())
+        if labelled and maps >= COUNTED:
+            break
+    colours = dict(zip(schema.LABELS, schema.PALETTE, strict=True))
+    found = (
+        f"{data.root} ({data.split}): of {maps} class maps, {labelled / max(1, pixels):.1%} of the "
+        f"pixels have one of the colours {colours}"
+    )
+    if not labelled:
+        raise ValueError(f"{found}: nothing to learn from, or to measure by. Mend the maps.")
+    if labelled < MOST * pixels:
+        _log.warning("%s: the other pixels are ignored.", found)
 
 
 def check_synthesized(config: TrainSegmenter) -> None:
