@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cvmatch import config as configs
-from cvmatch.data import manifest, storage, tables
+from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.images import PREPROCESS
 from cvmatch.data.tables import Reject
 from cvmatch.index import shard, verify, versions
@@ -149,7 +149,7 @@ def publish(
     """
     root = versions.local_root(config.output)
     shard_rows = origin.shard_rows if origin else shard_rows
-    tiles, rejected = None, []
+    tiles, rejected = shard.TILES.empty_table(), []
     if not known:
         tiles, rejected = shard.select_good_rows(parts, config.max_rejected, left_out)
     with open_writer(root, run) as writer:
@@ -159,8 +159,10 @@ def publish(
         if known:
             shards = tuple(replace(info, codes="") for info in known.shards)
             writer.files |= known.select_files("shards", "check_samples")
+            identical_tiles, identical = known.identical_tiles, known.identical
         else:
             shards = writer.write_shards(parts, tiles, shape.width, model_parts["tile"], shard_rows)
+            identical_tiles, identical = writer.find_identical(shards, tiles[schema.PAIR_ID])
         rows = sum(info.rows for info in shards)
         auto_key = default_factory_key(rows, shape.shortlist_width)
         key = auto_key if config.key == "auto" else config.key
@@ -178,6 +180,8 @@ def publish(
             tile_origin=origin,
             request=_request(config),
             rejected=known.rejected if known else 0,
+            identical_tiles=identical_tiles,
+            identical=identical,
         )
         queries = sample_queries(config.queries, config.model, config.seed)
         info = _add_shortlist(writer, config, info, shape.shortlist_width, queries)

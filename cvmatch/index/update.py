@@ -22,6 +22,7 @@ from cvmatch.index.settings import AddTiles, Compact, DeleteTiles, GalleryConfig
 from cvmatch.index.shard import ShardedArray
 from cvmatch.index.shortlist import default_shortlist_size
 from cvmatch.index.writer import (
+    NAMED_GROUPS,
     STAGING,
     IndexWriter,
     TaskMapper,
@@ -136,6 +137,7 @@ def join(
         writer.seconds["embed"] = embed_seconds
         writer.files |= _shared_files(info)
         written = writer.write_shards(parts, tiles, info.width, info.tower, shard_rows)
+        identical_tiles, identical = writer.find_identical(written, tiles[schema.PAIR_ID])
         added, revived = _separate_revived(writer, written, info)
         added = writer.encode_shards(added, info.shortlist_dir)
         shards, ann_parts = (*info.shards, *added), info.ann.parts
@@ -145,6 +147,10 @@ def join(
             writer.files = {n: f for n, f in writer.files.items() if not n.startswith("ann/")}
             ann_parts = (writer.merge_shards(shards, info.shortlist_dir),)
         new = _derive_manifest(info, shards, ann_parts)
+        if added:
+            groups = sorted((*info.identical, *identical), key=lambda one: -one.tiles)
+            total = info.identical_tiles + identical_tiles
+            new = replace(new, identical_tiles=total, identical=tuple(groups[:NAMED_GROUPS]))
         if len(revived):
             deleted = _store_deleted(writer, np.setdiff1d(index.deleted, revived))
             new = replace(new, deleted=deleted)
