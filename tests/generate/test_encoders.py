@@ -87,7 +87,9 @@ def test_revision_of_the_base_model_follows_its_id(tmp_path):
 def rename(name: str) -> str:
     """The names of Stable Diffusion 1's VAE."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value"}
-    parts: list[str] = [old.get(part, part) for part in name.replace("to_out.0", "proj_attn").split(".")]
+    parts: list[str] = [
+        old.get(part, part) for part in name.replace("to_out.0", "proj_attn").split(".")
+    ]
     return ".".join(parts)
 
 
