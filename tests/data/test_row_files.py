@@ -5,6 +5,7 @@ from pyarrow import parquet
 from cvmatch.data import row_files, tables
 
 
+@pytest.mark.ray
 def test_read_takes_the_union_of_columns_of_the_rows_that_are_counted(ray_session, tmp_path):
     def write(name, **columns):
         (tmp_path / name).parent.mkdir(exist_ok=True)
