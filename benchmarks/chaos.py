@@ -90,7 +90,7 @@ def make_works(toys: Toys, rows: str, index: str) -> dict[str, Work]:
 
 def read_rows(location: str) -> list[dict[str, Any]]:
     """Read the rows of a directory, in the order of their ids."""
-    names = tables.columns(location)
+    names = tables.inspect(location)[0].columns.names
     found = [row for table in tables.batches(location, names) for row in table.to_pylist()]
     return sorted(found, key=lambda row: row[schema.PAIR_ID])
 

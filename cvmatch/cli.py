@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -75,6 +76,19 @@ def main(command: str = "", argv: Sequence[str] | None = None) -> None:
         _exit(FAILED, f"cvmatch {one.name}: failed: {_describe(error)}.{kept}")
 
 
+def to_json(value: Any) -> str:
+    """Return a line of JSON; infinities and NaN, which it has no word for, are null."""
+    return json.dumps(_without_infinities(value), allow_nan=False)
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_infinities(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def settings_of(command: Command) -> type:
     """Import the class of a command's settings."""
     module, name = command.settings.split(":")
@@ -99,7 +113,7 @@ def _run(command: Command, config: Any) -> None:
         print(plan)
         return
     if answer is not None:
-        print(json.dumps(answer))
+        print(to_json(answer))
 
 
 def _require_lasting_outputs(config: Any) -> None:
@@ -277,7 +291,7 @@ def _search(config: Any) -> None:
     results = []
     for result in search_files(config):
         for tile in result.tiles:
-            print(json.dumps(tile))
+            print(to_json(tile))
         results.append(result)
     if page := config.page or ("search.html" if config.open else ""):
         location = storage.absolute(write_search_page(results, page, config.tiles))

@@ -1,6 +1,7 @@
 """How the command `cvmatch` begins and ends; what each command does has tests of its own."""
 
 import dataclasses
+import json
 import re
 import signal
 import subprocess
@@ -261,3 +262,11 @@ def test_training_without_its_base_models_is_refused_before_anything_is_read(
     code, message = failed([command, *" ".join(parts).split()], capsys)
     assert code == cli.WRONG_INPUT
     assert all(part in message for part in parts), message
+
+
+def test_to_json_has_null_for_what_json_has_no_word_for():
+    answer = {"latitude": float("inf"), "scores": [1.5, float("nan")], "deep": {"x": -float("inf")}}
+    assert json.loads(cli.to_json(answer)) == {
+        "latitude": None, "scores": [1.5, None], "deep": {"x": None},
+    }  # fmt: skip
+    assert "Infinity" not in cli.to_json(answer)

@@ -6,7 +6,7 @@ Two layouts, found by looking (`<id>` is seven digits):
     official  splits/train-19zl.csv  bingmap/19/<id>.jpg    streetview/panos/<id>.jpg
 
 Either may hold class maps, `segmap/output<id>.png`, and positions, `split_locations/all.csv` or
-`all.csv`, whose line i begins with latitude and longitude of id i.
+`all.csv`, whose line i begins with latitude and longitude of id i. Names may differ in case.
 """
 
 import csv
@@ -14,15 +14,18 @@ import io
 import math
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from cvmatch.data import storage
 
 SPLITS = ("train", "val")
 
-_SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG", ".JPEG")
-_NAME = re.compile(r"(?:input|output)?([0-9]{1,18})")
+_SUFFIXES = (".jpg", ".png", ".jpeg", ".jpe", ".jfif")  # in any case
+_PREFIX = re.compile("^(input|output)", re.IGNORECASE)
+_NAME = re.compile(r"(?:input|output)?([0-9]{1,18})", re.IGNORECASE)
+_DELIMITERS = (",", ";", "\t")
 _SEARCHED = 2  # levels below the given root: an archive unpacks to CVUSA_subset/CVUSA_subset
 _PICTURES = ("bingmap", "polarmap", "segmap", "sky_mask", "streetview")  # big; not searched
 
@@ -136,7 +139,7 @@ def read_positions(locations: str) -> list[tuple[float, float] | None]:
     positions: list[tuple[float, float] | None] = []
     for line, cells in _read_csv(locations):
         try:
-            position = (float(cells[0]), float(cells[1])) if any(cells) else None
+            position = (_number(cells[0]), _number(cells[1])) if any(cells) else None
         except (ValueError, IndexError):
             if line == 1:
                 continue
@@ -156,46 +159,56 @@ class Listing:
     def __init__(self, root: str) -> None:
         self._root = root
         self._folders: dict[str, str | None] = {"": ""}
-        self._names: dict[str, frozenset[str]] = {}
+        self._names: dict[str, dict[str, list[str]]] = {}  # of a folder: lower case -> names
 
     def find(self, stated: str) -> str | None:
         """Return the file that `stated` means, relative to the root; None where there is none.
 
-        Folders may differ in case (`Streetview/`); names in extension and in the prefix `input`.
+        Names may differ in case (`Streetview/`, `.JPG`), in extension and in the prefix `input`. A
+        path may be absolute, where it is one below the root.
 
         Raises:
             ValueError: `stated` leaves the root.
         """
+        stated = self._relative(stated)
         storage.inside(self._root, stated)
         parts = [part for part in stated.replace("\\", "/").split("/") if part not in ("", ".")]
         folder = self._folder("/".join(parts[:-1]))
         if folder is None:
             return None
         stem, suffix = posixpath.splitext(parts[-1])
-        bare = stem.removeprefix("input").removeprefix("output")
-        names = self._list(folder)
+        bare = _PREFIX.sub("", stem)
         for name in dict.fromkeys((stem, bare, f"input{bare}")):
             for ending in (suffix, *_SUFFIXES):
-                if f"{name}{ending}" in names:
-                    return posixpath.join(folder, f"{name}{ending}")
+                if match := self._match(folder, f"{name}{ending}"):
+                    return posixpath.join(folder, match)
         return None
+
+    def _relative(self, stated: str) -> str:
+        path = stated.replace("\\", "/")
+        remote = storage.is_remote(self._root)
+        root = self._root if remote else storage.resolve(self._root)[1]
+        below = path.removeprefix(f"{root.rstrip('/')}/")
+        return stated if below == path else below
 
     def _folder(self, stated: str) -> str | None:
         if stated not in self._folders:
             above, name = posixpath.split(stated)
             parent, match = self._folder(above), None
             if parent is not None:
-                names = self._list(parent)
-                alike = sorted(other for other in names if other.lower() == name.lower())
-                match = name if name in names else (alike or [None])[0]
+                match = self._match(parent, name)
             self._folders[stated] = None if match is None else posixpath.join(parent or "", match)
         return self._folders[stated]
 
-    def _list(self, folder: str) -> frozenset[str]:
+    def _match(self, folder: str, name: str) -> str | None:
+        """Return the name in a folder that is `name`, or else one that differs in case alone."""
         if folder not in self._names:
             location = storage.inside(self._root, folder) if folder else self._root
-            self._names[folder] = frozenset(storage.names(location))
-        return self._names[folder]
+            known = self._names.setdefault(folder, {})
+            for other in storage.names(location):
+                known.setdefault(other.lower(), []).append(other)
+        alike = self._names[folder].get(name.lower(), [None])
+        return name if name in alike else alike[0]
 
 
 def find_files(listing: Listing, row: Row) -> list[str | None] | Reject:
@@ -215,14 +228,16 @@ def find_files(listing: Listing, row: Row) -> list[str | None] | Reject:
 
 def _layout_at(root: str) -> Layout | None:
     names = storage.names(root)
-    alike = {name.lower(): name for name in names}
+    alike = _alike(names)
     for folder in ("", alike.get("splits")):
         if folder is None:
             continue
         location = storage.inside(root, folder) if folder else root
-        files = storage.names(location) if folder else names
+        files = _alike(storage.names(location)) if folder else alike
         tables = {
-            s: storage.join(location, f"{s}-19zl.csv") for s in SPLITS if f"{s}-19zl.csv" in files
+            s: storage.join(location, files[f"{s}-19zl.csv"])
+            for s in SPLITS
+            if f"{s}-19zl.csv" in files
         }
         if tables:
             return Layout(root=root, tables=tables, locations=_locations(root, alike))
@@ -231,9 +246,15 @@ def _layout_at(root: str) -> Layout | None:
 
 def _locations(root: str, alike: dict[str, str]) -> str | None:
     folder = alike.get("split_locations")
-    if folder and "all.csv" in storage.names(storage.inside(root, folder)):
-        return storage.inside(root, f"{folder}/all.csv")
-    return storage.join(root, "all.csv") if "all.csv" in alike.values() else None
+    name = folder and _alike(storage.names(storage.inside(root, folder))).get("all.csv")
+    if name:
+        return storage.inside(root, f"{folder}/{name}")
+    return storage.join(root, alike["all.csv"]) if "all.csv" in alike else None
+
+
+def _alike(names: list[str]) -> dict[str, str]:
+    """Return names by their lower case; of those that differ in case alone, the last in order."""
+    return {name.lower(): name for name in sorted(names)}
 
 
 def _directories(location: str) -> list[str]:
@@ -246,14 +267,48 @@ def _directories(location: str) -> list[str]:
 
 
 def _read_csv(table: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number, from 1, and stripped cells; CRLF, BOM and a bare end are fine."""
+    """Yield line number, from 1, and stripped cells.
+
+    CRLF, a bare end, BOM, UTF-16 with one, semicolons and tabs are fine, as spreadsheets save them.
+    """
+    data = storage.read_bytes(table)
     try:
-        text = storage.read_bytes(table).decode("utf-8-sig")
-        lines = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        lines = _split_cells(io.StringIO(text, newline=""), _find_delimiter(text))
         for cells in lines:
             yield lines.line_num, [cell.strip() for cell in cells]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table}: expected a CSV in UTF-8, got {error}.") from error
+        raise ValueError(
+            f"{table}: expected a CSV in UTF-8, got {error}. Save it again as CSV UTF-8."
+        ) from error
+
+
+def _split_cells(lines: Iterable[str], delimiter: str) -> Any:
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter != "\t")
+
+
+def _find_delimiter(text: str) -> str:
+    """Return what parts two paths of pictures, or two numbers, in one of the first lines."""
+    first = [line for line in text.splitlines()[:100] if line.strip()][:3]
+    for delimiter in _DELIMITERS:
+        for cells in _split_cells(first, delimiter):
+            two = [cell.strip() for cell in cells[:2]]
+            if len(two) == 2 and (all(map(_is_picture, two)) or all(map(_is_number, two))):
+                return delimiter
+    return _DELIMITERS[0]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        _number(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(cell: str) -> float:
+    """Read a number, which may have a decimal comma, as where semicolons part the cells."""
+    return float(cell.replace(",", "."))
 
 
 def _row(line: int, cells: list[str]) -> Row:

@@ -6,14 +6,15 @@ leaves `pairs.parquet` (usable rows: paths, positions), `rejected.jsonl` (the ot
 checkpoints can resume them, and fetch the pictures block by block.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,6 +43,9 @@ PLAN = pa.schema(
 
 PAIRS, REJECTED = "pairs.parquet", "rejected.jsonl"
 """Names in the cache."""
+
+STAMP = "rejected_files"
+"""Key of ingest.json: what the files of rejected rows were, so that mended ones are noticed."""
 
 MAX_BYTES = 256 * 2**20
 """Largest picture file that is read, in bytes: above any PNG of `images.MAX_PIXELS` pixels."""
@@ -185,7 +189,10 @@ def _check_split(config: Ingest, layout: cvusa.Layout, cache: str) -> dict[str, 
     counts = storage.read_json(state) if storage.exists(state) else {}
     fits = counts.get("fingerprint") == fingerprint
     # Where too many rows failed, the files may have been mended since: look again.
-    if not fits or _share(counts) > config.max_rejected:
+    again = fits and _share(counts) <= config.max_rejected and _has_mended(layout, cache, counts)
+    if again:
+        _log.info("%s: files of rejected rows have changed: all are checked again", layout.root)
+    if not fits or again or _share(counts) > config.max_rejected:
         rows = cvusa.read_rows(layout.tables[config.split])
         cvusa.check_disjoint(layout, config.split, rows)
         try:
@@ -196,7 +203,8 @@ def _check_split(config: Ingest, layout: cvusa.Layout, cache: str) -> dict[str, 
                 "set is read-only, pass a directory with this job's flag that ends in .cache."
             ) from error
         counts = _verify(layout, rows[: config.limit or None], cache, f"check {config.split}")
-        storage.write_json(state, {"fingerprint": fingerprint, **counts})  # vouches for the others
+        kept = {"fingerprint": fingerprint, STAMP: _stamp_rejected(layout, cache), **counts}
+        storage.write_json(state, kept)  # vouches for the others
     _check_rejected(config, layout.tables[config.split], cache, counts)
     return counts
 
@@ -209,6 +217,24 @@ def _hash_inputs(config: Ingest, layout: cvusa.Layout) -> str:
     for table in (*layout.tables.values(), layout.locations):
         digest.update(hashlib.sha256(storage.read_bytes(table) if table else b"").digest())
     return digest.hexdigest()
+
+
+def _has_mended(layout: cvusa.Layout, cache: str, counts: Mapping[str, Any]) -> bool:
+    """Return whether a file of a rejected row is another one than when it was checked."""
+    return bool(counts["rejected"]) and counts.get(STAMP) != _stamp_rejected(layout, cache)
+
+
+def _stamp_rejected(layout: cvusa.Layout, cache: str) -> str:
+    """Hash names, sizes and times of the files for which rows were rejected."""
+    listing = cvusa.Listing(layout.root)
+    files: set[str] = set()
+    for row in _read_rejected(cache):
+        with contextlib.suppress(ValueError):  # a path that leaves the root
+            files |= {listing.find(row["file"] or "") or ""} - {""}
+    filesystem, base = storage.resolve(layout.root)
+    infos = filesystem.get_file_info([f"{base}/{file}" for file in sorted(files)])
+    stamps = [[info.path, info.size, info.mtime_ns] for info in infos]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
 def _verify(layout: cvusa.Layout, rows: list[cvusa.Row], cache: str, label: str) -> dict[str, int]:
@@ -254,9 +280,11 @@ def _check_rejected(config: Ingest, table: str, cache: str, counts: dict[str, in
     if not counts["rejected"]:
         return
     examples = "; ".join(f"{row['file']}: {row['reason']}" for row in _read_rejected(cache)[:3])
+    expected = f"at most {config.max_rejected:.1%} unusable rows, got {_share(counts):.1%}"
+    if not counts["accepted"]:
+        expected = "usable rows, got none: all are unusable"
     text = (
-        f"{table}: expected at most {config.max_rejected:.1%} unusable rows, got "
-        f"{_share(counts):.1%} ({counts['rejected']}), such as {examples}. "
+        f"{table}: expected {expected} ({counts['rejected']}), such as {examples}. "
         f"All are in {storage.join(cache, REJECTED)}."
     )
     if _share(counts) > config.max_rejected or not counts["accepted"]:

@@ -64,7 +64,8 @@ def conform(table: pa.Table, wanted: pa.Schema = SYNTHESIZED) -> pa.Table:
     """Cast a table to the columns of `wanted`; one that is absent is null, and so is NaN.
 
     A column without any value has no type in a stream: to the second stage it comes as NaN, which
-    a cast would make the text "nan". Tensors of Ray become plain lists.
+    a cast would make the text "nan". Tensors of Ray become plain lists, and pictures as Hugging
+    Face's datasets store them, struct(bytes, path), their bytes.
 
     Raises:
         pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError: a column cannot be cast.
@@ -76,6 +77,41 @@ def conform(table: pa.Table, wanted: pa.Schema = SYNTHESIZED) -> pa.Table:
         for field in wanted
     ]
     return pa.table(columns, schema=wanted)
+
+
+def has_id(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return whether each `pair_id` names a row: null, empty and blank ones do not."""
+    trimmed = pc.call_function("ascii_trim_whitespace", [ids.cast(pa.string())])
+    return pc.fill_null(pc.call_function("not_equal", [trimmed, ""]), False)
+
+
+def reject_unusable(table: pa.Table) -> pa.Table:
+    """Check rows that others wrote: drop those without an id, give impossible ones an `error`.
+
+    Positions of the latter become null, so that nothing prints what is no number of JSON. Rows
+    that had an `error` keep it. Columns are as `conform` makes them.
+    """
+    table = table.filter(has_id(table[PAIR_ID]))
+    if not {LATITUDE, LONGITUDE, ERROR} <= set(table.column_names):
+        return table
+    places = [table[name].to_numpy() for name in (LATITUDE, LONGITUDE)]
+    # A NaN, which `conform` makes of null here, is a place that is not known.
+    impossible = [np.abs(place) > most for place, most in zip(places, (90, 180), strict=True)]
+    impossible.append(np.isnan(places[0]) != np.isnan(places[1]))
+    if not (bad := np.any(impossible, axis=0)).any():
+        return table
+    errors = table[ERROR].to_pylist()
+    for row in np.flatnonzero(bad & np.array([error is None for error in errors])):
+        errors[row] = (
+            "position: expected latitude (-90 to 90) and longitude (-180 to 180) in degrees, or "
+            f"neither, got {places[0][row]} and {places[1][row]}"
+        )
+    changed = {ERROR: pa.array(errors, pa.string())}
+    for name, place in zip((LATITUDE, LONGITUDE), places, strict=True):
+        changed[name] = pa.array(np.where(bad, np.nan, place), from_pandas=True)
+    return pa.table(
+        {name: changed.get(name, table[name]) for name in table.column_names}, schema=table.schema
+    )
 
 
 def read_errors(column: Any) -> list[str | None]:
@@ -152,6 +188,9 @@ def _typed(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | pa.A
     if isinstance(column.type, pa.ExtensionType):
         stored = [chunk.storage for chunk in column.chunks]
         column = pa.chunked_array(stored, column.type.storage_type)
+    if pa.types.is_struct(column.type) and "bytes" in [field.name for field in column.type.fields]:
+        options = pc.StructFieldOptions(["bytes"])
+        column = pc.call_function("struct_field", [column], options)
     if pa.types.is_floating(column.type):
         numbers = pa.array(column.to_numpy(), from_pandas=True)  # NaN -> null
         if numbers.null_count == len(numbers):

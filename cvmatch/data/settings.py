@@ -16,7 +16,7 @@ class Ingest:
     """Which of the two CSVs."""
     cache: str = ""
     """Directory for the checked rows of each split; empty: `.cvmatch` in the data set. Delete it
-    when pictures have changed while the CSVs did not."""
+    when good pictures have changed while the CSVs did not; mended ones are noticed."""
     max_rejected: float = 0.05
     """Largest share of the rows, in [0, 1], that may be unusable; above it the job stops."""
     block: int = 32

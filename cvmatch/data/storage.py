@@ -207,6 +207,31 @@ def names(location: str, directories: bool = False) -> list[str]:
 
 
 @retry_passing
+def list_files(location: str, ending: str) -> list[str]:
+    """List the data files of a directory and of all below: sorted paths, relative to it.
+
+    Names may end in `ending` in any case. What is hidden, or below something hidden, is left out:
+    names that begin with a dot (`._a.parquet`), or, as Hadoop has it, with `_` (`_temporary`).
+    This is the one rule: who counts rows, who reads them and who hashes them all go by it.
+    """
+    from pyarrow import fs  # noqa: PLC0415 (see above)
+
+    filesystem, path = resolve(location)
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    base = path.rstrip("/") + "/"
+    files = [one.path.removeprefix(base) for one in found if one.is_file]
+    return sorted(
+        file
+        for file in files
+        if file.lower().endswith(ending) and not any(map(_is_hidden, file.split("/")))
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+@retry_passing
 def read_bytes(location: str) -> bytes:
     """Read a file.
 

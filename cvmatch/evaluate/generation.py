@@ -3,6 +3,7 @@
 Always against shuffled rows too: a model that ignores its input scores the same for both.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +33,8 @@ class PictureDistance(Protocol):
         """Return the distance."""
         ...
 
+
+_log = logging.getLogger(__name__)
 
 CHANNELS: tuple[metrics.Channel, ...] = ("luminance", "chroma", "gradient")
 """By what true tiles are retrieved."""
@@ -121,6 +124,8 @@ def measure_segmentation(
     if not pixels:
         return None
     mean, per_class = metrics.miou(total)
+    if not total.sum():
+        _log.warning("no pixel of the true class maps has a class: mIoU is not known.")
     return SegmentationResult(
         miou=mean,
         miou_shuffled=metrics.miou(shuffled)[0],

@@ -17,7 +17,7 @@ from ray.data import Dataset
 from ray.data.expressions import col
 from torch import Tensor
 
-from cvmatch.data import images, schema, storage
+from cvmatch.data import images, schema, tables
 from cvmatch.nn import rng
 from cvmatch.training.held_out import select_pairs
 
@@ -70,16 +70,15 @@ class PairBatch(NamedTuple):
 
 def read_latents(directory: str, left_out: Sequence[str] = ()) -> Dataset:
     """Read the good rows of a latent cache, but for some pairs, as `to_tensors` returns them."""
-    filesystem, path = storage.resolve(directory)
-    files = [name for name in storage.names(directory) if name.endswith(".parquet")]
-    rows: Any = ray.data.read_parquet(
-        path,
+    filesystem, paths = tables.list_paths(directory)
+    stored: Any = ray.data.read_parquet(
+        paths,
         filesystem=filesystem,
-        file_extensions=["parquet"],
+        file_extensions=None,
         # Else Ray splits the rows of few files into 200 blocks, and makes a task of each.
-        override_num_blocks=len(files),
+        override_num_blocks=len(paths),
     )
-    good = rows.filter(expr=col(schema.ERROR).is_null())
+    good = stored.filter(expr=col(schema.ERROR).is_null())
     chosen: Any = select_pairs(good, left_out, inside=False) if left_out else good
     return chosen.map_batches(to_tensors, batch_size=_READ_ROWS)
 

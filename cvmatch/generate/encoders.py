@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from jaxtyping import Float
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -18,6 +19,9 @@ from cvmatch.generate import conditioning
 from cvmatch.generate.batches import ImageSizes
 from cvmatch.generate.conditioning import PanoramaFeatures
 from cvmatch.nn import hub
+
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Layers of attention in old files of diffusers, which it renames when it loads them."""
 
 
 class FrozenEncoders(nn.Module):
@@ -54,15 +58,14 @@ class FrozenEncoders(nn.Module):
         """Read CLIP and the VAE of `diffusion` from hub ids or local directories.
 
         Raises:
-            ValueError: one is not there and the hub cannot be reached; says what to download, and
-                which flag takes its directory.
+            ValueError: one is not there and the hub cannot be reached, or its weights do not fit;
+                says what to download, and which flag takes its directory.
         """
         name, revision = split_revision(diffusion)
-        with hub.from_pretrained_kwargs(name, "--diffusion") as safe:
-            vae = AutoencoderKL.from_pretrained(name, subfolder="vae", revision=revision, **safe)
-        with hub.from_pretrained_kwargs(clip, "--clip") as safe:
-            # transformers would keep a file's halves.
-            vision = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32, **safe)
+        vae = hub.load(AutoencoderKL, name, "--diffusion", subfolder="vae", revision=revision)
+        # transformers would keep a file's halves.
+        vision = hub.load(CLIPVisionModel, clip, "--clip", dtype=torch.float32)
+        with hub.from_pretrained_kwargs(clip, "--clip"):
             processor = CLIPImageProcessor.from_pretrained(clip)
         return cls(vision, processor, vae, panorama_width)
 
@@ -121,12 +124,10 @@ def load_unet(diffusion: str) -> tuple[UNet2DConditionModel, DDPMScheduler]:
         ValueError: as `FrozenEncoders.load`, or the schedule's prediction type is not supported.
     """
     name, revision = split_revision(diffusion)
-    with hub.from_pretrained_kwargs(name, "--diffusion") as safe:
+    with hub.from_pretrained_kwargs(name, "--diffusion"):
         config: Any = DDPMScheduler.load_config(name, subfolder="scheduler", revision=revision)
         scheduler: Any = DDPMScheduler.from_config(config)
-        unet = UNet2DConditionModel.from_pretrained(
-            name, subfolder="unet", revision=revision, **safe
-        )
+    unet = hub.load(UNet2DConditionModel, name, "--diffusion", subfolder="unet", revision=revision)
     kind = scheduler.config["prediction_type"]
     if kind not in ("epsilon", "v_prediction"):
         raise ValueError(
@@ -134,6 +135,42 @@ def load_unet(diffusion: str) -> tuple[UNet2DConditionModel, DDPMScheduler]:
             f"'v_prediction', got {kind!r}. Choose another --diffusion."
         )
     return unet, scheduler
+
+
+def check_base_models(diffusion: str, clip: str) -> None:
+    """Check that base models can be had; of local ones also that their weights' names fit.
+
+    No weights are loaded.
+
+    Raises:
+        ValueError: as `FrozenEncoders.load`; names all that are not there.
+    """
+    name, revision = split_revision(diffusion)
+    hub.check_all(
+        lambda: hub.check_model(name, "--diffusion", "unet", "vae", revision=revision),
+        lambda: hub.check_model(clip, "--clip"),
+    )
+    for folder, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        _check_names(os.path.join(name, folder), kind)
+    if os.path.isdir(clip):
+        hub.load(CLIPVisionModel, clip, "--clip", device_map="meta")
+
+
+def _check_names(directory: str, kind: Any) -> None:
+    """Check the names in a local part of a diffusion model; diffusers itself loads all to know."""
+    path = os.path.join(directory, "diffusion_pytorch_model.safetensors")
+    if not os.path.isfile(path):
+        return
+    with torch.device("meta"):
+        expected = set(kind.from_config(kind.load_config(directory)).state_dict())
+    with safe_open(path, framework="pt") as file:
+        found = {_current_name(name) for name in file.keys()}  # noqa: SIM118
+    hub.check_fit(directory, "--diffusion", expected - found, found - expected)
+
+
+def _current_name(name: str) -> str:
+    """Return today's name of a weight: the VAE of Stable Diffusion 1 was saved with older ones."""
+    return ".".join(_OLD_NAMES.get(part, part) for part in name.split("."))
 
 
 def read_sizes(diffusion: str, clip: str, panorama_width: int) -> ImageSizes:

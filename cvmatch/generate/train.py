@@ -9,7 +9,7 @@ from ray.data import Dataset
 from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.pairs import PairDataset
 from cvmatch.generate.batches import read_latents
-from cvmatch.generate.encoders import read_sizes, split_revision
+from cvmatch.generate.encoders import check_base_models, read_sizes
 from cvmatch.generate.latent_cache import cache_latents
 from cvmatch.generate.losses import LPIPS
 from cvmatch.generate.model import Generator
@@ -86,11 +86,8 @@ def with_absolute_paths(config: TrainGenerator) -> TrainGenerator:
 
 def _check_base_models(config: TrainGenerator) -> None:
     """Check that all base models can be had, before Ray starts and pairs are read."""
-    name, revision = split_revision(config.diffusion)
     hub.check_all(
-        lambda: hub.check_model(name, "--diffusion", "unet", "vae", revision=revision),
-        lambda: hub.check_model(config.clip, "--clip"),
-        lambda: _check_lpips(config),
+        lambda: check_base_models(config.diffusion, config.clip), lambda: _check_lpips(config)
     )
 
 

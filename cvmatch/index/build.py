@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,14 @@ from torch import Tensor
 from cvmatch import config as configs
 from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.images import PREPROCESS
+from cvmatch.data.tables import Reject
 from cvmatch.index import calibration, shard, verify, versions
 from cvmatch.index.calibration import Calibration
 from cvmatch.index.embedding import (
     QuerySample,
     building_directory,
     embed_gallery,
+    find_left_out,
     fingerprint_gallery,
     ray_map,
     read_gallery,
@@ -90,6 +93,7 @@ def build(config: BuildIndex, shard_rows: int = SHARD_ROWS) -> IndexManifest:
                 origin=origin,
                 check_samples=verify.select_check_samples(pa.Table.from_pylist(samples)),
                 embed_seconds=seconds,
+                left_out=find_left_out(config),
             )
             built = building_directory(config.output, inputs)
         published = _push(config, tasks, origin, published)
@@ -126,6 +130,7 @@ def publish(
     known: IndexManifest | None = None,
     check_samples: pa.Table | None = None,
     embed_seconds: float = 0.0,
+    left_out: Sequence[Reject] = (),
 ) -> IndexManifest:
     """Make embedded tiles the current version; return its manifest.
 
@@ -138,6 +143,7 @@ def publish(
         known: manifest of a version whose shards are taken instead of `parts`.
         check_samples: tiles whose pictures are stored, to verify the index.
         embed_seconds: what embedding took.
+        left_out: rows that were not embedded, which count as failed.
 
     Raises:
         ValueError: no good row, a pair_id twice, tile_vector of another width or not finite in half
@@ -145,7 +151,9 @@ def publish(
     """
     root = versions.local_root(config.output)
     shard_rows = origin.shard_rows if origin else shard_rows
-    tiles, rejected = (None, []) if known else shard.select_good_rows(parts, config.max_rejected)
+    tiles, rejected = shard.TILES.empty_table(), []
+    if not known:
+        tiles, rejected = shard.select_good_rows(parts, config.max_rejected, left_out)
     with open_writer(root, run) as writer:
         writer.seconds["embed"] = embed_seconds
         model = writer.copy_matcher(config.model)
@@ -153,8 +161,10 @@ def publish(
         if known:
             shards = tuple(replace(info, codes="") for info in known.shards)
             writer.files |= known.select_files("shards", "check_samples")
+            identical_tiles, identical = known.identical_tiles, known.identical
         else:
             shards = writer.write_shards(parts, tiles, shape.width, model_parts["tile"], shard_rows)
+            identical_tiles, identical = writer.find_identical(shards, tiles[schema.PAIR_ID])
         rows = sum(info.rows for info in shards)
         auto_key = default_factory_key(rows, shape.shortlist_width)
         key = auto_key if config.key == "auto" else config.key
@@ -172,6 +182,8 @@ def publish(
             tile_origin=origin,
             request=_request(config),
             rejected=known.rejected if known else 0,
+            identical_tiles=identical_tiles,
+            identical=identical,
         )
         queries = sample_queries(config.queries, config.model, config.seed)
         info = _add_shortlist(writer, config, info, shape.shortlist_width, queries)

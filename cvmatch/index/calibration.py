@@ -8,7 +8,7 @@ holds, each once with its tile and once without it.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
@@ -166,7 +166,8 @@ def _fit_temperature(answers: Answers) -> float:
         logs = special.log_softmax(scores / np.exp(logarithm), axis=1)
         return float(-logs[np.arange(len(places)), places].mean())
 
-    return float(np.exp(optimize.minimize_scalar(loss, bounds=(-9.0, 2.0)).x))
+    best: Any = optimize.minimize_scalar(loss, bounds=(-9.0, 2.0))
+    return float(np.exp(best.x))
 
 
 def _features(

@@ -1,5 +1,6 @@
 """Pictures -> embedded tiles, by a pool of actors, and embedded queries, in this process."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cvmatch.data import manifest, schema, storage, tables
+from cvmatch.data import manifest, row_files, schema, storage, tables
 from cvmatch.data.pairs import PairDataset, read_pictures
 from cvmatch.index.manifest import SAMPLING, QueryOrigin
 from cvmatch.index.settings import GalleryConfig
@@ -36,6 +37,8 @@ _STEP = 64  # queries whose pictures are decoded at a time
 FULLEST: dict[str, Modality] = {"G": "G", "GA": "G+A", "GAS": "G+A+S"}
 """The modality of queries that have all the letters that a matcher looks at."""
 
+_log = logging.getLogger(__name__)
+
 _COLUMNS = pa.schema(
     schema.SYNTHESIZED.field(name)
     for name in (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
@@ -53,20 +56,7 @@ def read_gallery(gallery: GalleryConfig) -> ray.data.Dataset:
     if not gallery.rows:
         first, *rest = [split.rows([schema.AERIAL]) for split in _open_pairs(gallery)]
         return first.union(*rest) if rest else first
-    filesystem, path = storage.resolve(gallery.rows)
-    columns = tables.columns(gallery.rows)
-    schema.require(columns, (schema.PAIR_ID, schema.AERIAL), gallery.rows)
-    if not sum(tables.rows(gallery.rows)):
-        raise ValueError(f"{gallery.rows}: expected rows of tiles, got none. Nothing was done.")
-    rows: Any = ray.data.read_parquet(
-        path,
-        filesystem=filesystem,
-        columns=[name for name in _COLUMNS.names if name in columns],
-        file_extensions=["parquet"],
-    )
-    return rows.map_batches(
-        schema.conform, fn_kwargs={"wanted": _COLUMNS}, batch_format="pyarrow", batch_size=None
-    )
+    return row_files.read(gallery.rows, _COLUMNS.names, needed=(schema.PAIR_ID, schema.AERIAL))
 
 
 def embed_gallery(
@@ -95,6 +85,15 @@ def embed_gallery(
     )
     write_stream(stream)
     return stream.output, time.monotonic() - begin
+
+
+def find_left_out(gallery: GalleryConfig) -> list[tables.Reject]:
+    """Return the tiles that are not embedded, since nothing names them, and say how many."""
+    left_out = tables.find_nameless(gallery.rows) if gallery.rows else []
+    if left_out:
+        reason = left_out[0][schema.ERROR]
+        _log.warning("%s: %d rows are left out: %s", gallery.rows, len(left_out), reason)
+    return left_out
 
 
 def fingerprint_gallery(gallery: GalleryConfig) -> str:
@@ -186,7 +185,7 @@ def sample_queries(location: str, model: str, seed: int) -> QuerySample | None:
 def _count(gallery: GalleryConfig) -> int:
     """Count the tiles; call it after `read_gallery`."""
     if gallery.rows:
-        return sum(tables.rows(gallery.rows))
+        return tables.count(gallery.rows)
     return sum(split.count for split in _open_pairs(gallery))
 
 

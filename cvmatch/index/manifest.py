@@ -82,6 +82,15 @@ class Recall:
 
 
 @dataclass(frozen=True)
+class IdenticalTiles:
+    """Tiles of one and the same vector, which no search tells apart: those of "no imagery"."""
+
+    tiles: int
+    pair_ids: tuple[str, ...]
+    """Of the first of them."""
+
+
+@dataclass(frozen=True)
 class QueryOrigin:
     """What made the queries of an index; what is not known is empty."""
 
@@ -164,6 +173,10 @@ class IndexManifest:
     """By the modality of a query; none where there were too few queries of tiles that are there."""
     rejected: int = 0
     """Rows that failed, and are no tiles."""
+    identical_tiles: int = 0
+    """Tiles whose vector others have, too, when they were written."""
+    identical: tuple[IdenticalTiles, ...] = ()
+    """The largest groups of these."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Of each stage of the build."""
     tiles_per_s: Mapping[str, float] = field(default_factory=dict)
@@ -254,6 +267,10 @@ def _decode(plain: dict[str, Any]) -> IndexManifest:
             modality: Calibration(**known)
             for modality, known in plain.get("calibrations", {}).items()
         },
+        "identical": tuple(
+            IdenticalTiles(one["tiles"], tuple(one["pair_ids"]))
+            for one in plain.get("identical", ())
+        ),
         "bytes_per_tile": BytesPerTile(**size) if size else None,
         "files": {name: FileInfo(**info) for name, info in plain["files"].items()},
     }

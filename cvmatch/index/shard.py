@@ -19,6 +19,7 @@ from jaxtyping import Float16, Int64, Shaped
 
 from cvmatch.data import schema, tables
 from cvmatch.data.schema import ERROR, LATITUDE, LONGITUDE, PAIR_ID
+from cvmatch.data.tables import Reject
 from cvmatch.index import versions
 from cvmatch.match.heads import TILE_VECTOR
 
@@ -61,8 +62,12 @@ class ShardedArray:
                 yield array[begin : begin + size]
 
 
-def select_good_rows(parts: str, limit: float) -> tuple[pa.Table, list[dict[str, str]]]:
+def select_good_rows(
+    parts: str, limit: float, left_out: Sequence[Reject] = ()
+) -> tuple[pa.Table, list[Reject]]:
     """Return the good rows by pair_id, with their `part_row`; and id and error of the others.
+
+    The others are those of `parts` and the `left_out`, which count as failed.
 
     Raises:
         ValueError: no good row, more than the share `limit` of the rows failed, or an id is there
@@ -72,15 +77,16 @@ def select_good_rows(parts: str, limit: float) -> tuple[pa.Table, list[dict[str,
     ids = pa.field(PAIR_ID, pa.large_string())
     columns = pa.schema([ids, *list(TILES)[1:], schema.PAIRS.field(ERROR)])
     whole = pa.concat_tables(
-        _null_unknown(table.cast(columns)) for table in tables.batches(parts, columns.names, CHUNK)
+        table.cast(columns) for table in tables.batches(parts, columns.names, CHUNK)
     )
     whole = whole.append_column(PART_ROW, pa.array(np.arange(len(whole))))
-    bad = schema.failed_rows(whole).select([PAIR_ID, ERROR]).to_pylist()
+    bad = [*left_out, *schema.failed_rows(whole).select([PAIR_ID, ERROR]).to_pylist()]
+    total = len(whole) + len(left_out)
     tiles = schema.good_rows(whole).sort_by(PAIR_ID).combine_chunks()
-    if not len(tiles) or len(bad) > limit * len(whole):
+    if not len(tiles) or len(bad) > limit * total:
         raise ValueError(
-            f"build-index: of {len(whole)} rows at most {limit:.1%} may fail, but {len(bad)} did, "
-            f"such as {bad[:3]}. Mend the pictures, or pass a larger --max-rejected."
+            f"build-index: of {total} rows at most {limit:.1%} may fail, but {len(bad)} did, "
+            f"such as {bad[:3]}. Mend these rows, or pass a larger --max-rejected."
         )
     if len(tiles[PAIR_ID].unique()) < len(tiles):
         counts = pa.Table.from_struct_array(tiles[PAIR_ID].value_counts())
@@ -90,14 +96,6 @@ def select_good_rows(parts: str, limit: float) -> tuple[pa.Table, list[dict[str,
             f"{twice[:3]}. A query finds its tile by the id: remove the copies."
         )
     return tiles.drop_columns([ERROR]), bad
-
-
-def _null_unknown(table: pa.Table) -> pa.Table:
-    """Replace coordinates that are NaN, as unknown ones are in an actor's arrays, by nulls."""
-    for name in (LATITUDE, LONGITUDE):
-        known = pa.array(table[name].to_numpy(), from_pandas=True)
-        table = table.set_column(table.column_names.index(name), name, known)
-    return table
 
 
 def gather_vectors(

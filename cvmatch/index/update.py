@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from jaxtyping import Int64
 
 from cvmatch.data import schema, storage
+from cvmatch.data.tables import Reject
 from cvmatch.index import embedding, shard, verify, versions
 from cvmatch.index.build import SHARD_ROWS, measure_version
 from cvmatch.index.manifest import AnnPartInfo, Files, IndexManifest, ShardInfo
@@ -21,6 +22,7 @@ from cvmatch.index.settings import AddTiles, Compact, DeleteTiles, GalleryConfig
 from cvmatch.index.shard import ShardedArray
 from cvmatch.index.shortlist import default_shortlist_size
 from cvmatch.index.writer import (
+    NAMED_GROUPS,
     STAGING,
     IndexWriter,
     TaskMapper,
@@ -71,16 +73,19 @@ def add(config: AddTiles) -> IndexManifest:
     inputs: dict[str, object] = {"job": "add", "tower": info.tower, "tiles": tiles}
     model = versions.locate_matcher(config.output, info.model)
     parts, seconds = embedding.embed_gallery(config, model, inputs)
-    new = _join_current(parts, config, seconds, info.tower)
+    left_out = embedding.find_left_out(config)
+    new = _join_current(parts, config, seconds, info.tower, left_out)
     storage.remove(embedding.building_directory(config.output, inputs))
     return new
 
 
 @versions.retry_stale
-def _join_current(parts: str, config: AddTiles, embed_seconds: float, tower: str) -> IndexManifest:
+def _join_current(
+    parts: str, config: AddTiles, embed_seconds: float, tower: str, left_out: Sequence[Reject]
+) -> IndexManifest:
     versions.fetch(config.output)
     tasks = embedding.ray_map(config.output)
-    new = join(parts, config, tasks, embed_seconds=embed_seconds, tower=tower)
+    new = join(parts, config, tasks, embed_seconds=embed_seconds, tower=tower, left_out=left_out)
     versions.push(config.output, new.version)
     return new
 
@@ -93,6 +98,7 @@ def join(
     shard_rows: int = SHARD_ROWS,
     embed_seconds: float = 0.0,
     tower: str = "",
+    left_out: Sequence[Reject] = (),
 ) -> IndexManifest:
     """Add embedded tiles (see `build.publish`) to the current version; return the new manifest.
 
@@ -105,6 +111,7 @@ def join(
         shard_rows: tiles of a shard.
         embed_seconds: what embedding took.
         tower: fingerprint of what embedded the rows, which has to be the version's; empty: it is.
+        left_out: rows that were not embedded, which count as failed.
 
     Raises:
         ValueError: an id is there already, or another tower; as `build.publish`; or see
@@ -118,7 +125,7 @@ def join(
             f"index {root}: the tiles were embedded by the tower {tower}, but {info.version} was "
             f"built meanwhile with {info.tower}. Nothing was added. Run it again."
         )
-    tiles, rejected = shard.select_good_rows(parts, config.max_rejected)
+    tiles, rejected = shard.select_good_rows(parts, config.max_rejected, left_out)
     both = tiles.filter(pc.field(schema.PAIR_ID).isin(index.live_ids))[schema.PAIR_ID]
     if len(both):
         raise ValueError(
@@ -130,6 +137,7 @@ def join(
         writer.seconds["embed"] = embed_seconds
         writer.files |= _shared_files(info)
         written = writer.write_shards(parts, tiles, info.width, info.tower, shard_rows)
+        identical_tiles, identical = writer.find_identical(written, tiles[schema.PAIR_ID])
         added, revived = _separate_revived(writer, written, info)
         added = writer.encode_shards(added, info.shortlist_dir)
         shards, ann_parts = (*info.shards, *added), info.ann.parts
@@ -139,6 +147,10 @@ def join(
             writer.files = {n: f for n, f in writer.files.items() if not n.startswith("ann/")}
             ann_parts = (writer.merge_shards(shards, info.shortlist_dir),)
         new = _derive_manifest(info, shards, ann_parts)
+        if added:
+            groups = sorted((*info.identical, *identical), key=lambda one: -one.tiles)
+            total = info.identical_tiles + identical_tiles
+            new = replace(new, identical_tiles=total, identical=tuple(groups[:NAMED_GROUPS]))
         if len(revived):
             deleted = _store_deleted(writer, np.setdiff1d(index.deleted, revived))
             new = replace(new, deleted=deleted)

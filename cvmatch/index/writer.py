@@ -3,22 +3,31 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import faiss
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float16, Int64
+from jaxtyping import Float16, Int64, UInt64
 
 from cvmatch.data import manifest, storage
+from cvmatch.data.tables import Reject
 from cvmatch.index import shard, versions
-from cvmatch.index.manifest import AnnPartInfo, BytesPerTile, Files, IndexManifest, ShardInfo
+from cvmatch.index.manifest import (
+    AnnPartInfo,
+    BytesPerTile,
+    Files,
+    IdenticalTiles,
+    IndexManifest,
+    ShardInfo,
+)
 from cvmatch.index.shard import ShardedArray
 from cvmatch.index.shortlist import (
     EMPTY_INDEX,
@@ -28,6 +37,8 @@ from cvmatch.index.shortlist import (
     training_size,
 )
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -36,6 +47,9 @@ TaskMapper = Callable[[Callable[[T], R], Sequence[T]], list[R]]
 
 STAGING = ".staging-"
 """Begins the names of directories in which files are written before they are put into place."""
+
+NAMED_GROUPS, NAMED_TILES = 3, 3
+"""Groups of identical tiles that a manifest names, and tiles of each."""
 
 _STEP = 16_384  # tiles whose codes are made at a time
 
@@ -90,6 +104,34 @@ class IndexWriter:
         ]
         with self.time_stage("shards"):
             return self.number_shards(self.run(write_shard, tasks))
+
+    def find_identical(
+        self, shards: Sequence[ShardInfo], ids: pa.ChunkedArray
+    ) -> tuple[int, tuple[IdenticalTiles, ...]]:
+        """Count the tiles whose vector others have, too; return their number, and largest groups.
+
+        A warning names the largest. `ids` are those of the shards' tiles.
+        """
+        folders = [os.path.join(self.root, "shards", info.sha) for info in shards]
+        with self.time_stage("identical"):
+            hashes = np.concatenate([np.empty(0, np.uint64), *self.run(hash_shard, folders)])
+            _, first, inverse, counts = np.unique(
+                hashes, return_index=True, return_inverse=True, return_counts=True
+            )
+        total = int(counts[counts > 1].sum())
+        groups = []
+        for group in np.lexsort((first, -counts))[:NAMED_GROUPS]:
+            if counts[group] > 1:
+                rows = np.flatnonzero(inverse == group)[:NAMED_TILES]
+                names = tuple(ids.take(pa.array(rows)).to_pylist())
+                groups.append(IdenticalTiles(int(counts[group]), names))
+        if groups:
+            _log.warning(
+                "%d of %d tiles are identical to others, such as %d like %s: no search tells them "
+                "apart. Leave out tiles without imagery.",
+                total, len(hashes), groups[0].tiles, list(groups[0].pair_ids),
+            )  # fmt: skip
+        return total, tuple(groups)
 
     def number_shards(
         self, shards: Sequence[tuple[str, int, Files]], begin: int = 0
@@ -153,7 +195,7 @@ class IndexWriter:
         self.files |= files
         return AnnPartInfo(name, rows, shards[0].row_start)
 
-    def publish(self, info: IndexManifest, rejected: Sequence[Mapping[str, str]]) -> IndexManifest:
+    def publish(self, info: IndexManifest, rejected: Sequence[Reject]) -> IndexManifest:
         """Publish a version with its files, times and sizes; return its manifest.
 
         Raises:
@@ -209,6 +251,15 @@ def store_shard(
         folder = os.path.join(staging, "shard")
         sha = shard.write_shard_files(folder, vectors, tiles, tower)
         return sha, len(tiles), versions.move_into_place(root, folder, f"shards/{sha}")
+
+
+def hash_shard(folder: str) -> UInt64[np.ndarray, " tile"]:
+    """Hash the vector of each tile of a shard."""
+    vectors, _ = shard.open_shard(folder, rereads=True)
+    odd = np.random.default_rng(0).integers(0, 2**63, vectors.shape[1], np.uint64) * 2 + 1
+    chunks = ShardedArray([vectors]).chunks(_STEP)
+    hashes = [(chunk.view(np.uint16).astype(np.uint64) * odd).sum(1) for chunk in chunks]
+    return np.concatenate([np.empty(0, np.uint64), *hashes])
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,14 @@ import functools
 from typing import Any
 
 import numpy as np
-import ray.data
-from pyarrow import fs, parquet
 from ray.data import Dataset
 
-from cvmatch.data import images, manifest, schema, storage
+from cvmatch.data import images, manifest, row_files, schema, tables
 from cvmatch.nn import rng
 
 _ALWAYS = (schema.PAIR_ID, schema.AERIAL, schema.LATITUDE, schema.LONGITUDE, schema.ERROR)
 _PICTURES = {"G": schema.GROUND, "A": schema.SYNTHETIC, "S": schema.SYNTHETIC_CLASSES}
+_IDS = 65_536  # ids a step
 
 
 def read_pairs(location: str, letters: str) -> Dataset:
@@ -22,9 +21,8 @@ def read_pairs(location: str, letters: str) -> Dataset:
         FileNotFoundError: no finished output there.
     """
     manifest.read(location)
-    filesystem, path = storage.resolve(location)
-    columns: list[str] = [*_ALWAYS, *(_PICTURES[letter] for letter in letters)]
-    return ray.data.read_parquet(path, filesystem=filesystem, columns=columns)
+    columns = [*_ALWAYS, *(_PICTURES[letter] for letter in letters)]
+    return row_files.read(location, columns, needed=columns)
 
 
 def read_pair_ids(location: str) -> tuple[str, ...]:
@@ -33,13 +31,11 @@ def read_pair_ids(location: str) -> tuple[str, ...]:
     Raises:
         ValueError: there are none.
     """
-    filesystem, path = storage.resolve(location)
-    ids: list[str] = []
-    for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)):
-        if info.path.endswith(".parquet"):
-            columns = [schema.PAIR_ID, schema.ERROR]
-            rows = parquet.read_table(info.path, columns=columns, filesystem=filesystem)
-            ids += schema.good_rows(rows)[schema.PAIR_ID].to_pylist()
+    ids = [
+        pair_id
+        for table in tables.batches(location, [schema.PAIR_ID, schema.ERROR], _IDS)
+        for pair_id in schema.good_rows(table)[schema.PAIR_ID].to_pylist()
+    ]
     if not ids:
         raise ValueError(
             f"{location}: expected Parquet rows without error, found none. Run cvmatch synthesize, "

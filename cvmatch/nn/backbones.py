@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cvmatch.nn import hub
@@ -289,9 +289,10 @@ def _load_state(spec: TowerSpec, weights: str | Mapping[str, Tensor]) -> Tower:
     """Build a tower with a state dict, or with that of a file."""
     with torch.device("meta"):  # random values of VGG16's 138 M weights would cost seconds
         shapes = Tower(spec)
-    state = _read_state(weights) if isinstance(weights, str) else weights
     model = shapes if spec.arch != "vgg" else Tower(spec)
     expected = model.net.state_dict()
+    state = _read_state(weights) if isinstance(weights, str) else weights
+    state = hub.strip_prefix(state, expected)
     taken = {  # `assign` below takes the values' type over, and files may hold half precision
         name: value.float() if value.is_floating_point() else value
         for name, value in state.items()
@@ -320,9 +321,7 @@ def _read_state(path: str) -> Mapping[str, Tensor]:
             f"tower weights {path!r}: expected a .safetensors or .pth state dict, or a directory "
             "that holds one, got neither."
         )
-    if path.endswith(".safetensors"):
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return hub.read_state(path, "tower weights")
 
 
 def _download(name: str) -> Mapping[str, Tensor]:

@@ -122,11 +122,9 @@ def _describe_tile(tile: RankedTile, known: Mapping[str, Any]) -> dict[str, Any]
 def _read_tiles(location: str, results: Sequence[SearchResult]) -> dict[str, dict[str, Any]]:
     """Read pictures and outlines of the tiles that were found."""
     names = {tile["tile"] for result in results for tile in result.tiles}
-    columns = [schema.PAIR_ID, schema.AERIAL]
-    columns += [OUTLINE] if OUTLINE in tables.columns(location) else []
     return {
         row[schema.PAIR_ID]: row
-        for table in tables.batches(location, columns)
+        for table in tables.batches(location, [schema.PAIR_ID, schema.AERIAL, OUTLINE])
         for row in table.to_pylist()
         if row[schema.PAIR_ID] in names
     }

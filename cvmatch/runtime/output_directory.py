@@ -137,7 +137,7 @@ class OutputDirectory:
             return list(pool.map(function, locations))
 
     def _names(self) -> list[str]:
-        return [name for name in storage.names(self.output) if name.endswith(".parquet")]
+        return storage.list_files(self.output, ".parquet")
 
     def check_failure_rate(self, total: int, max_share: float) -> None:
         """Check how many rows failed.

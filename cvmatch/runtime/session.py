@@ -16,6 +16,11 @@ LOGICAL_CPUS = 8
 NO_PROGRESS_S = 300.0
 """Seconds without a finished block after which a stream fails (Ray waits 1800)."""
 
+LONGEST_SOCKET = 107
+"""Bytes of a socket's path at most (Linux)."""
+
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+
 _NOISE = re.compile(
     "Exception occurred in (user code|Ray Data or Ray Core)|Full stack trace|actor died during init"
 )
@@ -47,6 +52,21 @@ def start(logical_cpus: int = LOGICAL_CPUS, dashboard: bool = False) -> None:
         internals.set_callback_classes(context, [*classes, internals.SchedulerThrottle])
 
 
+def check_socket_paths() -> None:
+    """Check that the paths of Ray's sockets fit, which an operating system keeps short.
+
+    Raises:
+        ValueError: the directory of temporary files has too long a path; names the variable.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "")
+    folder = os.environ.get(name, "/tmp").rstrip("/")
+    if (most := LONGEST_SOCKET - len(_SOCKET)) < (got := len(os.fsencode(folder))):
+        raise ValueError(
+            f"{name} {folder}: expected at most {most} bytes, since Ray's sockets lie below, got "
+            f"{got}. Pass a shorter directory for Ray alone: export RAY_TMPDIR=/tmp"
+        )
+
+
 def has_dashboard() -> bool:
     """Return whether the Ray that this process started or joined has a dashboard."""
     context = ray.init(ignore_reinit_error=True, configure_logging=False)
@@ -63,6 +83,7 @@ def _connect(logical_cpus: int, dashboard: bool) -> None:
     else:
         internals.set_ray_flags(logical_cpus)
         _quieten_ray_data(logging.ERROR)
+        check_socket_paths()
         # "local": never join a Ray that somebody else runs on this machine.
         ray.init("local", num_cpus=logical_cpus, include_dashboard=dashboard, **quiet)
         internals.spend_restart_warning()

@@ -257,12 +257,33 @@ def _area(config: SearchFiles) -> Area | None:
 
 
 def _list_locations(panoramas: Sequence[str]) -> list[str]:
-    """Return locations of files; a directory stands for the pictures in it."""
-    locations = []
+    """Return locations of files; a directory stands for the pictures in it.
+
+    What else is in a directory is named in a warning, but for hidden files.
+
+    Raises:
+        ValueError: there are only directories, without a picture.
+    """
+    locations, left_out = [], []
     for location in panoramas:
-        names = storage.names(location) if storage.is_directory(location) else []
+        if not storage.is_directory(location):
+            locations.append(location)
+            continue
+        names = [name for name in storage.names(location) if not name.startswith(".")]
         pictures = [name for name in names if images.is_picture(name)]
-        locations += [storage.join(location, name) for name in pictures] or [location]
+        locations += [storage.join(location, name) for name in pictures]
+        if others := [name for name in names if name not in pictures]:
+            left_out.append(f"{location} holds {len(others)} others: {', '.join(others[:8])}")
+        elif not pictures:
+            left_out.append(f"{location} is empty")
+    text = (
+        f"search: of a directory, its {', '.join(images.ENDINGS)} files are searched; "
+        f"{'; '.join(left_out)}. Convert other pictures to JPEG, and pass folders by themselves."
+    )
+    if not locations:
+        raise ValueError(text)
+    if left_out:
+        _log.warning(text)
     return locations
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +9,7 @@ import ray.data
 import torch
 
 from cvmatch import config as configs
-from cvmatch.data import manifest, schema, storage
+from cvmatch.data import manifest, row_files, schema, storage
 from cvmatch.index import versions
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import Mode
@@ -103,12 +102,8 @@ def _stream(config: SearchRows, index: Index, source: manifest.Manifest) -> Stre
 
 def _rows(config: SearchRows, index: Index) -> ray.data.Dataset:
     columns = [schema.PAIR_ID, *schema.query_columns(config.modality), schema.ERROR]
-    filesystem, path = storage.resolve(config.rows)
-    rows: Any = ray.data.read_parquet(
-        path, filesystem=filesystem, columns=columns, file_extensions=["parquet"]
-    )
     embedded = embed_queries(
-        rows,
+        row_files.read(config.rows, columns, needed=columns),
         Embed(
             model=versions.locate_matcher(config.index, index.manifest.model),
             modality=config.modality,

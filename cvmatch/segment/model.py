@@ -6,6 +6,7 @@ beside the weights: a segmenter cannot be run at another size or normalisation t
 
 import dataclasses
 import os
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num, UInt8
@@ -38,20 +39,10 @@ class Segmenter(nn.Module):
         Its last layer is kept where its number of classes is right, and else made new.
 
         Raises:
-            ValueError: the base is not there; says what to download and that `flag` takes it.
+            ValueError: the base is not there, or its weights do not fit; says what to download and
+                that `flag` takes it.
         """
-        base = BASES.get(base, base)
-        names = schema.LABELS[: preprocess.num_classes]
-        with hub.from_pretrained_kwargs(base, flag) as safe:
-            net = SegformerForSemanticSegmentation.from_pretrained(
-                base,
-                ignore_mismatched_sizes=True,
-                dtype=torch.float32,
-                id2label=dict(enumerate(names)),
-                label2id={name: index for index, name in enumerate(names)},
-                **safe,
-            )
-        return cls(net, preprocess)
+        return cls(_load_base(BASES.get(base, base), preprocess, flag), preprocess)
 
     @classmethod
     def load(cls, location: str, device: torch.device | str = "cpu") -> "Segmenter":
@@ -69,10 +60,9 @@ class Segmenter(nn.Module):
                 "directory that all mount, or a URI (s3://...)."
             )
         preprocess = Preprocess.read(directory)
-        with hub.from_pretrained_kwargs(directory, "--segment.model") as safe:
-            net = SegformerForSemanticSegmentation.from_pretrained(
-                directory, dtype=torch.float32, **safe
-            )
+        net = hub.load(
+            SegformerForSemanticSegmentation, directory, "--segment.model", dtype=torch.float32
+        )
         return cls(net, preprocess).to(device).eval()
 
     def save(self, directory: str) -> None:
@@ -99,6 +89,36 @@ class Segmenter(nn.Module):
     ) -> UInt8[Tensor, "n size size"]:
         """Return the most probable class id of each pixel, of tiles of the size of training."""
         return self.scores(tiles, flip=flip).argmax(dim=1).byte()
+
+
+def check_base(base: str, preprocess: Preprocess, flag: str = "--base") -> None:
+    """Check that a base can be had; of a local one also that its weights fit, which are not loaded.
+
+    Raises:
+        ValueError: as `Segmenter.from_base`.
+    """
+    base = BASES.get(base, base)
+    hub.check_model(base, flag)
+    if os.path.isdir(base):
+        _load_base(base, preprocess, flag, device_map="meta")
+
+
+def _load_base(
+    base: str, preprocess: Preprocess, flag: str, **options: Any
+) -> SegformerForSemanticSegmentation:
+    names = schema.LABELS[: preprocess.num_classes]
+    return hub.load(
+        SegformerForSemanticSegmentation,
+        base,
+        flag,
+        # A base of the encoder alone lacks all of the head; of another one, the classes differ.
+        heads=("decode_head.", "decode_head.classifier."),
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+        **options,
+    )
 
 
 def upsample(

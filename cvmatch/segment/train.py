@@ -1,22 +1,23 @@
 """Fine-tune SegFormer on aerial pictures and their class maps."""
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import ray.data
 import torch
 from jaxtyping import UInt8
 from ray.data import Dataset
 
-from cvmatch.data import images, manifest, schema, storage
+from cvmatch.data import images, manifest, row_files, schema
 from cvmatch.data.pairs import PairDataset
+from cvmatch.data.settings import Ingest
 from cvmatch.nn import hub
 from cvmatch.runtime import session, tracking
 from cvmatch.runtime.output_directory import read_provenance
 from cvmatch.segment.batches import Preprocess, decode, decode_synthesized
-from cvmatch.segment.model import BASES, Segmenter
+from cvmatch.segment.model import Segmenter, check_base
 from cvmatch.segment.settings import TrainSegmenter
 from cvmatch.segment.task import SegmenterTask, class_weights
 from cvmatch.training import launch
@@ -26,8 +27,13 @@ from cvmatch.training.settings import TrainConfig
 COUNTED = 256
 """Training rows whose pixels are counted for the class weights."""
 
+MOST = 0.5
+"""Share of labelled pixels, in [0, 1], below which a training warns."""
+
 SHOWN = 6
 """Pictures in the image of masks that a run logs."""
+
+_log = logging.getLogger(__name__)
 
 
 def train(config: TrainSegmenter) -> TrainResult:
@@ -40,9 +46,9 @@ def train(config: TrainSegmenter) -> TrainResult:
     """
     launch.preflight(config.fit)
     check_synthesized(config)
-    hub.check_model(BASES.get(config.base, config.base), "--base")
-    session.start()
     preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
+    check_base(config.base, preprocess)
+    session.start()
     pairs = PairDataset.open(config.data)
     held_out = config.held_out and PairDataset.open(config.held_out.ingest(config.data))
     rows = read_training_rows(config, pairs, preprocess)
@@ -66,7 +72,7 @@ def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: TrainConfig) 
     """Decode the rows with a class map to `aerial`, `aerial_mask` and `key`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no pixel of any has a class.
     """
     decoded = launch.cache_rows(_map_blocks(pairs.rows(), decode, preprocess=preprocess), fit)
     if not decoded.take(1):
@@ -75,7 +81,39 @@ def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: TrainConfig) 
             f"{data.root} ({data.split}): expected rows with a class map, got none. The segmenter "
             "learns from segmap/*.png; official CVUSA has none, the published subset has."
         )
+    masks = decoded.select_columns("aerial_mask").iter_rows()
+    check_labels((row["aerial_mask"] for row in masks), pairs.config)
     return decoded
+
+
+def check_labels(masks: Iterable[UInt8[np.ndarray, "size size"]], data: Ingest) -> None:
+    """Check that class maps say something: COUNTED of them, or more until a pixel has a class.
+
+    A warning says so where most pixels have none.
+
+    Args:
+        masks: Class maps.
+        data: Where they are from.
+
+    Raises:
+        ValueError: no pixel of any map has a class.
+    """
+    maps = pixels = labelled = 0
+    for mask in masks:
+        maps += 1
+        pixels += mask.size
+        labelled += int((mask != schema.IGNORE).sum())
+        if labelled and maps >= COUNTED:
+            break
+    colours = dict(zip(schema.LABELS, schema.PALETTE, strict=True))
+    found = (
+        f"{data.root} ({data.split}): of {maps} class maps, {labelled / max(1, pixels):.1%} of the "
+        f"pixels have one of the colours {colours}"
+    )
+    if not labelled:
+        raise ValueError(f"{found}: nothing to learn from, or to measure by. Mend the maps.")
+    if labelled < MOST * pixels:
+        _log.warning("%s: the other pixels are ignored.", found)
 
 
 def check_synthesized(config: TrainSegmenter) -> None:
@@ -106,9 +144,8 @@ def read_training_rows(
     """
     if not config.synthesized:
         return read_labelled(pairs, preprocess, config.fit)
-    filesystem, path = storage.resolve(config.synthesized)
     columns = [schema.PAIR_ID, schema.SYNTHETIC, schema.CLASSES, schema.ERROR]
-    synthetic = ray.data.read_parquet(path, filesystem=filesystem, columns=columns)
+    synthetic = row_files.read(config.synthesized, columns, needed=columns)
     share = config.synthesized_share
     options = {"preprocess": preprocess, "share": share, "seed": config.fit.seed}
     synthetic = _map_blocks(synthetic, decode_synthesized, **options)

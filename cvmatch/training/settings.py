@@ -70,7 +70,7 @@ class TrainConfig:
                 f"{self.accumulate}."
             )
         if self.batch < 1:
-            raise ValueError(f"fit: expected a batch of rows, got {self.batch}. Try --fit.batch 8.")
+            raise ValueError(f"fit: expected a batch of rows, got {self.batch}. Try --fit.batch 1.")
         if self.workers < 0:
             raise ValueError(f"fit: expected workers >= 0, got {self.workers}.")
         if not 0 <= self.warmup < 1:

@@ -188,3 +188,70 @@ def test_read_positions_impossible_place_names_the_line(tmp_path, line):
     put(tmp_path / "all.csv", f"1.5,2.5\n{line}\n".encode())
     with pytest.raises(ValueError, match=r"all\.csv line 2: expected latitude"):
         cvusa.read_positions(str(tmp_path / "all.csv"))
+
+
+def test_plan_finds_names_of_any_case_and_ending(tmp_path):
+    write_pair(tmp_path, 1)
+    put(tmp_path / "Bingmap2/INPUT0000002.PNG", picture())
+    put(tmp_path / "streetview/0000002.Jpg", picture())
+    put(tmp_path / "streetview/0000003.jfif", picture())
+    put(tmp_path / "streetview/0000004.JPE", picture())
+    lines = [subset_line(1), "bingmap2/input0000002.png,streetview/0000002.jpg"]
+    lines += [f"bingmap2/0000002.png,streetview/000000{n}.jpg".replace("2/0000002", f"/{n:07d}")
+              for n in (3, 4)]  # fmt: skip
+    for number in (3, 4):
+        put(tmp_path / f"bingmap/{number:07d}.Jpeg", picture())
+    write_tables(tmp_path, lines, [])
+    (tmp_path / "train-19zl.csv").rename(tmp_path / "Train-19zl.CSV")
+    put(tmp_path / "ALL.csv", b"1,2\n3,4\n")
+    rows, rejects = planned(tmp_path)
+    assert not rejects
+    assert {row["ground_file"] for row in rows.values()} == {
+        "streetview/0000001.jpg", "streetview/0000002.Jpg", "streetview/0000003.jfif",
+        "streetview/0000004.JPE",
+    }  # fmt: skip
+    assert rows["0000002"]["aerial_file"] == "Bingmap2/INPUT0000002.PNG"
+    assert rows["0000002"]["latitude"] == 3
+
+
+def test_plan_of_two_names_that_differ_in_case_takes_the_one_that_is_stated(tmp_path):
+    write_pair(tmp_path, 1)
+    put(tmp_path / "streetview/0000001.JPG", picture())
+    write_tables(tmp_path, ["bingmap/input0000001.png,streetview/0000001.JPG"], [])
+    assert planned(tmp_path)[0]["0000001"]["ground_file"] == "streetview/0000001.JPG"
+    write_tables(tmp_path, ["bingmap/input0000001.png,streetview/0000001.jpg"], [])
+    assert planned(tmp_path)[0]["0000001"]["ground_file"] == "streetview/0000001.jpg"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_as_spreadsheets_save_them_are_read(tmp_path, delimiter, encoding):
+    write_pair(tmp_path, 1)
+    cells = ["aerial", "ground"], ["bingmap/input0000001.png", "streetview/0000001.jpg"]
+    text = "".join(delimiter.join(row) + "\r\n" for row in cells)
+    put(tmp_path / "train-19zl.csv", text.encode(encoding))
+    comma = "," if delimiter == ";" else "."
+    put(tmp_path / "all.csv", f"46{comma}95{delimiter}7{comma}44\n".encode(encoding))
+    rows, rejects = planned(tmp_path)
+    assert not rejects
+    assert (rows["0000001"]["latitude"], rows["0000001"]["longitude"]) == (46.95, 7.44)
+
+
+def test_tables_of_paths_with_semicolons_are_split_at_commas(tmp_path):
+    put(tmp_path / "a;b/input0000001.png", picture())
+    put(tmp_path / "streetview/0000001.jpg", picture())
+    write_tables(tmp_path, ["a;b/input0000001.png,streetview/0000001.jpg"], [])
+    assert not planned(tmp_path)[1]
+
+
+def test_absolute_paths_are_taken_where_they_are_below_the_root(tmp_path):
+    root = tmp_path / "a b"
+    write_pair(root, 1)
+    write_pair(root, 2)
+    lines = [f"{root}/bingmap/input0000001.png,{root}/streetview/0000001.jpg"]
+    lines += ["/elsewhere/bingmap/input0000002.png,/elsewhere/streetview/0000002.jpg"]
+    write_tables(root, lines, [])
+    for place in (str(root), "file://" + quote(str(root))):
+        rows, (reject,) = planned(place)
+        assert rows["0000001"]["aerial_file"] == "bingmap/input0000001.png"
+        assert "leaves the data root" in str(reject["reason"])

@@ -82,6 +82,30 @@ def test_publish_unusable_rows_are_refused(model, output, tmp_path, done, messag
     assert not os.path.exists(os.path.join(output, "CURRENT"))
 
 
+def test_publish_names_identical_tiles_and_counts_them(model, output, tmp_path, caplog):
+    vectors = np.random.default_rng(0).normal(size=(6, 16))
+    vectors[[1, 3, 4]] = vectors[1]
+    done = table([*"fedcba"], vectors)
+    info = publish(tiny.write_parts(done, str(tmp_path / "parts")),
+                   BuildIndex(model=model, output=output))  # fmt: skip
+    assert info.identical_tiles == 3
+    (group,) = info.identical
+    assert (group.tiles, group.pair_ids) == (3, ("b", "c", "e"))
+    assert "3 of 6 tiles are identical" in caplog.text
+    assert Index.open(output).manifest.identical == info.identical
+
+
+def test_publish_rows_that_nothing_names_are_rejected_with_the_others(model, output, tmp_path):
+    found = tiny.write_parts(table(["a", "b"], np.eye(2, 16)), str(tmp_path / "parts"))
+    nameless = [{"pair_id": None, "error": "x.parquet row 7: pair_id is null, empty or blank"}]
+    config = BuildIndex(model=model, output=output, max_rejected=0.4)
+    assert publish(found, config, left_out=nameless).rejected == 1
+    with open(os.path.join(output, "versions", "v000001", "rejected.jsonl")) as file:
+        assert [json.loads(line) for line in file] == nameless
+    with pytest.raises(ValueError, match=r"of 3 rows at most 30\.0% may fail, but 1 did.*row 7"):
+        publish(found, dataclasses.replace(config, max_rejected=0.3), left_out=nameless)
+
+
 def test_publish_projections_of_another_width_is_refused(parts, output, tmp_path):
     wide = tiny.matcher(str(tmp_path / "wide"), hidden=20)
     with pytest.raises(ValueError, match="expected tile_vector of 40 numbers a row"):

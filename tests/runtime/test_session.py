@@ -37,6 +37,18 @@ def test_pool_refuses_sizes_that_cannot_be(wrong):
         Pool(**wrong)
 
 
+def test_socket_paths_that_are_too_long_name_the_variable_and_a_way_out(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    session.check_socket_paths()
+    monkeypatch.setenv("RAY_TMPDIR", "/scratch/" + 71 * "x")
+    with pytest.raises(ValueError, match=r"RAY_TMPDIR /scratch/x+: expected .*export RAY_TMPDIR="):
+        session.check_socket_paths()
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", "/" + 79 * "x")
+    with pytest.raises(ValueError, match=r"^TMPDIR /x"):
+        session.check_socket_paths()
+
+
 @pytest.mark.ray
 def test_preflight_leaves_a_cpu_to_read_and_write(ray_session):
     pools.preflight({"first": Pool(size=8, cpus=0.5), "second": Pool(size=6, cpus=0.5)})  # 7 of 8

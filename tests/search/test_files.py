@@ -258,3 +258,21 @@ def test_page_of_a_search_shows_each_panorama_its_tiles_and_where_they_are(index
     assert "metres north" in page
     assert "not known" in page
     assert "cut.png could not be searched" in page
+
+
+def test_search_of_a_directory_names_what_it_does_not_search(index, tmp_path, caplog):
+    good = images.encode(tiny.picture(np.random.default_rng(0), 16, 64), "JPEG")
+    folder = tmp_path / "street"
+    (folder / "below").mkdir(parents=True)
+    for name in ("a.JPG", "b.jfif", "c.jpe"):
+        (folder / name).write_bytes(good)
+    for name in ("._a.JPG", ".DS_Store", "d.webp", "e.heic"):
+        (folder / name).write_bytes(b"?")
+    config = SearchFiles(panorama=(str(folder),), index=index_folder(index))
+    found = [Path(result.query).name for result in files.search_files(config)]
+    assert found == ["a.JPG", "b.jfif", "c.jpe"]
+    assert "holds 3 others: below, d.webp, e.heic" in caplog.text
+    for name in found:
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"holds 3 others: below, d\.webp, e\.heic\. Convert"):
+        files.search_files(config)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from cvmatch.segment.batches import FILE, Preprocess
-from cvmatch.segment.model import BASES, Segmenter
+from cvmatch.segment.model import BASES, Segmenter, check_base
 from tests.helpers.segmenter import SIZE, picture, planes, segformer
 
 
@@ -130,3 +131,29 @@ def test_segformer_has_the_published_number_of_parameters(name: str):
     ]
     assert counts == pytest.approx(millions, abs=0.1)
     assert sum(counts) == pytest.approx(sum(millions), abs=0.1)  # B3: 47.3
+
+
+@pytest.mark.parametrize("lost", ["segformer.", "decode_head.batch_norm.weight"])
+def test_segmenter_base_whose_weights_do_not_fit_is_refused(tmp_path, lost: str):
+    segformer(150).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    kept = {name: value for name, value in state.items() if not name.startswith(lost)}
+    save_file(kept, file, {"format": "pt"})
+    for load in (check_base, Segmenter.from_base):
+        with pytest.raises(ValueError, match=f"--base .*expected all weights.*{lost}"):
+            load(str(tmp_path), Preprocess(size=SIZE))
+    save_file({f"model.{name}": value for name, value in state.items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"begin with 'model\.'"):
+        check_base(str(tmp_path), Preprocess(size=SIZE))
+
+
+def test_segmenter_base_of_the_encoder_alone_gets_a_head(tmp_path):
+    whole = segformer(150)
+    whole.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = {k: v for k, v in load_file(file).items() if k.startswith("segformer.")}
+    save_file(state, file, {"format": "pt"})
+    check_base(str(tmp_path), Preprocess(size=SIZE))
+    net = Segmenter.from_base(str(tmp_path), Preprocess(size=SIZE)).net
+    torch.testing.assert_close(net.segformer.state_dict(), whole.segformer.state_dict())

@@ -16,7 +16,14 @@ from cvmatch.runtime import tracking
 from cvmatch.segment.batches import Preprocess
 from cvmatch.segment.infer import SegmentAerial
 from cvmatch.segment.settings import TrainSegmenter
-from cvmatch.segment.train import check_synthesized, read_labelled, read_training_rows, train
+from cvmatch.segment.train import (
+    COUNTED,
+    check_labels,
+    check_synthesized,
+    read_labelled,
+    read_training_rows,
+    train,
+)
 from cvmatch.synthesize.settings import Synthesize
 from cvmatch.training.settings import TrainConfig
 from tests.helpers.segmenter import SIZE, picture, rows_of
@@ -122,3 +129,21 @@ def test_labelled_no_class_map_says_so(tmp_path: os.PathLike):
     make_pairs(root, maps=False)
     with pytest.raises(ValueError, match="expected rows with a class map, got none"):
         read_labelled(PairDataset.open(Ingest(root=root)), Preprocess(size=SIZE), TrainConfig())
+
+
+def test_labels_that_say_nothing_are_refused_and_few_are_told(caplog):
+    nothing = np.full((8, 8), schema.IGNORE, dtype=np.uint8)
+    with pytest.raises(ValueError, match=r"pairs \(train\): of 2 class maps, 0\.0%.*learn from"):
+        check_labels([nothing, nothing], Ingest(root="pairs"))
+    few = nothing.copy()
+    few[0] = 2
+    check_labels([nothing, few], Ingest(root="pairs"))
+    assert "6.2% of the pixels" in caplog.text
+    caplog.clear()
+    check_labels([np.zeros_like(nothing)], Ingest(root="pairs"))
+    assert not caplog.text
+
+
+def test_labels_are_looked_for_until_one_is_found():
+    nothing = np.full((1, 1), schema.IGNORE, dtype=np.uint8)
+    check_labels([nothing] * 2 * COUNTED + [nothing * 0], Ingest(root="pairs"))
