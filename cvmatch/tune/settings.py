@@ -8,7 +8,7 @@ Stage = Literal["generator", "segmenter", "matcher"]
 METRICS = {
     "generator": ("val/loss", "min"),
     "segmenter": ("val/miou", "max"),
-    "matcher": ("val/batch_recall_at_1", "max"),
+    "matcher": ("val/mrr", "max"),
 }
 """What trials are compared by, and whether small or large values are good.
 
@@ -38,7 +38,7 @@ class Tune:
     """Epochs before a trial may be stopped."""
     metric: str = ""
     """Metric of an epoch by which trials are compared; empty: val/loss of the generator, val/miou
-    of the segmenter, val/batch_recall_at_1 of the matcher."""
+    of the segmenter, val/mrr of the matcher."""
     mode: Literal["min", "max"] = "min"
     """Whether small or large values of `metric` are good; not read where it is empty."""
     seed: int = 0
