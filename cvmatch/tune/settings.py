@@ -5,6 +5,9 @@ from typing import Literal
 
 Stage = Literal["generator", "segmenter", "matcher"]
 
+Sampler = Literal["tpe", "cmaes", "random", "grid"]
+Scheduler = Literal["asha", "median", "none", "pbt"]
+
 METRICS = {
     "generator": ("val/loss", "min"),
     "segmenter": ("val/miou", "max"),
@@ -41,6 +44,16 @@ class Tune:
     of the segmenter, val/mrr of the matcher."""
     mode: Literal["min", "max"] = "min"
     """Whether small or large values of `metric` are good; not read where it is empty."""
+    sampler: Sampler = "tpe"
+    """Who proposes settings: tpe (also where some fields depend on others), cmaes (for ranges: what
+    is a choice, it draws at random), random, or grid: every combination of choices, `trials` or
+    not."""
+    scheduler: Scheduler = "asha"
+    """Who stops poor trials: asha (the better third goes on, epoch by epoch), median (what is below
+    the median of the others' means), or none. pbt is refused: see docs/tuning.md."""
+    enqueue: tuple[str, ...] = ()
+    """Settings that are tried first: `defaults` (those of `base`), and trials.json of earlier
+    searches, the best ones first; half of `trials` at most."""
     seed: int = 0
     """Seed of the proposals. (The trials' own is `fit.seed`.)"""
     storage: str = "runs"
@@ -55,6 +68,14 @@ class Tune:
             raise ValueError(
                 "tune: expected trials, concurrent and grace >= 1 and epochs >= grace, got "
                 f"{self.trials}, {self.concurrent}, {self.grace} and {self.epochs}."
+            )
+        if self.scheduler == "pbt":
+            # A trial's training keeps its checkpoints itself; without those in Tune, PBT exploits
+            # nothing and says so only in the log.
+            raise ValueError(
+                "tune: population-based training (pbt) copies checkpoints between trials, which "
+                "Ray Tune cannot do where Ray Train's controller holds them: it would train on "
+                "unchanged, without an error. Pass --scheduler asha, median or none."
             )
 
     @property
