@@ -9,14 +9,14 @@ Sampler = Literal["tpe", "cmaes", "random", "grid"]
 Scheduler = Literal["asha", "median", "none", "pbt"]
 
 METRICS = {
-    "generator": ("val/loss", "min"),
+    "generator": ("val/retrieval_mrr", "max"),
     "segmenter": ("val/miou", "max"),
     "matcher": ("val/mrr", "max"),
 }
 """What trials are compared by, and whether small or large values are good.
 
-None changes by itself with what is searched. A training loss would: the least margin has the least.
-(The generator's val/loss is the error of the noise alone, without the weights.)
+None changes by itself with what is searched. A loss would: the least margin has the least, and the
+error of the noise alone, the generator's val/loss, is least where the image losses weigh least.
 """
 
 
@@ -40,8 +40,8 @@ class Tune:
     grace: int = 1
     """Epochs before a trial may be stopped."""
     metric: str = ""
-    """Metric of an epoch by which trials are compared; empty: val/loss of the generator, val/miou
-    of the segmenter, val/mrr of the matcher."""
+    """Metric of an epoch by which trials are compared; empty: val/retrieval_mrr of the generator,
+    val/miou of the segmenter, val/mrr of the matcher."""
     mode: Literal["min", "max"] = "min"
     """Whether small or large values of `metric` are good; not read where it is empty."""
     sampler: Sampler = "tpe"
