@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar
 
 import ray
 import ray.tune
@@ -25,7 +25,9 @@ from cvmatch.runtime import pools, progress, session, tracking
 from cvmatch.training import launch
 from cvmatch.training.settings import TrainConfig
 from cvmatch.tune import proposals, search_space
+from cvmatch.tune.page import write_tune_page
 from cvmatch.tune.settings import Stage, Tune
+from cvmatch.tune.trials import TrialState, TrialSummary
 
 BEST, TRIALS, SEARCH = "best.yaml", "trials.json", "search.json"
 
@@ -35,22 +37,6 @@ _RUN_STATES = {
     "failed": ("FAILED", ""),
 }
 """MLflow's status of a trial's run, and a tag that says why."""
-
-TrialState = Literal["finished", "stopped early", "failed"]
-
-
-class TrialSummary(TypedDict):
-    """A trial of a search, as in trials.json."""
-
-    trial: str
-    """Its id."""
-    params: Mapping[str, Any] | None
-    """Dotted field -> value; None where it failed before it began."""
-    metrics: Mapping[str, int | float]
-    """Of its last epoch."""
-    error: str
-    """Why it failed, else empty."""
-    state: TrialState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +102,7 @@ class _EndedTrials(ray.tune.Callback):
 
 
 def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = None) -> TuneResult:
-    """Try settings, write `best.yaml` and `trials.json` to `config.output`.
+    """Try settings, write `best.yaml`, `trials.json` and the page `tune.html` to `config.output`.
 
     Args:
         config: What is searched, and for how long.
@@ -179,6 +165,7 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
         changes = {**result.params, **_alone(base), "fit.name": ""}
         best = configs.dump(configs.override(base, changes))
         _write(result, best, config.output)
+        write_tune_page(config, space, trials, best)
         parent.metrics({f"best/{metric}": result.value})
         parent.text(best, BEST)
     return result
@@ -277,9 +264,18 @@ def _describe_trials(grid: ResultGrid, config: Tune) -> list[TrialSummary]:
             metrics={k: v for k, v in (result.metrics or {}).items() if _is_ours(k, v)},
             error=str(result.error) if result.error else "",
             state=_state(result, config.epochs),
+            history=_read_history(result, config.goal[0]),
+            seconds=float((result.metrics or {}).get("time_total_s", 0.0)),
         )
         for result in grid
     ]
+
+
+def _read_history(result: Any, metric: str) -> list[list[float]]:
+    frame = result.metrics_dataframe
+    if frame is None or metric not in frame:
+        return []
+    return [[int(e), float(v)] for e, v in zip(frame["epoch"], frame[metric], strict=True)]
 
 
 def _state(result: Any, epochs: int) -> TrialState:

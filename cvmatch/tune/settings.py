@@ -61,7 +61,8 @@ class Tune:
     name: str = ""
     """Name of the search: the same name and storage go on with it. Empty: a new one every time."""
     output: str = "tuned"
-    """Directory of best.yaml, which the stage's job takes as --config, and of trials.json."""
+    """Directory of best.yaml, which the stage's job takes as --config, of trials.json, and of the
+    page tune.html."""
 
     def __post_init__(self) -> None:
         if min(self.trials, self.concurrent, self.grace) < 1 or self.epochs < self.grace:
