@@ -271,7 +271,7 @@ def _describe_trials(grid: ResultGrid, config: Tune) -> list[TrialSummary]:
     ]
 
 
-def _read_history(result: Any, metric: str) -> list[list[float]]:
+def _read_history(result: Any, metric: str) -> list[list[int | float]]:
     frame = result.metrics_dataframe
     if frame is None or metric not in frame:
         return []

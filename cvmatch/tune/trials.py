@@ -18,7 +18,7 @@ class TrialSummary(TypedDict):
     error: str
     """Why it failed, else empty."""
     state: TrialState
-    history: list[list[float]]
+    history: list[list[int | float]]
     """[epoch, the compared metric] after each of its epochs."""
     seconds: float
     """That it ran."""
