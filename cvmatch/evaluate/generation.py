@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cvmatch.data import images, schema
@@ -150,19 +150,26 @@ def retrieve_by_ncc(
         bootstrap: resamples for each interval.
         seed: of the resamples.
     """
-    ranks = []
-    for begin in range(0, len(true), _CHUNK):
-        part = predicted[begin : begin + _CHUNK]
-        blocks = [metrics.retrieval_by_ncc(part, other) for other in true.split(_CHUNK)]
-        truth = torch.arange(begin, begin + len(part))
-        ranks.append(metrics.ranks(torch.cat(blocks, dim=1), truth))
-    rank = torch.cat(ranks)
+    rank = rank_by_ncc(predicted, true)
     recalls = {}
     for name, share in (("recall@1", 1e-9), ("recall@1%", 0.01), ("recall@10%", 0.1)):
         value, k = metrics.recall_share(share, rank, len(true))
         low, high = metrics.bootstrap((rank < k).float(), bootstrap, seed)
         recalls[name] = Recall(value=value, low=low, high=high, k=float(k))
     return PictureRetrieval(gallery=float(len(true)), recalls=recalls)
+
+
+def rank_by_ncc(
+    predicted: Float[Tensor, "row plane h w"], true: Float[Tensor, "row plane h w"]
+) -> Int64[Tensor, " row"]:
+    """Rank, zero-based, each true picture among all, of `metrics.planes` in the same order."""
+    ranks = []
+    for begin in range(0, len(true), _CHUNK):
+        part = predicted[begin : begin + _CHUNK]
+        blocks = [metrics.retrieval_by_ncc(part, other) for other in true.split(_CHUNK)]
+        truth = torch.arange(begin, begin + len(part))
+        ranks.append(metrics.ranks(torch.cat(blocks, dim=1), truth))
+    return torch.cat(ranks)
 
 
 def _add_similarities(

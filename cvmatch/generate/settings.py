@@ -176,8 +176,8 @@ class TrainGenerator(GeneratorLossConfig, Encode):
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: a third slower, much less memory."""
     validation_images: int = 64
-    """Validation rows (of each worker) that are sampled after each epoch, for PSNR, SSIM and the
-    like; 0: none."""
+    """Validation rows that are sampled after each epoch, the same ones whatever the workers, for
+    val/retrieval_mrr, PSNR, SSIM and the like; 0: none."""
     output: str = "models/generator"
     """Directory of the published model."""
     fit: TrainConfig = field(default_factory=TrainConfig)

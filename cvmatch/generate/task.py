@@ -1,6 +1,7 @@
 """The generator's training steps: a batch of pairs -> its losses and validation metrics."""
 
 import os
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from cvmatch.generate.model import Generator, merge_lora, set_trainable
 from cvmatch.generate.settings import TrainGenerator
 from cvmatch.nn import metrics, rng
 from cvmatch.training.ema import EMA, trained_weights
-from cvmatch.training.metrics import ROWS
+from cvmatch.training.metrics import ROW_KEY, ROWS
 
 VALIDATION_LEVELS = (0.2, 0.5, 0.8)
 """Noise levels t / T of the validation loss, the same for every row."""
@@ -51,13 +52,17 @@ class GeneratorTask(nn.Module):
         config: TrainGenerator,
         lpips: LPIPS | None = None,
         seed: int = 0,
+        sampled: Collection[int] = (),
     ) -> None:
-        """`lpips` may be None where `config.lpips_weight` is 0."""
+        """`lpips` may be None where `config.lpips_weight` is 0.
+
+        `sampled` are the keys of the validation rows that are sampled.
+        """
         super().__init__()
         if config.lpips_weight and lpips is None:
             raise ValueError("GeneratorTask: lpips_weight needs an LPIPS network, or 0.")
         self.generator, self.config, self.lpips = generator, config, lpips
-        self.seed, self.sampled = seed, 0
+        self.seed, self.sampled = seed, frozenset(sampled)
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
         channels, size, _ = generator.latent_shape
         self.latent_to_rgb = nn.Conv2d(channels, 3, 3, padding=1) if config.x0_nce_weight else None
@@ -89,8 +94,7 @@ class GeneratorTask(nn.Module):
         return _with_loss(self.config, terms)
 
     def train(self, mode: bool = True) -> "GeneratorTask":
-        """Set the mode; each validation averages anew and samples its first rows."""
-        self.sampled = 0
+        """Set the mode; each validation averages anew."""
         self._averaged.clear()
         super().train(mode)
         if self.frozen_bev:
@@ -122,8 +126,9 @@ class GeneratorTask(nn.Module):
         and the like are of one noise level. Rows that were alone in their batch had none to be
         shuffled with; where all were, there is neither `gap` nor `loss_shuffled`.
 
-        Of the sampled rows: mean PSNR (dB), SSIM, NCC and LPIPS, recall of the true tile by NCC
-        among them (`generation.retrieve_by_ncc`), and the picture `samples`, G | A | C.
+        Of the sampled rows: mean PSNR (dB), SSIM, NCC and LPIPS, recall and mean reciprocal rank
+        of the true tile by NCC among them (`generation.retrieve_by_ncc`), and the picture
+        `samples`, G | A | C.
         """
         summary: dict[str, Any] = {k: float(v) for k, v in means.items() if not v.ndim}
         compared = summary.pop("compared")
@@ -134,9 +139,13 @@ class GeneratorTask(nn.Module):
                 summary |= {f"gap{level}": gap, f"loss_shuffled{level}": right * (1 + gap)}
         rows = {k.removeprefix(ROWS): v for k, v in means.items() if k.startswith(ROWS)}
         if rows:
+            del rows["key"]
             view, sampled, true = (rows.pop(name) for name in ("view", "sampled", "true"))
             summary |= {name: value.mean().item() for name, value in rows.items()}
-            recall = generation.retrieve_by_ncc(metrics.planes(sampled), metrics.planes(true))
+            planes = metrics.planes(sampled), metrics.planes(true)
+            rank = generation.rank_by_ncc(*planes)
+            summary["retrieval_mrr"] = metrics.mean_reciprocal_rank(rank)
+            recall = generation.retrieve_by_ncc(*planes)
             # MLflow's names have neither @ nor %.
             summary |= {
                 k.replace("@", "_at_").replace("%", "_percent"): v
@@ -209,7 +218,7 @@ class GeneratorTask(nn.Module):
         """Return the noise loss with the row's own panorama and with its neighbour's.
 
         The published weights are validated, at VALIDATION_LEVELS. `compared` is the share of rows
-        that have a neighbour. The first rows are also sampled.
+        that have a neighbour. The rows of `sampled` are also sampled.
         """
         model = self.eval_model()
         condition = model.condition(features)
@@ -228,23 +237,23 @@ class GeneratorTask(nn.Module):
         means = {"loss": totals["loss_correct"], "compared": compared, **totals}
         network = model.conditioner.bev
         means |= losses.bev_losses(network, condition.bev, pairs.tile, pairs.mask)
-        rows = min(len(keys), self.config.validation_images - self.sampled)
-        if rows > 0:
-            self.sampled += rows
-            first = PanoramaFeatures(*(value[:rows] for value in features))
-            means |= self._sample(model, first, pairs.tile[:rows], keys[:rows])
+        rows = [row for row, key in enumerate(keys.tolist()) if key in self.sampled]
+        if rows:
+            chosen = PanoramaFeatures(*(value[rows] for value in features))
+            means |= self._sample(model, chosen, pairs.tile[rows], keys[rows])
         return means
 
     def _sample(
         self, model: Generator, features: PanoramaFeatures, tile: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
         """Return sampled images and their metrics against the true tiles, row by row."""
-        sampled = model.sample_images(features, keys)
+        # In 8 bits, as they are written: the last bits depend on the rows of the batch.
+        sampled = (model.sample_images(features, keys) * 255).round() / 255
         rows = {metric.__name__: metric(sampled, tile) for metric in generation.SIMILARITIES}
         if self.lpips is not None:
             rows["lpips"] = self.lpips(sampled, tile)
         rows |= {"sampled": sampled, "true": tile, "view": features.view}
-        return {f"{ROWS}{name}": value for name, value in rows.items()}
+        return {f"{ROWS}{name}": value for name, value in rows.items()} | {ROW_KEY: keys}
 
 
 class BEVTask(nn.Module):

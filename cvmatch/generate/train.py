@@ -15,7 +15,7 @@ from cvmatch.generate.losses import LPIPS
 from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import TrainGenerator
 from cvmatch.generate.task import BEVTask, GeneratorTask, load_bev
-from cvmatch.nn import hub
+from cvmatch.nn import hub, rng
 from cvmatch.runtime import session, tracking
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
@@ -37,21 +37,30 @@ def train(config: TrainGenerator) -> TrainResult:
         held_out = PairDataset.open(config.val.ingest(config.data)) if config.val else None
         data = read_training_pairs(config, pairs)
         val = held_out and read_pairs(config, held_out)
+        sampled = choose_sampled(config, held_out) if held_out else ()
         provenance = manifest.digest([part.fingerprint for part in (pairs, held_out) if part])
         bev = _pretrain_bev(config, data, val, provenance) if config.pretrain_bev else ""
-        build = functools.partial(build_task, config, bev)
+        build = functools.partial(build_task, config, bev, sampled)
         result = launch.train(build, data, val, config.fit, run, input_fingerprint=provenance)
         launch.publish(result, config.output)
     return result
 
 
-def build_task(config: TrainGenerator, bev: str = "") -> GeneratorTask:
-    """Build the task; `bev` is a directory that `BEVTask.save` wrote, or empty."""
+def build_task(
+    config: TrainGenerator, bev: str = "", sampled: tuple[int, ...] = ()
+) -> GeneratorTask:
+    """Build the task.
+
+    Args:
+        config: the settings.
+        bev: a directory that `BEVTask.save` wrote, or empty.
+        sampled: keys of the validation rows that are sampled, see `choose_sampled`.
+    """
     generator = Generator.base(config.diffusion, config.clip, config.conditioning)
     if bev:
         load_bev(generator.conditioner.bev, bev)
     lpips = LPIPS.load(config.lpips_vgg) if config.lpips_weight else None
-    return GeneratorTask(generator, config, lpips, config.fit.seed)
+    return GeneratorTask(generator, config, lpips, config.fit.seed, sampled)
 
 
 def read_pairs(config: TrainGenerator, pairs: PairDataset, mirror: bool = False) -> Dataset:
@@ -63,9 +72,20 @@ def read_pairs(config: TrainGenerator, pairs: PairDataset, mirror: bool = False)
 def read_training_pairs(config: TrainGenerator, pairs: PairDataset) -> Dataset:
     """Encode pairs, unless the latent cache has them, and read all but `choose_held_out`."""
     directory = _encode(config, pairs, config.mirror)
+    left_out = choose_held_out(_read_ids(directory))
+    return launch.cache_rows(read_latents(directory, left_out), config.fit)
+
+
+def choose_sampled(config: TrainGenerator, pairs: PairDataset) -> tuple[int, ...]:
+    """Choose the keys of the validation pairs that are sampled: as good as at random."""
+    keys = map(rng.row_key, _read_ids(_encode(config, pairs, mirror=False)))
+    return tuple(sorted(keys)[: config.validation_images])
+
+
+def _read_ids(directory: str) -> list[str]:
+    """Read the ids of the good rows of a latent cache."""
     rows = map(schema.good_rows, tables.batches(directory, [schema.PAIR_ID, schema.ERROR]))
-    ids = [one for table in rows for one in table[schema.PAIR_ID].to_pylist()]
-    return launch.cache_rows(read_latents(directory, choose_held_out(ids)), config.fit)
+    return [one for table in rows for one in table[schema.PAIR_ID].to_pylist()]
 
 
 def _encode(config: TrainGenerator, pairs: PairDataset, mirror: bool) -> str:

@@ -265,22 +265,29 @@ def fit_weights(cosines: Mapping[str, Float[Tensor, "pair tile"]]) -> FusionWeig
     temperature: dict[Modality, float] = {}
     pairs = 0
     for modality in MODALITIES:
-        used = [branch for branch in BRANCHES_OF[modality] if branch in cosines]
+        used = {branch: cosines[branch] for branch in BRANCHES_OF[modality] if branch in cosines}
         if used:
-            stack = np.stack([cosines[branch].double().cpu().numpy() for branch in used])
-            logits = optimize.minimize(
-                _cross_entropy,
-                [10.0] * len(used),
-                stack,
-                "L-BFGS-B",
-                jac=True,
-                bounds=[(0.0, None)] * len(used),
-            ).x
-            total, pairs = max(float(logits.sum()), 1e-6), stack.shape[1]
-            shares = logits / total if logits.any() else np.full(len(used), 1 / len(used))
-            weights[modality] = dict(zip(used, shares.tolist(), strict=True))
-            temperature[modality] = 1 / total
+            weights[modality], temperature[modality] = fit_shares(used)
+            pairs = len(next(iter(used.values())))
     return FusionWeights(weights, temperature, pairs)
+
+
+def fit_shares(
+    cosines: Mapping[str, Float[Tensor, "pair tile"]],
+) -> tuple[dict[str, float], float]:
+    """Fit the weights of all these branches, as `fit_weights`; returns also the temperature."""
+    stack = np.stack([values.double().cpu().numpy() for values in cosines.values()])
+    logits = optimize.minimize(
+        _cross_entropy,
+        [10.0] * len(stack),
+        stack,
+        "L-BFGS-B",
+        jac=True,
+        bounds=[(0.0, None)] * len(stack),
+    ).x
+    total = max(float(logits.sum()), 1e-6)
+    shares = logits / total if logits.any() else np.full(len(stack), 1 / len(stack))
+    return dict(zip(cosines, shares.tolist(), strict=True)), 1 / total
 
 
 def _cross_entropy(

@@ -1,7 +1,7 @@
 """The matcher's training step: a batch of pairs -> losses of all its queries and tiles."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,19 +10,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cvmatch.data import storage
-from cvmatch.match import losses
+from cvmatch.match import losses, validation
 from cvmatch.match.augment import TowerInputs, augment, crop_fov
 from cvmatch.match.heads import BranchHeads, Features, FusionWeights
 from cvmatch.match.joint import JointHeads
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import MatcherLossConfig
-from cvmatch.nn import metrics, rng
+from cvmatch.nn import rng
+from cvmatch.training.metrics import ROW_KEY, ROWS
+from cvmatch.training.task import VALIDATION_BATCH
 
 IDS = "training_ids.txt"
 """File of a model directory that lists the pairs it was trained on, one id a line, sorted."""
 
 SMOOTHING = 0.1
 """Label smoothing of InfoNCE, as Sample4Geo's (Deuser et al. 2023)."""
+
+LOSS_ROWS = 32
+"""Rows of a validation, in the order of their keys, that a loss compares with each other."""
 
 LAYOUT_SCALE = 5.0
 """Inverse temperature of layouts, which are not trained, before weights are fitted."""
@@ -54,25 +59,18 @@ class MatcherTask(nn.Module):
         self.log_scale = nn.ParameterDict({f"scale{t}": nn.Parameter(start.clone()) for t in terms})
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the loss and its terms; in evaluation mode also the recall within the batch.
+        """Return the loss and its terms; in evaluation mode the vectors of the rows, for `summary`.
 
-        A batch is a small gallery: that recall compares epochs and trials. `evaluate` measures the
-        whole one.
+        There the networks always see VALIDATION_BATCH rows, since the last bits of a vector depend
+        on their number, and the gallery is that of all validation rows.
         """
-        scores = self.scores(batch)
-        terms = {name: self._loss(name, score) for name, score in scores.items()}
-        weights = {"direct": self.config.direct_weight, "joint": 1.0}
-        joint = isinstance(self.model.heads, JointHeads)
-        total = torch.stack(
-            [weights[name] * value if joint else value for name, value in terms.items()]
-        ).sum()
-        values = {"loss": total} | {name: value.detach() for name, value in terms.items()}
         if self.training:
-            return values
-        recalls = {f"batch_recall_at_1_{name}": _recall_at_1(s) for name, s in scores.items()}
-        # Of the fullest queries there are: what trials and epochs are compared by.
-        fullest = scores["joint"] if joint else torch.stack([*self._scaled(scores)]).sum(0)
-        return values | recalls | {"batch_recall_at_1": _recall_at_1(fullest)}
+            return self._losses(self.scores(batch))
+        count = len(batch["key"])
+        inputs = self._inputs(validation.pad(batch, VALIDATION_BATCH), self.model.config.letters)
+        vectors = validation.embed(self.model, inputs)
+        rows = {f"{ROWS}{name}": value[:count] for name, value in vectors.items()}
+        return rows | {ROW_KEY: batch["key"]}
 
     def scores(self, batch: dict[str, Tensor]) -> dict[str, Float[Tensor, "all all"]]:
         """Score all queries (rows) and tiles (columns) of all workers, by each learned branch.
@@ -81,7 +79,7 @@ class MatcherTask(nn.Module):
         query's own A. With a tile's own A, A would tell the pair without a look at the tile, and a
         loss near zero would mean nothing.
         """
-        inputs = self._inputs(batch)
+        inputs = self._inputs(batch, self.model.config.tower_letters)
         model = self.model
         ground = self._features(model.ground_features, inputs.ground)
         pictures = [picture for picture in (inputs.aerial, inputs.synthetic) if picture is not None]
@@ -140,12 +138,42 @@ class MatcherTask(nn.Module):
         storage.write_json(storage.join(directory, _TRAINING), about)
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
-        """Return the validation means."""
-        return {name: float(value) for name, value in means.items()}
+        """Return the ranks' numbers in the gallery of all rows (`validation.rank`), and the loss.
 
-    def _inputs(self, batch: dict[str, Tensor]) -> TowerInputs:
-        """Return what the towers see; a validation sees the same in every epoch."""
-        letters = self.model.config.tower_letters
+        The loss is a mean over LOSS_ROWS rows at a time.
+        """
+        rows = {
+            name.removeprefix(ROWS): value.to(self.model.device)
+            for name, value in means.items()
+            if name.startswith(ROWS)
+        }
+        pairs = validation.EmbeddedPairs(self.model.heads, rows)
+        totals: dict[str, float] = {}
+        for begin in range(0, len(pairs), LOSS_ROWS):
+            block = slice(begin, begin + LOSS_ROWS)
+            scores = {name: pairs.scores(name, block, block) for name in self._learned()}
+            share = min(LOSS_ROWS, len(pairs) - begin) / len(pairs)
+            for name, value in self._losses(scores).items():
+                totals[name] = totals.get(name, 0.0) + share * value.item()
+        return totals | validation.rank(pairs)
+
+    def _learned(self) -> tuple[str, ...]:
+        """Return the scores that have a loss."""
+        heads = self.model.heads
+        return ("direct", "joint") if isinstance(heads, JointHeads) else tuple(heads.query)
+
+    def _losses(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the loss, and its terms by branch."""
+        terms = {name: self._loss(name, score) for name, score in scores.items()}
+        weights = {"direct": self.config.direct_weight, "joint": 1.0}
+        joint = isinstance(self.model.heads, JointHeads)
+        total = torch.stack(
+            [weights[name] * value if joint else value for name, value in terms.items()]
+        ).sum()
+        return {"loss": total} | {name: value.detach() for name, value in terms.items()}
+
+    def _inputs(self, batch: dict[str, Tensor], letters: str) -> TowerInputs:
+        """Return the pictures of `letters`; a validation sees the same in every epoch."""
         inputs = TowerInputs(
             batch["ground"].float() / 255,
             batch["aerial"].float() / 255,
@@ -212,10 +240,6 @@ class MatcherTask(nn.Module):
                 return self.log_scale[key].exp().clamp(max=100.0)
         return torch.tensor(1.0)
 
-    def _scaled(self, scores: dict[str, Tensor]) -> Iterator[Tensor]:
-        for name, score in scores.items():
-            yield self._scale(name) * score
-
     def _loss(self, name: str, score: Tensor) -> Tensor:
         if self.config.loss == "triplet":
             return losses.triplet(score, self.config.margin)
@@ -242,8 +266,3 @@ def read_training_ids(directory: str) -> frozenset[str]:
             "Copy the model directory again."
         )
     return frozenset(text.split("\n")[:-1])
-
-
-def _recall_at_1(score: Tensor) -> Tensor:
-    truth = torch.arange(len(score), device=score.device)
-    return (metrics.ranks(score, truth) == 0).float().mean()

@@ -52,6 +52,14 @@ def recall_share(share: float, rank: Int64[Tensor, " query"], gallery: int) -> t
     return (rank < k).double().mean().item(), k
 
 
+def mean_reciprocal_rank(rank: Int64[Tensor, " query"]) -> float:
+    """Return the mean of 1 / (one-based rank), in (0, 1]; NaN without queries.
+
+    It moves where a true item comes nearer to the top, long before it is the first.
+    """
+    return (1 / (rank.double() + 1)).mean().item()
+
+
 def median_rank(rank: Int64[Tensor, " query"]) -> float:
     """Return the median of the one-based ranks; between two middle ranks, their mean."""
     return rank.double().quantile(0.5).item() + 1

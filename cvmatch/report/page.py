@@ -28,7 +28,7 @@ from cvmatch.report.scores import Score
 _PACKAGES = ("ray", "torch", "torchvision", "diffusers", "transformers", "faiss-cpu", "mlflow")
 _WIDEST = {"ground": 640}  # pixels; with 192 for tiles, ten examples stay near a megabyte
 _SMALL = 128 * 128  # pictures of at most this many pixels stay lossless
-_SCATTERS = 3  # parameters of a search that get a picture; the table has them all
+_GOOD = 0.25  # share of the trials that stand out over parallel axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,22 @@ class Trial:
     """What came out; NaN where the trial failed."""
     state: str = "finished"
     """Such as "finished", "stopped early", "failed"."""
+    history: Sequence[tuple[Number, Number]] = ()
+    """(epoch, value) after each of its epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """How much of the differences between good and other trials a setting explains."""
+
+    name: str
+    """Dotted name of the setting."""
+    share: Number
+    """In [0, 1]; over all settings they sum to 1."""
+    low: Number
+    """Lower end of its interval."""
+    high: Number
+    """Upper end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +85,14 @@ class Page:
     """What the search was about."""
     maximise: bool = False
     """Whether the best trial is the one with the largest value."""
+    importance: Sequence[Importance] = ()
+    """Of the searched settings, the most important one first."""
+    importance_note: str = ""
+    """What these numbers are."""
+    cost: Mapping[str, str] = field(default_factory=dict)
+    """What the search cost, by name."""
+    command: str = ""
+    """The command that trains the best."""
     seconds: Mapping[str, Number] = field(default_factory=dict)
     """Wall-clock time of each stage, in seconds."""
     limits: Sequence[str] = ()
@@ -107,6 +131,8 @@ def render_page(page: Page) -> str:
             if (chart := charts.draw_curves(curves, "epoch", "loss"))
         ],
         parameters=list(dict.fromkeys(name for trial in page.trials for name in trial.params)),
+        parallel=Markup(_draw_parallel(page, best)),
+        progress=[(title, Markup(chart)) for title, chart in _draw_progress(page, best) if chart],
         scatters=[Markup(chart) for chart in _draw_trials(page, best)],
         best=best,
         draw_map=lambda example: Markup(_draw_map(example)),
@@ -209,13 +235,51 @@ def _draw_map(example: Example) -> str:
 
 def _draw_trials(page: Page, best: int) -> list[str]:
     """Draw the objective against each parameter that varies."""
-    names = dict.fromkeys(name for trial in page.trials for name in trial.params)
     drawings = []
-    for name in names:
-        if column := _read_column(page.trials, name):
-            points = [(x, trial.value) for x, trial in zip(column, page.trials, strict=True)]
-            drawings.append(charts.draw_scatter(points, best, name, page.objective))
-    return [drawing for drawing in drawings[:_SCATTERS] if drawing]
+    for column in _read_columns(page.trials):
+        points = [(x, trial.value) for x, trial in zip(column.values, page.trials, strict=True)]
+        drawings.append(
+            charts.draw_scatter(points, best, column.name, page.objective, column.choices)
+        )
+    return [drawing for drawing in drawings if drawing]
+
+
+def _draw_progress(page: Page, best: int) -> list[tuple[str, str]]:
+    """Draw the best so far, and the values after each epoch."""
+    values = [trial.value for trial in page.trials]
+    curves = [
+        Curve(name=f"trial {number}", points=trial.history)
+        for number, trial in enumerate(page.trials, 1)
+    ]
+    stopped = [trial.state != "finished" for trial in page.trials]
+    return [
+        ("The best so far", charts.draw_best_so_far(values, page.maximise, "trial", page.objective))
+        if len(page.trials) > 1
+        else ("", ""),
+        (
+            "After each epoch; a cross: stopped there",
+            charts.draw_runs(curves, stopped, best, "epoch", page.objective),
+        ),
+    ]
+
+
+def _draw_parallel(page: Page, best: int) -> str:
+    """Draw all trials over an axis for each parameter that varies, and one for the objective."""
+    columns = _read_columns(page.trials)
+    known = [trial.value for trial in page.trials]
+    columns.append(_Column(page.objective, known))
+    order = sorted((value for value in known if math.isfinite(value)), reverse=page.maximise)
+    if not order or len(columns) < 3:  # one parameter has its own chart
+        return ""
+    bound = order[max(0, math.ceil(_GOOD * len(order)) - 1)]
+    good = [value >= bound if page.maximise else value <= bound for value in known]
+    places = [column.places for column in columns]
+    return charts.draw_parallel(
+        [[place[row] for place in places] for row in range(len(known))],
+        good,
+        best,
+        [column.label for column in columns],
+    )
 
 
 def _find_best(trials: Sequence[Trial], maximise: bool) -> int:
@@ -225,12 +289,52 @@ def _find_best(trials: Sequence[Trial], maximise: bool) -> int:
     return -max(finite)[1] if finite else -1
 
 
-def _read_column(trials: Sequence[Trial], name: str) -> list[float]:
-    """Return a parameter's values, NaN where a trial has none; empty if text or all equal."""
-    values = [trial.params.get(name, math.nan) for trial in trials]
-    numbers = [float(v) for v in values if isinstance(v, int | float)]
-    different = len({v for v in numbers if math.isfinite(v)}) > 1
-    return numbers if len(numbers) == len(values) and different else []
+@dataclass(frozen=True)
+class _Column:
+    """A parameter that varies: its value of each trial, NaN where a trial has none."""
+
+    name: str
+    values: Sequence[Number]
+    choices: Sequence[str] = ()
+    """What values, from 0, stand for where they are no numbers."""
+
+    @property
+    def label(self) -> str:
+        """Name and ends of its axis."""
+        if self.choices:
+            return f"{self.name}\n{' / '.join(self.choices)}"
+        known = [value for value in self.values if math.isfinite(value)]
+        return f"{self.name}\n{format_number(min(known))} to {format_number(max(known))}"
+
+    @property
+    def places(self) -> list[float]:
+        """Places on an axis from 0 to 1, logarithmic as a chart of them would be."""
+        known = [value for value in self.values if math.isfinite(value)]
+        scale = math.log if charts.is_logarithmic(known) and not self.choices else float
+        low, high = scale(min(known)), scale(max(known))
+        return [
+            (scale(value) - low) / (high - low or 1) if math.isfinite(value) else math.nan
+            for value in self.values
+        ]
+
+
+def _read_columns(trials: Sequence[Trial]) -> list[_Column]:
+    """Return the parameters that vary, in their order."""
+    columns = []
+    for name in dict.fromkeys(name for trial in trials for name in trial.params):
+        values = [trial.params.get(name, math.nan) for trial in trials]
+        if any(isinstance(value, str | bool) for value in values):
+            choices = sorted({str(v) for v in values if isinstance(v, str | bool)})
+            numbers = [
+                float(choices.index(str(v))) if isinstance(v, str | bool) else math.nan
+                for v in values
+            ]
+            column = _Column(name, numbers, choices)
+        else:
+            column = _Column(name, [float(v) for v in values if isinstance(v, int | float)])
+        if len({value for value in column.values if math.isfinite(value)}) > 1:
+            columns.append(column)
+    return columns
 
 
 def _format_cell(value: Number | str) -> str:

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,7 +29,7 @@ from cvmatch.runtime import hardware
 from cvmatch.training import checkpoints, mid_epoch
 from cvmatch.training.metrics import LossCurve, MeanMetrics, gather_rows, to_tensors
 from cvmatch.training.settings import TrainConfig
-from cvmatch.training.task import Task
+from cvmatch.training.task import VALIDATION_BATCH, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,16 +250,12 @@ class Trainer:
             )
         return metrics
 
-    @torch.no_grad()
     def validate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Return the task's summary of all validation rows: scalars as `val/...`, and pictures."""
-        self.task.eval()
-        means, number = MeanMetrics(), torch.tensor(0)
-        for batch in self._batches("val", None):
+        with self._autocast():
             # Not through DDP, which would wait for the other workers.
-            with self._autocast():
-                means.add(self.task({**batch, "epoch": number}), len(batch["key"]))
-        summary = self.task.summary(means.reduce(self.backend.world))
+            means = evaluate(self.task, self._batches("val", None), self.backend.world)
+        summary = self.task.summary(means)
         pictures = {name: v for name, v in summary.items() if isinstance(v, np.ndarray)}
         scalars = {f"val/{k}": float(v) for k, v in summary.items() if k not in pictures}
         return scalars, pictures
@@ -365,14 +361,16 @@ class Trainer:
             self.writer.write(epoch, so_far.steps, scalars, state, seen.numpy())
 
     def _batches(self, name: str, epoch: int | None) -> Iterator[dict[str, Tensor]]:
-        """Batches of this worker's rows on its device; shuffled by epoch in training."""
+        """Batches of this worker's rows on its device; shuffled by epoch (None: validation)."""
         order = {}
         if epoch is not None and self.fit.shuffle and not self.job.ordered:
             seed = rng.fold_in(self.fit.seed, epoch, f"order {self.backend.rank}") % 2**32
             size = max(self.fit.shuffle, self.share)
             order = {"local_shuffle_buffer_size": size, "local_shuffle_seed": seed}
         batches = self.backend.shard(name).iter_torch_batches(
-            batch_size=self.share, collate_fn=to_tensors, **order
+            batch_size=VALIDATION_BATCH if epoch is None else self.share,
+            collate_fn=to_tensors,
+            **order,
         )
         for batch in batches:
             yield {k: v.to(self.backend.device, non_blocking=True) for k, v in batch.items()}
@@ -394,6 +392,16 @@ class Trainer:
 
     def _unsynced(self) -> contextlib.AbstractContextManager:
         return self.model.no_sync() if self.backend.world > 1 else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def evaluate(task: Any, batches: Iterable[dict[str, Tensor]], world: int = 1) -> dict[str, Tensor]:
+    """Return what a task's `summary` takes, of this worker's validation batches and all others'."""
+    task.eval()
+    means, number = MeanMetrics(), torch.tensor(0)
+    for batch in batches:
+        means.add(task({**batch, "epoch": number}), len(batch["key"]))
+    return means.reduce(world)
 
 
 def parameter_groups(task: Task, module: nn.Module) -> list[dict[str, Any]]:

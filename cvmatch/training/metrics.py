@@ -16,6 +16,9 @@ from cvmatch.training import checkpoints
 ROWS = "rows/"
 """Names of evaluation results that are kept row by row begin with this (`Task.forward`)."""
 
+ROW_KEY = f"{ROWS}key"
+"""Name of the keys of kept rows."""
+
 POINTS = 200
 """Points of a run's loss curve, at most about."""
 
@@ -43,6 +46,9 @@ class MeanMetrics:
     def reduce(self, world: int) -> dict[str, Tensor]:
         """Return means over the rows of all workers, and kept rows, on the CPU; same on each.
 
+        With ROW_KEY among them, kept rows are in its order, each key once: then neither the batches
+        nor the workers matter.
+
         Raises:
             ValueError: there were no rows at all.
         """
@@ -60,7 +66,16 @@ class MeanMetrics:
         summed = _group([sums for sums, _, _ in workers])
         rows = _group([kept for _, kept, _ in workers])
         means = {name: torch.stack(parts).sum(0) / total for name, parts in summed.items()}
-        return means | {name: torch.cat(parts) for name, parts in rows.items()}
+        return means | _order_by_key({name: torch.cat(parts) for name, parts in rows.items()})
+
+
+def _order_by_key(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    if ROW_KEY not in rows:
+        return rows
+    keys, order = rows[ROW_KEY].sort(stable=True)
+    first = torch.ones_like(keys, dtype=torch.bool)
+    first[1:] = keys[1:] != keys[:-1]
+    return {name: values[order[first]] for name, values in rows.items()}
 
 
 def gather_rows(own: Tensor, world: int) -> Tensor:

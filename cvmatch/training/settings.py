@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-_SCORES = re.compile(r"recall|iou|psnr|ssim|ncc|gap", re.IGNORECASE)
+_SCORES = re.compile(r"recall|mrr|iou|psnr|ssim|ncc|gap", re.IGNORECASE)
 """In the names of metrics of which large values are good; all others are losses or errors."""
 
 

@@ -8,6 +8,9 @@ import numpy as np
 from ray.data import Dataset
 from torch import Tensor
 
+VALIDATION_BATCH = 16
+"""Rows of a validation batch, whatever the training's batch; a worker's last one has fewer."""
+
 
 @dataclass(frozen=True)
 class EpochOrder:
@@ -32,8 +35,9 @@ class Task(Protocol):
         """`loss` and its parts: means over the rows of the batch.
 
         In evaluation mode tensors with axes may be among them (a confusion matrix a row), and names
-        that begin with `rows/`, whose rows are not averaged but kept for `summary`. There, workers
-        see different numbers of batches, so it must not call collectives.
+        that begin with `rows/`, whose rows are not averaged but kept for `summary`. With `rows/key`
+        (the batch's keys) they come there in the same order for any number of workers. There,
+        workers see different numbers of batches, so it must not call collectives.
         """
         ...
 

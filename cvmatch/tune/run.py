@@ -1,32 +1,33 @@
-"""Search a stage's settings: trials of its train(), stopped early by ASHA, proposed by Optuna.
+"""Search a stage's settings: trials of its train(), proposed by Optuna, poor ones stopped early.
 
 A trial is one call of the stage's own train(), with some fields replaced by name (`fit.seed`,
 `margin`). The search is its name and storage: the same command again goes on where it was killed.
 """
 
+import dataclasses
 import math
 import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar
 
 import ray
 import ray.tune
 from ray.train import Checkpoint, UserCallback
 from ray.tune import ResultGrid, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.runtime import pools, progress, session, tracking
 from cvmatch.training import launch
 from cvmatch.training.settings import TrainConfig
-from cvmatch.tune import search_space
+from cvmatch.tune import proposals, search_space
+from cvmatch.tune.page import write_tune_page
 from cvmatch.tune.settings import Stage, Tune
+from cvmatch.tune.trials import TrialState, TrialSummary
 
 BEST, TRIALS, SEARCH = "best.yaml", "trials.json", "search.json"
 
@@ -36,22 +37,6 @@ _RUN_STATES = {
     "failed": ("FAILED", ""),
 }
 """MLflow's status of a trial's run, and a tag that says why."""
-
-TrialState = Literal["finished", "stopped early", "failed"]
-
-
-class TrialSummary(TypedDict):
-    """A trial of a search, as in trials.json."""
-
-    trial: str
-    """Its id."""
-    params: Mapping[str, Any] | None
-    """Dotted field -> value; None where it failed before it began."""
-    metrics: Mapping[str, int | float]
-    """Of its last epoch."""
-    error: str
-    """Why it failed, else empty."""
-    state: TrialState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +102,7 @@ class _EndedTrials(ray.tune.Callback):
 
 
 def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = None) -> TuneResult:
-    """Try settings, write `best.yaml` and `trials.json` to `config.output`.
+    """Try settings, write `best.yaml`, `trials.json` and the page `tune.html` to `config.output`.
 
     Args:
         config: What is searched, and for how long.
@@ -134,6 +119,9 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
     base = base or search_space.load_settings(config.stage, config.base)
     space = search_space.load_space(config.stage, config.space)
     search_space.check_space(base, space)
+    first = proposals.list_first(config, base, space)
+    if config.sampler == "grid":
+        config = dataclasses.replace(config, trials=len(first))
     fit: TrainConfig = base.fit
     metric = config.goal[0]
     if metric.startswith("val/") and not getattr(base, "held_out", base.val):
@@ -161,7 +149,7 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
             parent=parent,
             directory=os.getcwd(),
         )
-        tuner = _build_tuner(config, space, shared, location)
+        tuner = _build_tuner(config, space, first, shared, location)
         _EndedTrials.count = 0
         label = f"{config.trials} trials of {config.stage} ended"
         with progress.watch(label, config.trials, lambda: _EndedTrials.count):
@@ -177,6 +165,7 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
         changes = {**result.params, **_alone(base), "fit.name": ""}
         best = configs.dump(configs.override(base, changes))
         _write(result, best, config.output)
+        write_tune_page(config, space, trials, best)
         parent.metrics({f"best/{metric}": result.value})
         parent.text(best, BEST)
     return result
@@ -205,7 +194,11 @@ def _run_trial(params: Mapping[str, Any], search: _Search) -> None:
 
 
 def _build_tuner(
-    config: Tune, space: Mapping[str, Mapping], search: _Search, location: str
+    config: Tune,
+    space: search_space.Space,
+    first: list[dict[str, Any]],
+    search: _Search,
+    location: str,
 ) -> Tuner:
     fit: TrainConfig = search.base.fit
     # With workers the trial only waits for them.
@@ -214,20 +207,16 @@ def _build_tuner(
     trainable = ray.tune.with_resources(ray.tune.with_parameters(_run_trial, search=search), needs)
     if Tuner.can_restore(location):
         return Tuner.restore(location, trainable=trainable, resume_errored=True)
-    scheduler = ASHAScheduler(
-        time_attr="epoch", max_t=config.epochs, grace_period=config.grace, reduction_factor=3
-    )
     metric, mode = config.goal
     return Tuner(
         trainable,
-        param_space=search_space.to_tune(space),
         tune_config=ray.tune.TuneConfig(
             metric=metric,
             mode=mode,
             num_samples=config.trials,
             max_concurrent_trials=config.concurrent,
-            search_alg=OptunaSearch(seed=config.seed),
-            scheduler=scheduler,
+            search_alg=proposals.build_search(config, space, first),
+            scheduler=proposals.build_scheduler(config),
             reuse_actors=True,  # importing a stage's libraries takes 12 s of a core
         ),
         run_config=ray.tune.RunConfig(
@@ -275,9 +264,18 @@ def _describe_trials(grid: ResultGrid, config: Tune) -> list[TrialSummary]:
             metrics={k: v for k, v in (result.metrics or {}).items() if _is_ours(k, v)},
             error=str(result.error) if result.error else "",
             state=_state(result, config.epochs),
+            history=_read_history(result, config.goal[0]),
+            seconds=float((result.metrics or {}).get("time_total_s", 0.0)),
         )
         for result in grid
     ]
+
+
+def _read_history(result: Any, metric: str) -> list[list[int | float]]:
+    frame = result.metrics_dataframe
+    if frame is None or metric not in frame:
+        return []
+    return [[int(e), float(v)] for e, v in zip(frame["epoch"], frame[metric], strict=True)]
 
 
 def _state(result: Any, epochs: int) -> TrialState:

@@ -5,15 +5,18 @@ from typing import Literal
 
 Stage = Literal["generator", "segmenter", "matcher"]
 
+Sampler = Literal["tpe", "cmaes", "random", "grid"]
+Scheduler = Literal["asha", "median", "none", "pbt"]
+
 METRICS = {
-    "generator": ("val/loss", "min"),
+    "generator": ("val/retrieval_mrr", "max"),
     "segmenter": ("val/miou", "max"),
-    "matcher": ("val/batch_recall_at_1", "max"),
+    "matcher": ("val/mrr", "max"),
 }
 """What trials are compared by, and whether small or large values are good.
 
-None changes by itself with what is searched. A training loss would: the least margin has the least.
-(The generator's val/loss is the error of the noise alone, without the weights.)
+None changes by itself with what is searched. A loss would: the least margin has the least, and the
+error of the noise alone, the generator's val/loss, is least where the image losses weigh least.
 """
 
 
@@ -37,10 +40,20 @@ class Tune:
     grace: int = 1
     """Epochs before a trial may be stopped."""
     metric: str = ""
-    """Metric of an epoch by which trials are compared; empty: val/loss of the generator, val/miou
-    of the segmenter, val/batch_recall_at_1 of the matcher."""
+    """Metric of an epoch by which trials are compared; empty: val/retrieval_mrr of the generator,
+    val/miou of the segmenter, val/mrr of the matcher."""
     mode: Literal["min", "max"] = "min"
     """Whether small or large values of `metric` are good; not read where it is empty."""
+    sampler: Sampler = "tpe"
+    """Who proposes settings: tpe (also where some fields depend on others), cmaes (for ranges: what
+    is a choice, it draws at random), random, or grid: every combination of choices, `trials` or
+    not."""
+    scheduler: Scheduler = "asha"
+    """Who stops poor trials: asha (the better third goes on, epoch by epoch), median (what is below
+    the median of the others' means), or none. pbt is refused: see docs/tuning.md."""
+    enqueue: tuple[str, ...] = ()
+    """Settings that are tried first: `defaults` (those of `base`), and trials.json of earlier
+    searches, the best ones first; half of `trials` at most."""
     seed: int = 0
     """Seed of the proposals. (The trials' own is `fit.seed`.)"""
     storage: str = "runs"
@@ -48,13 +61,22 @@ class Tune:
     name: str = ""
     """Name of the search: the same name and storage go on with it. Empty: a new one every time."""
     output: str = "tuned"
-    """Directory of best.yaml, which the stage's job takes as --config, and of trials.json."""
+    """Directory of best.yaml, which the stage's job takes as --config, of trials.json, and of the
+    page tune.html."""
 
     def __post_init__(self) -> None:
         if min(self.trials, self.concurrent, self.grace) < 1 or self.epochs < self.grace:
             raise ValueError(
                 "tune: expected trials, concurrent and grace >= 1 and epochs >= grace, got "
                 f"{self.trials}, {self.concurrent}, {self.grace} and {self.epochs}."
+            )
+        if self.scheduler == "pbt":
+            # A trial's training keeps its checkpoints itself; without those in Tune, PBT exploits
+            # nothing and says so only in the log.
+            raise ValueError(
+                "tune: population-based training (pbt) copies checkpoints between trials, which "
+                "Ray Tune cannot do where Ray Train's controller holds them: it would train on "
+                "unchanged, without an error. Pass --scheduler asha, median or none."
             )
 
     @property

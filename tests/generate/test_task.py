@@ -121,9 +121,7 @@ def _running_mean(seen: list[torch.Tensor]) -> torch.Tensor:
 def test_average_is_what_is_validated_and_saved_and_survives_a_resume(
     generator: Generator, tmp_path
 ):
-    task = make_task(
-        generator, clip_weight=0.0, lpips_weight=0.0, lr=1e-2, ema_decay=0.9, validation_images=0
-    )
+    task = make_task(generator, clip_weight=0.0, lpips_weight=0.0, lr=1e-2, ema_decay=0.9)
     optimizer = torch.optim.SGD(task.groups(), lr=1e-2)
     seen = []
     for _ in range(3):
@@ -211,7 +209,7 @@ def test_loss_validation_is_the_same_every_time(generator: Generator):
 
 def test_gap_is_of_the_rows_that_have_another_row_in_their_batch(generator: Generator):
     make_informative(generator)
-    task = make_task(generator, lpips_weight=0.0, validation_images=0).eval()
+    task = make_task(generator, lpips_weight=0.0).eval()
     both, first, second = (
         make_batch(generator, 2),
         make_batch(generator, 1),
@@ -251,25 +249,29 @@ def test_pretrained_bev_stays_as_they_were_pretrained(generator: Generator):
     assert gradient[:, 4:].abs().max() > 0  # the map is still looked at
 
 
-def test_validation_samples_its_first_rows_and_shows_them(generator: Generator):
-    task = make_task(generator, lpips_weight=0.0, validation_images=3).eval()
-    batches = [
-        make_batch(generator, 2),
-        make_batch(generator, 2, first=2),
-        make_batch(generator, 2, first=4),
-    ]
-    summary = summarise(task, *batches)
-    judged = torch.cat([batch["aerial"] for batch in batches])[:3]
-    ground = torch.cat([batch["ground_view"] for batch in batches])[:3]
-    keys = torch.cat([batch["key"] for batch in batches])[:3]
+def test_validation_samples_the_chosen_rows_whatever_the_batches_and_shows_them(
+    generator: Generator,
+):
+    whole = make_batch(generator, 6)
+    chosen = [1, 4, 5]
+    keys = whole["key"][chosen]
+    task = make_task(generator, lpips_weight=0.0, sampled=keys.tolist()).eval()
+    halves = [make_batch(generator, 4), make_batch(generator, 2, first=4)]
+    found = [summarise(task, *batches) for batches in ([whole], halves, halves[::-1])]
+    chosen = [chosen[index] for index in keys.argsort()]
+    ground, true, keys = (whole[name][chosen] for name in ("ground_view", "aerial", "key"))
     drawn = generator.sample(ground.float() / 255, keys)
-    expected = metrics.psnr(drawn, judged.float() / 255).mean().item()
-    assert summary["psnr"] == pytest.approx(expected, abs=1e-3)
-    assert summary["gallery"] == 3
-    samples = summary["samples"]
-    assert samples.shape == (3 * 64, 256 + 64 + 64, 3)
-    np.testing.assert_array_equal(samples[:64, -64:], judged[0].permute(1, 2, 0))
-    np.testing.assert_array_equal(samples[64:128, :256], ground[1].permute(1, 2, 0))
+    scores = metrics.retrieval_by_ncc(metrics.planes(drawn), metrics.planes(true.float() / 255))
+    before = (scores >= scores.diagonal()[:, None]).sum(dim=1)
+    for summary in found:
+        expected = metrics.psnr(drawn, true.float() / 255).mean().item()
+        assert summary["psnr"] == pytest.approx(expected, abs=1e-2)
+        assert summary["retrieval_mrr"] == pytest.approx((1 / before).mean().item(), abs=1e-6)
+        assert summary["gallery"] == 3
+        samples = summary["samples"]
+        assert samples.shape == (3 * 64, 256 + 64 + 64, 3)
+        np.testing.assert_array_equal(samples[:64, -64:], true[0].permute(1, 2, 0))
+        np.testing.assert_array_equal(samples[64:128, :256], ground[1].permute(1, 2, 0))
 
 
 def test_lora_trains_adapters_and_publishes_a_plain_unet(generator: Generator, tmp_path):

@@ -88,6 +88,7 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     names = ["train/noise", "train/clip", "train/lpips", "val/loss_correct", "val/loss_shuffled"]
     assert all(np.isfinite(found[name]) and found[name] > 0 for name in [*names, "val/lpips"])
     assert 0 <= found["val/recall_at_10_percent"] <= 1
+    assert 0 < found["val/retrieval_mrr"] <= 1
     assert os.path.exists(os.path.join(result.checkpoint, "samples.png"))
     rows = PairDataset.open(held_out).rows()
     drawn = infer.generate(

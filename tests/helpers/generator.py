@@ -134,10 +134,15 @@ def condition_of(generator: Generator, ground: torch.Tensor) -> Condition:
     return generator.condition(generator.encoders.encode_panorama(ground))
 
 
-def make_task(generator: Generator, lpips: LPIPS | None = None, **changes: Any) -> GeneratorTask:
+def make_task(
+    generator: Generator,
+    lpips: LPIPS | None = None,
+    sampled: Any = (),
+    **changes: Any,
+) -> GeneratorTask:
     """Build the generator's task in training mode."""
     options: dict[str, Any] = {"conditioning": generator.conditioning, **changes}
-    return GeneratorTask(generator, TrainGenerator(**options), lpips).train()
+    return GeneratorTask(generator, TrainGenerator(**options), lpips, sampled=sampled).train()
 
 
 class Alone:

@@ -18,6 +18,7 @@ from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import rng
 from cvmatch.nn.backbones import TowerSpec
+from cvmatch.training import loop
 from cvmatch.training.settings import TrainConfig
 
 SIZE, HIGH, WIDE = 16, 8, 32
@@ -108,6 +109,14 @@ def joined(heads: JointHeads, synthetic, tile):
 
 def task_of(model: Matcher, **changes: Any) -> MatcherTask:
     return MatcherTask(model, dataclasses.replace(TrainMatcher(augment=False), **changes))
+
+
+def validate(task: MatcherTask, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The summary of a validation of these rows, in batches as the training loop reads them."""
+    parts = torch.arange(len(batch["key"])).split(loop.VALIDATION_BATCH)
+    named = {name: value for name, value in batch.items() if name != "epoch"}
+    batches = [{name: value[part] for name, value in named.items()} for part in parts]
+    return task.summary(loop.evaluate(task, batches))
 
 
 def row(pair_id="0000001", shade=128, error=None, **changes):

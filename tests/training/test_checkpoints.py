@@ -61,7 +61,7 @@ def test_copy_tree_replaces_what_was_there(tmp_path):
 
 @pytest.mark.parametrize(
     ("metric", "best"),
-    [("val/loss", 2), ("val/lpips", 2), ("val/miou", 4), ("val/batch_recall_at_1", 4)],
+    [("val/loss", 2), ("val/lpips", 2), ("val/miou", 4), ("val/recall_at_1", 4), ("val/mrr", 4)],
 )
 def test_epoch_whose_measure_is_nan_is_never_the_best(tmp_path, metric, best):
     directory = checkpoints.RunDirectory(location=str(tmp_path), best=metric, keep=1)

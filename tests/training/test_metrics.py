@@ -28,6 +28,17 @@ def test_means_keep_the_rows_that_a_task_asks_to_keep():
     assert found["loss"].item() == 2.0
 
 
+def test_kept_rows_with_keys_come_in_the_order_of_keys_and_once():
+    parts = [([3, 1], [30.0, 10.0]), ([2, 3], [20.0, 31.0])]
+    means = metrics.MeanMetrics()
+    for keys, values in parts:
+        kept = {"rows/key": torch.tensor(keys), "rows/score": torch.tensor(values)}
+        means.add(kept, rows=len(keys))
+    found = means.reduce(world=1)
+    assert found["rows/key"].tolist() == [1, 2, 3]
+    assert found["rows/score"].tolist() == [10.0, 20.0, 30.0]
+
+
 def test_means_of_no_rows_say_so():
     with pytest.raises(ValueError, match="no rows"):
         metrics.MeanMetrics().reduce(world=1)
