@@ -69,8 +69,6 @@ class TrainConfig:
                 f"fit: expected epochs and accumulate >= 1, got {self.epochs} and "
                 f"{self.accumulate}."
             )
-        if self.batch < 1:
-            raise ValueError(f"fit: expected a batch of rows, got {self.batch}. Try --fit.batch 1.")
         if self.workers < 0:
             raise ValueError(f"fit: expected workers >= 0, got {self.workers}.")
         if not 0 <= self.warmup < 1:
@@ -88,7 +86,7 @@ class TrainConfig:
                 f"fit: expected max_workers above workers >= 1, and a batch of a row for each, got "
                 f"{self.max_workers}, {self.workers} and a batch of {self.batch}."
             )
-        if not self.max_workers and self.batch % workers:
+        if not self.max_workers and (self.batch < 1 or self.batch % workers):
             raise ValueError(
                 f"fit: expected a batch that {workers} workers can share evenly, got {self.batch}. "
                 f"Try --fit.batch {max(workers, round(self.batch / workers) * workers)}."
