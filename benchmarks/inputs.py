@@ -657,6 +657,7 @@ def train_matcher(bench: InputsBench, at: str) -> str:
     if os.path.exists(f"{config.output}/model.safetensors"):
         return config.output
     rows = render_rows(bench)
+    torch.set_num_threads(1)  # two wait for each other where other work goes on
     torch.manual_seed(bench.seed)
     task = build_task(config).train()
     optimizer = torch.optim.AdamW(task.groups(), weight_decay=config.fit.weight_decay)
