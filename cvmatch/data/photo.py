@@ -100,7 +100,7 @@ class PhotoReading:
             parts.append("grey")
         if self.mode not in ("RGB", "L"):
             parts.append(f"converted from {self.mode}")
-        if self.covered < 1:
+        if self.covered < 0.995:
             parts.append(f"{1 - self.covered:.0%} of the band filled")
         return "; ".join([", ".join(parts), *self.warnings])
 
@@ -173,10 +173,14 @@ def read_photo(data: bytes, settings: PhotoSettings | None = None) -> Photo:
         mode=mode,
         warnings=(*about.warnings, *view.warnings, *warnings, *more),
     )
+    image = image.convert("RGB")
+    too_large = width * height > images.MAX_PIXELS  # for the decoder of rows
+    if view.projection == "band" and too_large:
+        image = image.resize((BAND_SIZE[1], BAND_SIZE[0]), Image.Resampling.BICUBIC)
     if view.projection == "band" and not (heading or about.pitch or about.roll):
-        kept = data if width * height <= images.MAX_PIXELS else _encode(image)
-        return Photo(kept, _add_faults(read, np.asarray(image.convert("RGB"))))
-    pixels, seen = _make_band(image.convert("RGB"), view.scaled(image.width / width), read)
+        pixels = np.asarray(image)
+        return Photo(images.encode(pixels) if too_large else data, _add_faults(read, pixels))
+    pixels, seen = _make_band(image, view.scaled(image.width / width), read)
     read = replace(read, covered=1.0 if seen is None else float(seen.mean()))
     if read.covered < _LEAST_COVER:
         raise BadImage(
@@ -498,9 +502,3 @@ def _edge_share(dark: Bool[np.ndarray, " line"]) -> float:
 
 def _add_warnings(read: PhotoReading, *warnings: str) -> PhotoReading:
     return replace(read, warnings=(*read.warnings, *warnings))
-
-
-def _encode(image: Image.Image) -> bytes:
-    """Encode a band that is too large for the decoder of rows."""
-    small = image.convert("RGB").resize((BAND_SIZE[1], BAND_SIZE[0]), Image.Resampling.BICUBIC)
-    return images.encode(np.asarray(small))

@@ -303,8 +303,10 @@ def test_read_photo_limit_of_pixels_is_a_setting():
 def test_read_photo_band_that_rows_would_refuse_for_its_size_is_made_smaller(monkeypatch):
     monkeypatch.setattr(photo.images, "MAX_PIXELS", 1000)
     got = read_photo(save(BAND))
+    turned_band = read_photo(save(BAND), PhotoSettings(heading=90.0))
     monkeypatch.undo()
-    assert decode(got.data).shape == (224, 1232, 3)
+    assert decode(got.data).shape == decode(turned_band.data).shape == (224, 1232, 3)
+    assert np.array_equal(decode(turned_band.data), np.roll(decode(got.data), 308, axis=1))
 
 
 def test_photo_settings_that_make_no_sense_are_refused():
