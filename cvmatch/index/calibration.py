@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
-from scipy import special
 
 TOP = 64
 """Best tiles that take part in a softmax; the others' share of it is not seen."""
@@ -52,7 +51,7 @@ class Calibration:
         Args:
             scores: of the best tiles, best first; -inf where there is none.
         """
-        return special.expit(_features(scores, self.temperature) @ self._weights)
+        return np.exp(_log_sigmoid(_features(scores, self.temperature) @ self._weights))
 
     def probabilities(self, scores: Float[np.ndarray, "query k"]) -> Float[np.ndarray, "query k"]:
         """Return the probability of each tile; with that of no tile (1 - `present`) they sum to 1.
@@ -60,8 +59,7 @@ class Calibration:
         Args:
             scores: of the best tiles, best first; -inf where there is none.
         """
-        shares = special.softmax(scores / self.temperature, axis=1)
-        return self.present(scores)[:, None] * shares
+        return self.present(scores)[:, None] * np.exp(_log_softmax(scores / self.temperature))
 
     @property
     def _weights(self) -> Float[np.ndarray, "3"]:
@@ -147,7 +145,7 @@ def _fit(answers: Answers) -> Calibration:
 
     def loss(weights: np.ndarray) -> float:
         logits = labels * (inputs @ weights)
-        return float(-special.log_expit(logits).mean() + _PENALTY * (weights**2).sum())
+        return float(-_log_sigmoid(logits).mean() + _PENALTY * (weights**2).sum())
 
     weights = optimize.minimize(loss, np.zeros(inputs.shape[1]), method="BFGS").x.tolist()
     return Calibration(temperature, *weights, queries=len(answers.scores))
@@ -163,7 +161,7 @@ def _fit_temperature(answers: Answers) -> float:
     scores, places = answers.scores[found], answers.places[found]
 
     def loss(logarithm: float) -> float:
-        logs = special.log_softmax(scores / np.exp(logarithm), axis=1)
+        logs = _log_softmax(scores / np.exp(logarithm))
         return float(-logs[np.arange(len(places)), places].mean())
 
     best: Any = optimize.minimize_scalar(loss, bounds=(-9.0, 2.0))
@@ -178,3 +176,11 @@ def _features(
     second = scores[:, 1] if scores.shape[1] > 1 else np.zeros_like(best)
     lead = best - np.where(np.isfinite(second), second, 0.0)
     return np.stack([np.ones_like(best), best / temperature, lead / temperature], axis=1)
+
+
+def _log_sigmoid(logits: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    return -np.logaddexp(0.0, -logits)
+
+
+def _log_softmax(logits: Float[np.ndarray, "query k"]) -> Float[np.ndarray, "query k"]:
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import optimize, special
 from torch import Tensor, nn
 
 from cvmatch.data import storage
@@ -276,6 +275,8 @@ def fit_shares(
     cosines: Mapping[str, Float[Tensor, "pair tile"]],
 ) -> tuple[dict[str, float], float]:
     """Fit the weights of all these branches, as `fit_weights`; returns also the temperature."""
+    from scipy import optimize  # noqa: PLC0415 (a second, which a search does not need)
+
     stack = np.stack([values.double().cpu().numpy() for values in cosines.values()])
     logits = optimize.minimize(
         _cross_entropy,
@@ -294,6 +295,8 @@ def _cross_entropy(
     logits: Float[np.ndarray, " branch"], cosines: Float[np.ndarray, "branch query tile"]
 ) -> tuple[float, Float[np.ndarray, " branch"]]:
     """Return the mean cross entropy of own pairs, and its gradient."""
+    from scipy import special  # noqa: PLC0415 (as above)
+
     score = np.tensordot(logits, cosines, 1)
     log_sum = np.asarray(special.logsumexp(score, axis=1))
     share = np.exp(score - log_sum[:, None])

@@ -16,8 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from cvmatch.data import storage
 
@@ -55,6 +53,8 @@ def from_pretrained_kwargs(name: str, flag: str) -> Iterator[SafeArguments]:
             safetensors, or a file of them is damaged; says what to download and which flag takes
             its directory.
     """
+    from transformers.utils import logging as transformers_logging  # noqa: PLC0415 (1.6 s)
+
     transformers_logging.disable_progress_bar()  # weights of a laptop load in milliseconds
     transformers_logging.set_verbosity_error()  # of a new head for new classes
     try:
@@ -97,6 +97,8 @@ def check_model(name: str, flag: str, *folders: str, revision: str = "main") -> 
     Raises:
         ValueError: as in `from_pretrained_kwargs`.
     """
+    from transformers.utils import cached_file  # noqa: PLC0415 (as above)
+
     for folder in folders or ("",):
         with from_pretrained_kwargs(name, flag):
             cached_file(name, "config.json", subfolder=folder, revision=revision)
