@@ -102,7 +102,7 @@ def summarize(
                 "recall@1": best.near.recalls["recall@1"],
                 "recall@1_chance": best.near.chance["recall@1"],
             },
-            "distance_m": best.distance_m,
+            "distance_m": best.distance.median if best.distance else None,
         },
         "index": {"tiles": evaluation.index.rows},
         "search": {

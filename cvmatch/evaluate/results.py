@@ -66,6 +66,19 @@ class TwoStageResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistanceResult:
+    """How far the best tiles are from the true ones, of the queries whose places are known."""
+
+    within: Mapping[str, Number]
+    """Shares, in [0, 1], by the most that they are away: "25m", "50m", "100m"."""
+    median: Number
+    """Metres, as the others."""
+    p90: Number
+    """That nine queries of ten are not beyond."""
+    mean: Number
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrievalResult:
     """How well queries of one view and modality find their tiles."""
 
@@ -81,10 +94,8 @@ class RetrievalResult:
     """"top1" and "top5" among the true tile and nine random ones; empty for a small gallery."""
     near: NearResult | None = None
     """None where no tile has a neighbour."""
-    distance_m: Number | None = None
-    """Median metres from the best tile to the true one; None without coordinates."""
-    distance_m_mean: Number | None = None
-    """Mean of the same."""
+    distance: DistanceResult | None = None
+    """None without coordinates."""
     two_stage: TwoStageResult | None = None
     """None where it was not measured."""
     ms: Mapping[str, Number] = field(default_factory=dict)
@@ -105,8 +116,13 @@ class RetrievalResult:
             tree |= {f"near_{name}": value for name, value in self.near.recalls.items()}
             tree |= {f"near_{name}_chance": value for name, value in self.near.chance.items()}
             tree |= {"near_gallery": self.near.gallery, "near_queries": self.near.queries}
-        if self.distance_m is not None:
-            tree |= {"distance_m": self.distance_m, "distance_m_mean": self.distance_m_mean}
+        if self.distance:
+            tree |= {f"within_{name}": share for name, share in self.distance.within.items()}
+            tree |= {
+                "distance_m": self.distance.median,
+                "distance_m_p90": self.distance.p90,
+                "distance_m_mean": self.distance.mean,
+            }
         if self.two_stage:
             kept = {
                 "exact_top1_kept": self.two_stage.exact_top1_kept,
@@ -126,8 +142,7 @@ class RetrievalResult:
             one_of_ten=_below(tree, "one_of_ten_"),
             minus_g=_read_difference(tree["minus_G"]) if "minus_G" in tree else None,
             near=_read_near(tree) if "near_gallery" in tree else None,
-            distance_m=tree.get("distance_m"),
-            distance_m_mean=tree.get("distance_m_mean"),
+            distance=_read_distance(tree) if "distance_m" in tree else None,
             two_stage=_read_two_stage(tree["two-stage"]) if "two-stage" in tree else None,
             ms=tree["ms"],
         )
@@ -327,6 +342,15 @@ def _read_two_stage(tree: Mapping[str, Any]) -> TwoStageResult:
     recalls = {name: value for name, value in tree.items() if name.startswith("recall@")}
     rest = {name: value for name, value in tree.items() if name not in recalls}
     return TwoStageResult(recalls=recalls, **rest)
+
+
+def _read_distance(tree: Mapping[str, Any]) -> DistanceResult:
+    return DistanceResult(
+        within=_below(tree, "within_"),
+        median=tree["distance_m"],
+        p90=tree["distance_m_p90"],
+        mean=tree["distance_m_mean"],
+    )
 
 
 def _below(tree: Mapping[str, V], prefix: str) -> dict[str, V]:

@@ -15,12 +15,22 @@ from torch import Tensor
 
 from cvmatch.data import schema
 from cvmatch.data.geography import haversine_distance
-from cvmatch.evaluate.results import Difference, NearResult, Recall, RetrievalResult, TwoStageResult
+from cvmatch.evaluate.results import (
+    Difference,
+    DistanceResult,
+    NearResult,
+    Recall,
+    RetrievalResult,
+    TwoStageResult,
+)
 from cvmatch.index.reader import Index, TopTiles, rank
 from cvmatch.nn import metrics
 
 KS = (1, 5, 10)
 """Lengths of the lists of answers whose recall is measured."""
+
+WITHIN_M = (25, 50, 100)
+"""Metres within which a first answer may count as found."""
 
 _BLOCK = 2**22  # scores at a time: 16 MiB
 _BEST = 10
@@ -107,15 +117,24 @@ def summarize(
         recalls[name] = Recall(
             value=value, low=low, high=high, k=share_k if name == "recall@1%" else None
         )
-    known = ranking.distance_m[~ranking.distance_m.isnan()]
     return RetrievalResult(
         gallery=gallery,
         recalls=recalls,
         median_rank=metrics.median_rank(ranking.rank),
         one_of_ten=ranking.one_of_ten,
         near=_summarize_near(ranking),
-        distance_m=known.median().item() if len(known) else None,
-        distance_m_mean=known.mean().item() if len(known) else None,
+        distance=_summarize_distance(ranking.distance_m[~ranking.distance_m.isnan()]),
+    )
+
+
+def _summarize_distance(metres: Float[Tensor, " query"]) -> DistanceResult | None:
+    if not len(metres):
+        return None
+    return DistanceResult(
+        within={f"{most}m": (metres <= most).double().mean().item() for most in WITHIN_M},
+        median=metres.median().item(),
+        p90=metres.double().quantile(0.9).item(),
+        mean=metres.mean().item(),
     )
 
 

@@ -2,6 +2,7 @@ import json
 import math
 
 from cvmatch.evaluate.results import (
+    DistanceResult,
     GenerationResult,
     IndexSummary,
     NearResult,
@@ -26,8 +27,7 @@ def results(**changes):
         near=NearResult(
             recalls={"recall@1": 0.25}, chance={"recall@1": 0.2}, gallery=6.0, queries=11
         ),
-        distance_m=7.5,
-        distance_m_mean=9.0,
+        distance=DistanceResult(within={"25m": 0.5, "50m": 0.75}, median=7.5, p90=60.0, mean=9.0),
         two_stage=TwoStageResult(
             recalls={"recall@1": 0.5}, exact_top1_kept=1.0, exact_top10_kept=0.75, shortlist=5
         ),
@@ -63,7 +63,8 @@ def test_to_json_names_each_number_as_results_json_does():
         "recall@1%": 0.5, "recall@1%_low": 0.0, "recall@1%_high": 1.0, "recall@1%_k": 1,
         "median_rank": 5.5, "gallery": 12, "one_of_ten_top1": 0.1, "one_of_ten_top5": 0.5,
         "near_recall@1": 0.25, "near_recall@1_chance": 0.2, "near_gallery": 6.0,
-        "near_queries": 11, "distance_m": 7.5, "distance_m_mean": 9.0,
+        "near_queries": 11, "within_25m": 0.5, "within_50m": 0.75,
+        "distance_m": 7.5, "distance_m_p90": 60.0, "distance_m_mean": 9.0,
         "two-stage": {
             "recall@1": 0.5, "exact_top1_kept": 1.0, "exact_top10_kept": 0.75, "shortlist": 5
         },

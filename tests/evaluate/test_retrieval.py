@@ -147,7 +147,20 @@ def test_search_exactly_tile_without_coordinates_is_near_nothing():
     result = summarize(ranking, 3, resamples=10)
     near = present(result.near)
     assert (near.queries, near.gallery) == (1, 2.0)
-    assert result.distance_m == 0.0
+    assert present(result.distance).median == 0.0
+
+
+def test_summarize_counts_first_answers_within_metres_of_the_queries_whose_place_is_known():
+    metres = torch.tensor([0.0, 25.0, 26.0, 80.0, 500.0, torch.nan])
+    none = torch.zeros(6, dtype=torch.int64)
+    ranking = Ranking(
+        rank=none, score=metres, best=none[:, None], best_score=metres[:, None], near_rank=none,
+        near_count=torch.ones(6, dtype=torch.int64), distance_m=metres, one_of_ten={},
+    )  # fmt: skip
+    found = present(summarize(ranking, 10, resamples=5).distance)
+    assert found.within == {"25m": 0.4, "50m": 0.6, "100m": 0.8}
+    assert (found.median, found.mean) == (26.0, pytest.approx(631 / 5))
+    assert found.p90 == pytest.approx(80 + 0.6 * 420)  # of five: between the last two
 
 
 def test_summarize_guess_among_the_tiles_nearby_is_that_of_each_query():
