@@ -143,7 +143,7 @@ def _run(
     rows, total = _prepare(stream)
     _log.info("%s", _plan(stream, directory, total))
     guard = FailureRateGuard(directory, total, stream.max_rejected)
-    gpus = sum(pool.largest * pool.gpus for pool in stream.pools.values())
+    gpus = sum((pool.largest * pool.gpus for pool in stream.pools.values()), 0.0)
     report = _Report(stream.label, total, directory, throughput, progress.Estimate(total, gpus))
     filesystem, path = storage.resolve(stream.output)
     with (
