@@ -50,8 +50,9 @@ def labels_asked_for():
         *ROOT.glob("jobs/*"),
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/*.md"),
+        *ROOT.glob("configs/**/*.yaml"),
     ]
-    pattern = re.compile(r"label(?:: str(?: \| None)? = |=|\s)[\"'`]?((?:gpu|cpu)[a-z-]*)")
+    pattern = re.compile(r"label(?:: str(?: \| None)? = |=|\s|: )[\"'`]?((?:gpu|cpu)[a-z-]*)")
     return {
         (path.name, found)
         for path in places
