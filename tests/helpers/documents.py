@@ -38,8 +38,6 @@ UNTYPED = {
     "export RAY_AUTH_MODE": "would shut out this session's Ray",
     "export STORE": "names an object store: tests/cluster has one",
     "export RUNTIME": "goes with `ray job submit`",
-    "for split": "goes with `ray job submit`",
-    "done": "ends that",
 }
 """Beginnings of commands that cannot run here, and what stands in for that."""
 
@@ -119,7 +117,7 @@ def commands(script: str) -> list[str]:
 
 def untyped(command: str) -> list[str]:
     """Those of UNTYPED with which a command begins."""
-    return [start for start in UNTYPED if command.strip().startswith(start)]
+    return [start for start in UNTYPED if command.startswith(start)]
 
 
 def is_untyped(script: str) -> bool:
