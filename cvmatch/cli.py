@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import json
 import logging
-import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,15 +77,9 @@ def main(command: str = "", argv: Sequence[str] | None = None) -> None:
 
 def to_json(value: Any) -> str:
     """Return a line of JSON; infinities and NaN, which it has no word for, are null."""
-    return json.dumps(_without_infinities(value), allow_nan=False)
+    from cvmatch.data import storage
 
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_infinities(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_infinities(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(storage.replace_non_finite(value), allow_nan=False)
 
 
 def settings_of(command: Command) -> type:
@@ -281,10 +274,16 @@ def _evaluate(config: Any) -> Any:
     return results
 
 
-def _search(config: Any) -> None:
+def _open_in_browser(page: str) -> None:
     import webbrowser
 
     from cvmatch.data import storage
+
+    location = storage.absolute(page)
+    webbrowser.open(location if "://" in location else f"file://{location}")
+
+
+def _search(config: Any) -> None:
     from cvmatch.report.search_page import write_search_page
     from cvmatch.search.files import search_files
 
@@ -294,14 +293,12 @@ def _search(config: Any) -> None:
             print(to_json(tile))
         results.append(result)
     if page := config.page or ("search.html" if config.open else ""):
-        location = storage.absolute(write_search_page(results, page, config.tiles))
+        write_search_page(results, page, config.tiles)
         if config.open:
-            webbrowser.open(location if "://" in location else f"file://{location}")
+            _open_in_browser(page)
 
 
 def _locate(config: Any) -> None:
-    import webbrowser
-
     from cvmatch.data import storage
     from cvmatch.search import places
     from cvmatch.search.files import search_files
@@ -322,7 +319,7 @@ def _locate(config: Any) -> None:
 
         write_map_page(results, page, config.tiles, config.basemap, config.attribution)
         if config.open:
-            webbrowser.open(page if "://" in page else f"file://{storage.absolute(page)}")
+            _open_in_browser(page)
 
 
 def _search_rows(config: Any) -> Any:

@@ -13,12 +13,14 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
 import shutil
 import urllib.parse
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import tenacity
@@ -346,6 +348,15 @@ def _conditional_store(folder: str) -> Any:
 def write_text(location: str, text: str) -> None:
     """Write a UTF-8 file, whole or not at all."""
     write_bytes(location, text.encode())
+
+
+def replace_non_finite(value: Any) -> Any:
+    """Return a tree of JSON with None for NaN and infinities, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {name: replace_non_finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(location: str, value: Any) -> None:

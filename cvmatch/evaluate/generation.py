@@ -150,13 +150,19 @@ def retrieve_by_ncc(
         bootstrap: resamples for each interval.
         seed: of the resamples.
     """
-    rank = rank_by_ncc(predicted, true)
+    return summarize_ranks(rank_by_ncc(predicted, true), bootstrap, seed)
+
+
+def summarize_ranks(
+    rank: Int64[Tensor, " row"], bootstrap: int = 1000, seed: int = 0
+) -> PictureRetrieval:
+    """Return the recalls of `retrieve_by_ncc` from the ranks of all true pictures."""
     recalls = {}
     for name, share in (("recall@1", 1e-9), ("recall@1%", 0.01), ("recall@10%", 0.1)):
-        value, k = metrics.recall_share(share, rank, len(true))
+        value, k = metrics.recall_share(share, rank, len(rank))
         low, high = metrics.bootstrap((rank < k).float(), bootstrap, seed)
         recalls[name] = Recall(value=value, low=low, high=high, k=float(k))
-    return PictureRetrieval(gallery=float(len(true)), recalls=recalls)
+    return PictureRetrieval(gallery=float(len(rank)), recalls=recalls)
 
 
 def rank_by_ncc(

@@ -272,7 +272,7 @@ class Results:
             "generation": self.generation.to_json() if self.generation else {},
             "segmentation": self.segmentation.to_json() if self.segmentation else {},
         }
-        return {name: _replace_non_finite(value) for name, value in tree.items()}
+        return {name: storage.replace_non_finite(value) for name, value in tree.items()}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> "Results":
@@ -355,15 +355,6 @@ def _read_distance(tree: Mapping[str, Any]) -> DistanceResult:
 
 def _below(tree: Mapping[str, V], prefix: str) -> dict[str, V]:
     return {k.removeprefix(prefix): v for k, v in tree.items() if k.startswith(prefix)}
-
-
-def _replace_non_finite(value: Any) -> Any:
-    """Return the tree with None for NaN and infinities, which JSON lacks."""
-    if isinstance(value, Mapping):
-        return {name: _replace_non_finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_replace_non_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _restore_nan(value: Any) -> Any:

@@ -127,7 +127,7 @@ class GeneratorTask(nn.Module):
         shuffled with; where all were, there is neither `gap` nor `loss_shuffled`.
 
         Of the sampled rows: mean PSNR (dB), SSIM, NCC and LPIPS, recall and mean reciprocal rank
-        of the true tile by NCC among them (`generation.retrieve_by_ncc`), and the picture
+        of the true tile by NCC among them (`generation.summarize_ranks`), and the picture
         `samples`, G | A | C.
         """
         summary: dict[str, Any] = {k: float(v) for k, v in means.items() if not v.ndim}
@@ -142,10 +142,9 @@ class GeneratorTask(nn.Module):
             del rows["key"]
             view, sampled, true = (rows.pop(name) for name in ("view", "sampled", "true"))
             summary |= {name: value.mean().item() for name, value in rows.items()}
-            planes = metrics.planes(sampled), metrics.planes(true)
-            rank = generation.rank_by_ncc(*planes)
+            rank = generation.rank_by_ncc(metrics.planes(sampled), metrics.planes(true))
             summary["retrieval_mrr"] = metrics.mean_reciprocal_rank(rank)
-            recall = generation.retrieve_by_ncc(*planes)
+            recall = generation.summarize_ranks(rank)
             # MLflow's names have neither @ nor %.
             summary |= {
                 k.replace("@", "_at_").replace("%", "_percent"): v

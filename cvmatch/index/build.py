@@ -32,7 +32,7 @@ from cvmatch.index.embedding import (
     sample_queries,
 )
 from cvmatch.index.manifest import AnnInfo, IndexManifest, Recall, TileOrigin
-from cvmatch.index.reader import Index, open_version, rank
+from cvmatch.index.reader import Index, TopTiles, open_version, rank
 from cvmatch.index.settings import BuildIndex
 from cvmatch.index.shortlist import default_factory_key, default_shortlist_size
 from cvmatch.index.writer import (
@@ -199,17 +199,19 @@ def measure_version(
         return info
     with writer.time_stage("recall"):
         index = open_version(writer.root, info)
-        recall = compute_recall(index, queries.vectors)
-        return replace(
-            info,
-            recall=recall,
-            calibrations=calibrate_index(index, queries),
-            queries=queries.origin,
-        )
+        exact = _rank_exactly(index, queries.vectors)
+        places = _find_places(index, queries.vectors, exact, info.shortlist)
+        info = replace(info, recall=_recall_of(places, info.shortlist))
+        return _add_calibrations(info, index, queries, exact)
 
 
-def calibrate_index(index: Index, queries: QuerySample) -> dict[str, Calibration]:
-    """Fit probabilities on the queries whose tiles the index holds, by their modality."""
+def _add_calibrations(
+    info: IndexManifest, index: Index, queries: QuerySample, exact: TopTiles
+) -> IndexManifest:
+    """Fit probabilities on the queries whose tiles the index holds, by their modality.
+
+    `exact`: the best tiles of the fullest queries.
+    """
     names = pc.SetLookupOptions(value_set=index.tiles[schema.PAIR_ID].combine_chunks())
     rows = pc.call_function("index_in", [pa.array(queries.ids, pa.string())], names)
     own = rows.fill_null(-1).to_numpy().astype(np.int64)
@@ -217,19 +219,19 @@ def calibrate_index(index: Index, queries: QuerySample) -> dict[str, Calibration
     here = np.flatnonzero(own >= 0)
     found: dict[str, Calibration] = {}
     for modality, vectors in queries.modalities.items():
-        best = rank(index, vectors[torch.from_numpy(here)], calibration.TOP, "exact")
-        own_place = best.rows == own[here, None]
+        best = exact if vectors is queries.vectors else _rank_exactly(index, vectors)
+        own_place = best.rows[here] == own[here, None]
         places = np.where(own_place.any(1), own_place.argmax(1), best.rows.shape[1])
-        answers = calibration.Answers(best.scores.astype(np.float64), places)
+        answers = calibration.Answers(best.scores[here].astype(np.float64), places)
         if fitted := calibration.calibrate(answers):
             found[modality] = fitted
-    return found
+    return replace(info, calibrations=found, queries=queries.origin)
 
 
 def compute_recall(index: Index, query: Float[Tensor, "query width"]) -> Recall:
     """Compute the share of the exact best 1 and best 10 tiles that the shortlist holds."""
     size = index.manifest.shortlist
-    return _recall_of(_find_places(index, query, size), size)
+    return _recall_of(_find_places(index, query, _rank_exactly(index, query), size), size)
 
 
 def _recall_of(places: Int64[np.ndarray, "query best"], size: int) -> Recall:
@@ -254,18 +256,23 @@ def _choose_size(places: Int64[np.ndarray, "query best"], most: int, recall: flo
     return min(most, max(MIN_SHORTLIST, 2 ** math.ceil(math.log2(needed + 1))))
 
 
+def _rank_exactly(index: Index, query: Float[Tensor, "query width"]) -> TopTiles:
+    """Rank the tiles that take part in a probability; of a large index, that takes longest."""
+    steps = [rank(index, step, calibration.TOP, "exact") for step in query.split(_STEP)]
+    return TopTiles(*(np.concatenate(parts) for parts in zip(*steps, strict=True)))
+
+
 @torch.inference_mode()
 def _find_places(
-    index: Index, query: Float[Tensor, "query width"], count: int
+    index: Index, query: Float[Tensor, "query width"], exact: TopTiles, count: int
 ) -> Int64[np.ndarray, "query best"]:
     """Return where the shortlist of `count` tiles has each query's exact ten; `count`: nowhere."""
     best = min(10, len(index) - len(index.deleted))
     places = np.full((len(query), best), count)
     for begin in range(0, len(query), _STEP):
-        step = query[begin : begin + _STEP]
-        exact = rank(index, step, best, "exact").rows
-        near = index.find_nearest(step, count)
-        for number, (rows, shortlist) in enumerate(zip(exact, near, strict=True), begin):
+        near = index.find_nearest(query[begin : begin + _STEP], count)
+        own = exact.rows[begin : begin + _STEP, :best]
+        for number, (rows, shortlist) in enumerate(zip(own, near, strict=True), begin):
             found, where = np.nonzero(rows[:, None] == shortlist[None])
             places[number, found] = where
     return places
@@ -290,18 +297,11 @@ def _add_shortlist(
     with writer.time_stage("recall"):
         index = open_version(writer.root, info)
         most = min(len(index), MAX_SHORTLIST)
-        places = _find_places(
-            index, queries.vectors, most
-        )  # once: the exact search is the dear one
+        exact = _rank_exactly(index, queries.vectors)  # once: it is the dear search
+        places = _find_places(index, queries.vectors, exact, most)
         recall = _recall_of(places, _choose_size(places, most, config.recall))
-        calibrations = calibrate_index(index, queries)
-    return replace(
-        info,
-        shortlist=recall.shortlist,
-        recall=recall,
-        calibrations=calibrations,
-        queries=queries.origin,
-    )
+        info = replace(info, shortlist=recall.shortlist, recall=recall)
+        return _add_calibrations(info, index, queries, exact)
 
 
 def _tile_origin(config: BuildIndex, shard_rows: int) -> TileOrigin:

@@ -70,10 +70,12 @@ class Example:
         return None if self.classes is None else images.colours_of(self.classes)
 
 
-def read_pictures(location: str, pair_ids: Collection[str]) -> Pictures:
-    """Read the pictures of those pairs that are among the synthesized rows at `location`."""
+def read_pictures(
+    location: str, pair_ids: Collection[str], columns: Sequence[str] = _COLUMNS
+) -> Pictures:
+    """Read the pictures of those pairs that are among the rows at `location`."""
     pictures = {}
-    for table in tables.batches(location, [schema.PAIR_ID, *_COLUMNS]):
+    for table in tables.batches(location, [schema.PAIR_ID, *columns]):
         rows = table.filter(pc.field(schema.PAIR_ID).isin(list(pair_ids)))
         pictures |= {row[schema.PAIR_ID]: row for row in rows.to_pylist()}
     return pictures

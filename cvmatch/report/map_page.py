@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from cvmatch.data import images, schema, storage, tables
+from cvmatch.data import images, schema, storage
+from cvmatch.report.examples import Pictures, read_pictures
 from cvmatch.report.page import encode_uri
-from cvmatch.search.files import RankedTile, SearchResult
+from cvmatch.search.files import RankedTile, SearchResult, read_coordinates
 
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17a2b8")
 """Of photos; the ninth has the first one's again."""
@@ -52,7 +53,8 @@ def render_map_page(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     parts = resources.files("cvmatch.report")
-    known = _read_tiles(tiles, results) if tiles else {}
+    names = {tile["tile"] for result in results for tile in result.tiles}
+    known = read_pictures(tiles, names, (schema.AERIAL, OUTLINE)) if tiles else {}
     photos = [_describe_photo(number, result, known) for number, result in enumerate(results)]
     found = [
         {"number": one["number"], "name": one["name"], "color": one["color"], "tiles": one["tiles"]}
@@ -78,9 +80,7 @@ def _summarise(results: Sequence[SearchResult]) -> str:
     return text
 
 
-def _describe_photo(
-    number: int, result: SearchResult, known: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
+def _describe_photo(number: int, result: SearchResult, known: Pictures) -> dict[str, Any]:
     made: dict[str, str | None] = {}
     if synthetic := result.pictures.get(schema.SYNTHETIC):
         made["A, the aerial view painted from it"] = encode_uri(
@@ -104,29 +104,15 @@ def _describe_photo(
 
 
 def _describe_tile(tile: RankedTile, known: Mapping[str, Any]) -> dict[str, Any]:
-    place = None
-    if tile["latitude"] is not None and tile["longitude"] is not None:
-        place = [tile["latitude"], tile["longitude"]]
     picture = known.get(schema.AERIAL)
     return {
         "rank": tile["rank"],
         "name": tile["tile"],
         "score": tile["score"],
         "probability": tile["probability"],
-        "place": place,
+        "place": read_coordinates(tile),
         "picture": encode_uri(images.decode(picture), "answer") if picture else "",
         "bounds": _read_bounds(known.get(OUTLINE)),
-    }
-
-
-def _read_tiles(location: str, results: Sequence[SearchResult]) -> dict[str, dict[str, Any]]:
-    """Read pictures and outlines of the tiles that were found."""
-    names = {tile["tile"] for result in results for tile in result.tiles}
-    return {
-        row[schema.PAIR_ID]: row
-        for table in tables.batches(location, [schema.PAIR_ID, schema.AERIAL, OUTLINE])
-        for row in table.to_pylist()
-        if row[schema.PAIR_ID] in names
     }
 
 

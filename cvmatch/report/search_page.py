@@ -1,13 +1,12 @@
 """The page of a search: each panorama, what was made of it, and the best tiles."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from cvmatch.data import geography, images, schema
 from cvmatch.report import examples
 from cvmatch.report.examples import Example, Tile
 from cvmatch.report.page import Page, describe_run, write_page
-from cvmatch.search.files import SearchResult
+from cvmatch.search.files import SearchResult, read_coordinates
 
 
 def write_search_page(results: Sequence[SearchResult], output: str, tiles: str = "") -> str:
@@ -48,7 +47,7 @@ def _build_example(result: SearchResult, pictures: examples.Pictures) -> Example
                 picture=examples.decode_tile(pictures.get(tile["tile"])),
                 score=tile["score"],
                 branches=tile["branches"],
-                coordinates=_read_coordinates(tile),
+                coordinates=read_coordinates(tile),
             )
             for tile in result.tiles
         ],
@@ -59,10 +58,5 @@ def _build_example(result: SearchResult, pictures: examples.Pictures) -> Example
 
 def _measure_offsets(result: SearchResult) -> list[tuple[float, float]]:
     """Return metres east and north of the tiles with coordinates from the first one."""
-    known = [degrees for tile in result.tiles if (degrees := _read_coordinates(tile))]
+    known = [degrees for tile in result.tiles if (degrees := read_coordinates(tile))]
     return [geography.offset_m(known[0], degrees) for degrees in known]
-
-
-def _read_coordinates(tile: Mapping[str, Any]) -> tuple[float, float] | None:
-    latitude, longitude = tile["latitude"], tile["longitude"]
-    return None if latitude is None or longitude is None else (latitude, longitude)

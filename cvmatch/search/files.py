@@ -22,11 +22,11 @@ from cvmatch.data.photo import PhotoReading, read_photo
 from cvmatch.data.settings import PhotoSettings
 from cvmatch.generate.settings import Sampling
 from cvmatch.index import calibration
+from cvmatch.index.calibration import Calibration
 from cvmatch.index.manifest import SAMPLING
 from cvmatch.index.reader import Index, rank
 from cvmatch.match.heads import QUERY_VECTOR
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.match.settings import Modality
 from cvmatch.nn.batch_invariant import call_rows, error_line
 from cvmatch.search.settings import SearchFiles
 
@@ -59,6 +59,12 @@ class RankedTile(TypedDict):
     """What the query consisted of."""
     read: str
     """What was read of the panorama's file, and assumed; in one line."""
+
+
+def read_coordinates(tile: RankedTile) -> tuple[float, float] | None:
+    """Return degrees north and east of a tile; None: not known."""
+    latitude, longitude = tile["latitude"], tile["longitude"]
+    return None if latitude is None or longitude is None else (latitude, longitude)
 
 
 @dataclass(frozen=True)
@@ -155,12 +161,13 @@ def _search_batch(
         count = max(config.top_k, calibration.TOP)  # all that take part in a probability
         ranking = rank(index, vectors, count, config.mode, config.shortlist, rows)
         answers = zip(vectors, ranking.rows, ranking.scores, strict=True)
+    fitted = index.calibration_of(config.modality)
     for panorama, query in zip(panoramas, queries, strict=True):
         if query.error is not None:
             yield SearchResult(panorama.location, error=query.error, read=panorama.read)
             continue
         vector, found, scores = next(answers)
-        chances, absent = _find_chances(index, config.modality, scores)
+        chances, absent = _find_chances(fitted, scores)
         best = found[: config.top_k]
         tiles = _describe_tiles(index, panorama, config.modality, vector, best, scores, chances)
         yield SearchResult(
@@ -169,10 +176,9 @@ def _search_batch(
 
 
 def _find_chances(
-    index: Index, modality: Modality, scores: np.ndarray
+    fitted: Calibration | None, scores: np.ndarray
 ) -> tuple[list[float | None], float | None]:
     """Return the probabilities of tiles, best first, and that the place is not in the index."""
-    fitted = index.calibration_of(modality)
     if fitted is None:
         return [None] * len(scores), None
     known = scores[None].astype(np.float64)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
 
-from cvmatch.search.files import RankedTile, SearchResult
+from cvmatch.search.files import RankedTile, SearchResult, read_coordinates
 
 KML = "http://www.opengis.net/kml/2.2"
 """Namespace of KML 2.2 (OGC 07-147r2)."""
@@ -32,8 +32,8 @@ def to_text(result: SearchResult, count: int = 3) -> str:
 
 def _tile_words(tile: RankedTile) -> Iterator[str]:
     yield f"  {tile['rank']:>2}"
-    if tile["latitude"] is not None and tile["longitude"] is not None:
-        yield f"{tile['latitude']:.5f} {tile['longitude']:.5f}"
+    if place := read_coordinates(tile):
+        yield "{:.5f} {:.5f}".format(*place)
     yield f"tile {tile['tile']}"
     if tile["probability"] is not None:
         yield f"p {tile['probability']:.2f}"
@@ -92,7 +92,7 @@ def to_csv(results: Sequence[SearchResult]) -> str:
 def _placed(results: Sequence[SearchResult]) -> Iterator[tuple[SearchResult, RankedTile]]:
     for result in results:
         for tile in result.tiles:
-            if tile["latitude"] is not None and tile["longitude"] is not None:
+            if read_coordinates(tile):
                 yield result, tile
 
 

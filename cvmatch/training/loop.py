@@ -27,7 +27,7 @@ from cvmatch.data import images, storage
 from cvmatch.nn import rng
 from cvmatch.runtime import hardware
 from cvmatch.training import checkpoints, mid_epoch
-from cvmatch.training.metrics import LossCurve, MeanMetrics, gather_rows, to_tensors
+from cvmatch.training.metrics import LossCurve, MeanMetrics, gather, to_tensors
 from cvmatch.training.settings import TrainConfig
 from cvmatch.training.task import VALIDATION_BATCH, Task
 
@@ -241,8 +241,8 @@ class Trainer:
         self.so_far = EpochSoFar()
         means = so_far.means.reduce(self.backend.world)
         metrics = {f"train/{k}": v.item() for k, v in means.items()}
-        rows = gather_rows(torch.tensor([so_far.means.rows]), self.backend.world)
-        metrics |= {"train/rows": int(rows.sum()), "train/workers": self.backend.world}
+        rows = sum(gather(so_far.means.rows, self.backend.world))
+        metrics |= {"train/rows": rows, "train/workers": self.backend.world}
         if not math.isfinite(metrics["train/loss"]):
             raise FloatingPointError(
                 f"train/loss is {metrics['train/loss']} in epoch {epoch + 1}: lower the learning "
@@ -354,7 +354,7 @@ class Trainer:
     def _write_mid_epoch(self, epoch: int) -> None:
         so_far = self.so_far
         means = so_far.means.reduce(self.backend.world)
-        seen = gather_rows(torch.cat(so_far.keys), self.backend.world)
+        seen = torch.cat(gather(torch.cat(so_far.keys), self.backend.world))
         if self.backend.rank == 0:
             scalars = {name: float(mean) for name, mean in means.items()}
             state = self._state(epoch)

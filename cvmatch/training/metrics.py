@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ ROW_KEY = f"{ROWS}key"
 
 POINTS = 200
 """Points of a run's loss curve, at most about."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -54,12 +57,8 @@ class MeanMetrics:
         """
         sums = {name: value.cpu() for name, value in self.sums.items()}
         kept = {name: torch.cat(values) for name, values in self.kept.items()}
-        local = (sums, kept, self.rows)
-        workers: list = [local]
-        if world > 1:
-            # As objects: a worker without a validation row does not know the names.
-            workers = [None] * world
-            torch.distributed.all_gather_object(workers, local)
+        # As objects: a worker without a validation row does not know the names.
+        workers = gather((sums, kept, self.rows), world)
         total = sum(rows for _, _, rows in workers)
         if not total:
             raise ValueError("no rows: pass validation rows that are not empty, or none (val=None)")
@@ -78,13 +77,13 @@ def _order_by_key(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values[order[first]] for name, values in rows.items()}
 
 
-def gather_rows(own: Tensor, world: int) -> Tensor:
-    """Join the rows of all workers, of which each may have another number; on the CPU."""
-    parts: list = [own]
+def gather(own: T, world: int) -> list[T]:
+    """Return what each worker has, tensors on the CPU, in the order of ranks; all call it."""
+    workers: list[Any] = [own]
     if world > 1:
-        parts = [None] * world
-        torch.distributed.all_gather_object(parts, own.cpu())
-    return torch.cat(parts)
+        workers = [None] * world
+        torch.distributed.all_gather_object(workers, own)
+    return workers
 
 
 def _group(workers: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
