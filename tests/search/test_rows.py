@@ -37,7 +37,7 @@ def test_search_rows_on_ray_gives_what_a_search_here_gives(
     ranked = rank(index, torch.from_numpy(batch["query_vector"]), top_k=4)
     for number, row in enumerate(written):
         if number == 3:
-            assert "not a PNG or JPEG" in row["error"]
+            assert "not a PNG, JPEG" in row["error"]
             assert row["tiles"] == []
         else:
             assert row["tiles"] == [f"{tile:07d}" for tile in ranked.rows[number]]
