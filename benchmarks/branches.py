@@ -22,7 +22,7 @@ from torch.nn import functional
 from cvmatch.data import images, schema, tables
 from cvmatch.demo.procedural.aerial import TILE
 from cvmatch.match.batches import decode_batch
-from cvmatch.match.heads import BranchHeads, fit_weights
+from cvmatch.match.heads.branches import BranchHeads, fit_weights
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import BRANCHES_OF
 from cvmatch.runtime import hardware, session

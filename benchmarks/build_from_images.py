@@ -13,6 +13,7 @@ from matching import MatchingBench, Rows
 from stream import BATCHES, Stage, compare
 
 from cvmatch.data import schema
+from cvmatch.data.schema import QUERY_VECTOR
 from cvmatch.data.settings import Ingest
 from cvmatch.data.tables import batches
 from cvmatch.demo import models as base_models
@@ -26,7 +27,6 @@ from cvmatch.index.embedding import read_gallery
 from cvmatch.index.manifest import IndexManifest
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import BuildIndex, GalleryConfig, Mode
-from cvmatch.match.heads import QUERY_VECTOR
 from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import session

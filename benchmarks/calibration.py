@@ -15,10 +15,10 @@ from matching import GALLERY, MatchingBench, Rows, find
 
 from cvmatch.evaluate.queries import embed_queries, read_query_ids
 from cvmatch.evaluate.settings import Evaluate
-from cvmatch.index.calibration import TOP, Answers, calibrate, measure_auroc, measure_error
 from cvmatch.index.reader import Index
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
+from cvmatch.nn.calibration import TOP, Answers, calibrate, measure_auroc, measure_error
 from cvmatch.runtime import hardware, session
 
 MODALITIES: tuple[Modality, ...] = ("G", "G+A")

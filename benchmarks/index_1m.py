@@ -22,13 +22,13 @@ from pyarrow import parquet
 from torch import Tensor
 
 from cvmatch.data import schema, tables
+from cvmatch.data.schema import TILE_VECTOR
 from cvmatch.index import embedding
 from cvmatch.index.build import publish
 from cvmatch.index.embedding import sample_queries
 from cvmatch.index.manifest import IndexManifest
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import BuildIndex, Mode
-from cvmatch.match.heads import TILE_VECTOR
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.train import train
 from cvmatch.runtime import pools, progress, session

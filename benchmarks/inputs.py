@@ -20,14 +20,14 @@ from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
 from cvmatch.data import images, schema
-from cvmatch.data.metadata import NAMESPACE
-from cvmatch.data.photo import read_photo
+from cvmatch.data.photos.metadata import NAMESPACE
+from cvmatch.data.photos.reading import read_photo
+from cvmatch.data.schema import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.data.settings import PhotoSettings
 from cvmatch.demo.procedural.aerial import render_aerial
 from cvmatch.demo.procedural.pairs import Pair, Sizes, render_pairs, world_seed
 from cvmatch.demo.procedural.panorama import render_panorama
 from cvmatch.demo.procedural.world import build_world, place_cameras
-from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from cvmatch.match.train import build_task
 from cvmatch.nn import rng

@@ -9,8 +9,8 @@ import torch
 from _harness import Bench, fill_sizes, parse_flags, write_results
 from torch import Tensor, nn
 
-from cvmatch.match.heads import Features, SumScorer
-from cvmatch.match.joint import CHUNK, JointHeads, JointScorer
+from cvmatch.match.heads.branches import Features, SumScorer
+from cvmatch.match.heads.joint import CHUNK, JointHeads, JointScorer
 from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.nn import metrics
 from cvmatch.runtime import hardware, progress

@@ -204,7 +204,7 @@ def _synthesize(config: Any) -> Any:
 
 
 def _gallery(config: Any) -> Any:
-    from cvmatch.gallery.extra import require_geo
+    from cvmatch.gallery import require_geo
 
     require_geo()
     from cvmatch.gallery.run import Counts, make_gallery

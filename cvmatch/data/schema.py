@@ -23,6 +23,8 @@ LATITUDE = "latitude"
 LONGITUDE = "longitude"
 SYNTHETIC = "synthetic"
 SYNTHETIC_CLASSES = "synthetic_classes"
+QUERY_VECTOR = "query_vector"
+TILE_VECTOR = "tile_vector"
 ERROR = "error"
 
 PAIRS = pa.schema(

@@ -11,7 +11,7 @@ from torch import Tensor
 from cvmatch.data import images, schema, tables
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.match.augment import crop_fov
-from cvmatch.match.heads import Features
+from cvmatch.match.heads.branches import Features
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
 from cvmatch.nn import rng

@@ -27,8 +27,8 @@ from cvmatch.gallery.region import Region, read_region
 from cvmatch.gallery.settings import MakeGallery
 from cvmatch.gallery.sources import detect_format
 from cvmatch.runtime import pools, session
-from cvmatch.runtime.output_directory import OutputDirectory
-from cvmatch.runtime.stream import Stream, write_stream
+from cvmatch.runtime.streams.output_directory import OutputDirectory
+from cvmatch.runtime.streams.write import Stream, write_stream
 
 OUTLINE, VINTAGE = "outline", "vintage"
 

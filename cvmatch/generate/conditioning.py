@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvmatch.data import geometry, schema
+from cvmatch.data import schema
+from cvmatch.nn import geometry
 
 BEV_VIEW = (64, 256)
 """Height and width, in pixels, of the panorama in the BEV network."""

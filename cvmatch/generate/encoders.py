@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from cvmatch.data import geometry
 from cvmatch.generate import conditioning
 from cvmatch.generate.batches import ImageSizes
 from cvmatch.generate.conditioning import PanoramaFeatures
-from cvmatch.nn import hub
+from cvmatch.nn import geometry, hub
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Layers of attention in old files of diffusers, which it renames when it loads them."""

@@ -16,7 +16,7 @@ import torch
 from ray.data import Dataset
 from torch import Tensor
 
-from cvmatch.data import geometry, images, manifest, schema, storage
+from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.pairs import PairDataset, read_pictures
 from cvmatch.generate.batches import (
     AERIAL,
@@ -32,10 +32,11 @@ from cvmatch.generate.batches import (
 from cvmatch.generate.conditioning import count_crops
 from cvmatch.generate.encoders import FrozenEncoders, read_sizes
 from cvmatch.generate.settings import Encode
+from cvmatch.nn import geometry
 from cvmatch.runtime import hardware, pools
-from cvmatch.runtime.output_directory import REJECTED
 from cvmatch.runtime.settings import Pool
-from cvmatch.runtime.stream import Stream, write_stream
+from cvmatch.runtime.streams.output_directory import REJECTED
+from cvmatch.runtime.streams.write import Stream, write_stream
 
 VERSION = 6
 """Version of the rows on disk; rows of another one lie in another directory."""

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cvmatch.data.color import color_jitter
 from cvmatch.evaluate import generation
 from cvmatch.generate import losses
 from cvmatch.generate.batches import CLIP_TOKENS, LATENT, PairBatch, augment, to_pair_batch
@@ -20,8 +18,10 @@ from cvmatch.generate.losses import LPIPS, NegativeQueue, Negatives
 from cvmatch.generate.model import Generator, merge_lora, set_trainable
 from cvmatch.generate.settings import TrainGenerator
 from cvmatch.nn import metrics, rng
+from cvmatch.nn.color import color_jitter
 from cvmatch.training.ema import EMA, trained_weights
 from cvmatch.training.metrics import ROW_KEY, ROWS
+from cvmatch.training.task import ParameterGroup
 
 VALIDATION_LEVELS = (0.2, 0.5, 0.8)
 """Noise levels t / T of the validation loss, the same for every row."""
@@ -101,7 +101,7 @@ class GeneratorTask(nn.Module):
             self.generator.conditioner.bev.eval()
         return self
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[ParameterGroup]:
         """Return parameters by learning rate: the base's, and what starts from random weights."""
         model = self.generator
         new: list[nn.Module | None] = [model.conditioner, self.latent_to_rgb]
@@ -130,7 +130,9 @@ class GeneratorTask(nn.Module):
         of the true tile by NCC among them (`generation.summarize_ranks`), and the picture
         `samples`, G | A | C.
         """
-        summary: dict[str, Any] = {k: float(v) for k, v in means.items() if not v.ndim}
+        summary: dict[str, float | np.ndarray] = {
+            k: float(v) for k, v in means.items() if not v.ndim
+        }
         compared = summary.pop("compared")
         for level in ("", *(f"/{level}" for level in VALIDATION_LEVELS)):
             right, wrong = summary[f"loss_correct{level}"], summary.pop(f"loss_shuffled{level}")
@@ -278,7 +280,7 @@ class BEVTask(nn.Module):
         self.queue.enqueue(batch["key"], pairs.tile)
         return means
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[ParameterGroup]:
         """Return all parameters, at `lr_conditioner`."""
         return [{"params": list(self.network.parameters()), "lr": self.config.lr_conditioner}]
 

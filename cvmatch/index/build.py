@@ -19,8 +19,7 @@ from cvmatch import config as configs
 from cvmatch.data import manifest, schema, storage, tables
 from cvmatch.data.images import PREPROCESS
 from cvmatch.data.tables import Reject
-from cvmatch.index import calibration, shard, verify, versions
-from cvmatch.index.calibration import Calibration
+from cvmatch.index import shard, verify, versions
 from cvmatch.index.embedding import (
     QuerySample,
     building_directory,
@@ -42,6 +41,8 @@ from cvmatch.index.writer import (
     serial_map,
 )
 from cvmatch.match.model import fingerprint_parts, read_config
+from cvmatch.nn import calibration
+from cvmatch.nn.calibration import Calibration
 from cvmatch.runtime import session, tracking
 from cvmatch.runtime.gauges import set_gauge
 

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from cvmatch.data import manifest, row_files, schema, storage, tables
 from cvmatch.data.pairs import PairDataset, read_pictures
+from cvmatch.data.schema import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.index.manifest import SAMPLING, QueryOrigin
 from cvmatch.index.settings import GalleryConfig
 from cvmatch.index.shard import CHUNK
 from cvmatch.index.writer import TaskMapper
-from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.infer import EmbedQuery, EmbedTile, embed_tiles
 from cvmatch.match.model import read_config
 from cvmatch.match.settings import BRANCHES_OF, Embed, Modality
 from cvmatch.runtime import hardware, pools, session
-from cvmatch.runtime.stream import Stream, write_stream
+from cvmatch.runtime.streams.write import Stream, write_stream
 
 RECALL_QUERIES = 200
 """Queries at most that measure a shortlist."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cvmatch.generate.settings import Sampling
-from cvmatch.index.calibration import Calibration
+from cvmatch.nn.calibration import Calibration
 
 FORMAT = 4
 """Version of the layout; a directory of another one is refused."""

@@ -18,13 +18,13 @@ from torch import Tensor
 from cvmatch.data import geography, schema
 from cvmatch.data.images import PREPROCESS
 from cvmatch.index import shard, versions
-from cvmatch.index.calibration import Calibration
 from cvmatch.index.manifest import AnnPartInfo, IndexManifest
 from cvmatch.index.settings import Mode
 from cvmatch.index.shortlist import AnnPart, search_parts
-from cvmatch.match.heads import SumScorer
+from cvmatch.match.heads.branches import SumScorer
 from cvmatch.match.model import Scorer, fingerprint_parts, load_scorer, read_config
 from cvmatch.match.settings import Modality
+from cvmatch.nn.calibration import Calibration
 from cvmatch.runtime import hardware
 
 MAX_EXACT_TILES = 100_000

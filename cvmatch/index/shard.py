@@ -18,10 +18,9 @@ import pyarrow.compute as pc
 from jaxtyping import Float16, Int64, Shaped
 
 from cvmatch.data import schema, tables
-from cvmatch.data.schema import ERROR, LATITUDE, LONGITUDE, PAIR_ID
+from cvmatch.data.schema import ERROR, LATITUDE, LONGITUDE, PAIR_ID, TILE_VECTOR
 from cvmatch.data.tables import Reject
 from cvmatch.index import versions
-from cvmatch.match.heads import TILE_VECTOR
 
 PART_ROW = "part_row"
 """Column of accepted tiles: their row among all rows of the parts."""

@@ -15,12 +15,12 @@ from jaxtyping import Int64
 from pyarrow import parquet
 
 from cvmatch.data import schema
+from cvmatch.data.schema import TILE_VECTOR
 from cvmatch.index import shard, versions
 from cvmatch.index.manifest import IndexManifest, ShardInfo
 from cvmatch.index.reader import Index
 from cvmatch.index.settings import Info, Verify
 from cvmatch.index.writer import EncodeShardTask, IndexWriter, compute_codes
-from cvmatch.match.heads import TILE_VECTOR
 from cvmatch.match.infer import EmbedTile
 from cvmatch.match.model import fingerprint_parts
 

@@ -10,10 +10,9 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from cvmatch.data import geometry
-from cvmatch.data.color import color_jitter
-from cvmatch.nn import rng
+from cvmatch.nn import geometry, rng
 from cvmatch.nn.backbones import MEAN
+from cvmatch.nn.color import color_jitter
 
 
 class TowerInputs(NamedTuple):

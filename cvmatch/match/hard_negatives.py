@@ -16,7 +16,7 @@ from ray.data import Dataset
 from scipy.spatial import KDTree
 
 from cvmatch.data import schema
-from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
+from cvmatch.data.schema import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.infer import EmbedQuery, EmbedTile
 from cvmatch.match.model import read_config
 from cvmatch.runtime import pools

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cvmatch.data import images, schema
-from cvmatch.match.heads import QUERY_VECTOR, TILE_VECTOR
+from cvmatch.data.schema import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Embed, Modality
 from cvmatch.nn.batch_invariant import FixedBatch, call_rows, error_line, require_any

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cvmatch.data import geometry, images, manifest, storage
+from cvmatch.data import images, manifest, storage
 from cvmatch.data.schema import PALETTE
-from cvmatch.match.heads import (
+from cvmatch.match.heads.branches import (
     GROUND_ONLY,
     BranchHeads,
     Features,
@@ -26,8 +26,9 @@ from cvmatch.match.heads import (
     branch_widths,
     embed_layout,
 )
-from cvmatch.match.joint import JointHeads, JointScorer
+from cvmatch.match.heads.joint import JointHeads, JointScorer
 from cvmatch.match.settings import MatcherShape
+from cvmatch.nn import geometry
 from cvmatch.nn.backbones import Tower, TowerSpec
 
 _TOWERS = ("ground", "aerial", "mask")

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from cvmatch.data import storage
 from cvmatch.match import losses, validation
 from cvmatch.match.augment import TowerInputs, augment, crop_fov
-from cvmatch.match.heads import BranchHeads, Features, FusionWeights
-from cvmatch.match.joint import JointHeads
+from cvmatch.match.heads.branches import BranchHeads, Features, FusionWeights
+from cvmatch.match.heads.joint import JointHeads
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import MatcherLossConfig
 from cvmatch.nn import rng
 from cvmatch.training.metrics import ROW_KEY, ROWS
-from cvmatch.training.task import VALIDATION_BATCH
+from cvmatch.training.task import VALIDATION_BATCH, ParameterGroup
 
 IDS = "training_ids.txt"
 """File of a model directory that lists the pairs it was trained on, one id a line, sorted."""
@@ -118,7 +117,7 @@ class MatcherTask(nn.Module):
         }
         return FusionWeights.normalised(scales)
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[ParameterGroup]:
         """Return the parameters by learning rate: backbones, and what starts at random."""
         towers = [weight for name, weight in self.named_parameters() if "_tower." in name]
         heads = [weight for name, weight in self.named_parameters() if "_tower." not in name]

@@ -13,13 +13,13 @@ from torch import Tensor
 from cvmatch.data import manifest
 from cvmatch.match.batches import decode, read_pair_ids, read_pairs
 from cvmatch.match.hard_negatives import order_hard_negatives
-from cvmatch.match.heads import BranchHeads, FusionWeights, fit_weights
+from cvmatch.match.heads.branches import BranchHeads, FusionWeights, fit_weights
 from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask
 from cvmatch.nn import backbones, rng
 from cvmatch.runtime import hardware, session, tracking
-from cvmatch.runtime.output_directory import read_provenance
+from cvmatch.runtime.streams.output_directory import read_provenance
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
 from cvmatch.training.held_out import choose_held_out, select_pairs

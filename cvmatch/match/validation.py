@@ -11,8 +11,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cvmatch.match.augment import TowerInputs
-from cvmatch.match.heads import BranchHeads, fit_shares
-from cvmatch.match.joint import JointHeads, JointScorer
+from cvmatch.match.heads.branches import BranchHeads, fit_shares
+from cvmatch.match.heads.joint import JointHeads, JointScorer
 from cvmatch.match.model import Matcher
 from cvmatch.nn import metrics
 

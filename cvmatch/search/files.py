@@ -1,6 +1,6 @@
 """Panoramas + an index -> ranked tiles with scores and positions, in this process, without Ray.
 
-Each picture becomes the panorama that the models were trained on (`cvmatch.data.photo`), and goes
+Each picture becomes the panorama that the models were trained on (`cvmatch.data.photos`), and goes
 through the same actors as in the offline stages, so that decoding, resizing and noise are the same;
 but one query must not wait for Ray to start.
 """
@@ -18,16 +18,16 @@ from jaxtyping import Int64
 
 from cvmatch.data import images, manifest, schema, storage
 from cvmatch.data.geography import Area, Box, Circle
-from cvmatch.data.photo import PhotoReading, read_photo
+from cvmatch.data.photos.reading import PhotoReading, read_photo
+from cvmatch.data.schema import QUERY_VECTOR
 from cvmatch.data.settings import PhotoSettings
 from cvmatch.generate.settings import Sampling
-from cvmatch.index import calibration
-from cvmatch.index.calibration import Calibration
 from cvmatch.index.manifest import SAMPLING
 from cvmatch.index.reader import Index, rank
-from cvmatch.match.heads import QUERY_VECTOR
 from cvmatch.match.infer import EmbedQuery
+from cvmatch.nn import calibration
 from cvmatch.nn.batch_invariant import call_rows, error_line
+from cvmatch.nn.calibration import Calibration
 from cvmatch.search.settings import SearchFiles
 
 _log = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ import torch
 
 from cvmatch import config as configs
 from cvmatch.data import manifest, row_files, schema, storage
+from cvmatch.data.schema import QUERY_VECTOR
 from cvmatch.index import versions
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import Mode
-from cvmatch.match.heads import QUERY_VECTOR
 from cvmatch.match.infer import EmbedQuery, embed_queries
 from cvmatch.match.settings import Embed
 from cvmatch.runtime import hardware, pools
-from cvmatch.runtime.stream import Stream, write_stream
+from cvmatch.runtime.streams.write import Stream, write_stream
 from cvmatch.search.settings import SearchRows
 
 TILES, SCORES = "tiles", "scores"

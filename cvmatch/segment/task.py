@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from cvmatch.data import geometry, schema
-from cvmatch.nn import metrics, rng
+from cvmatch.data import schema
+from cvmatch.nn import geometry, metrics, rng
 from cvmatch.segment.model import Segmenter, upsample
 from cvmatch.segment.settings import TrainSegmenter
+from cvmatch.training.task import ParameterGroup
 
 JITTER = 0.3
 """Brightness, contrast and saturation are scaled by factors in 1 +- JITTER in training."""
@@ -52,7 +53,7 @@ class SegmenterTask(nn.Module):
             values["confusion"] = counts.float() / len(mask)
         return values
 
-    def groups(self) -> list[dict]:
+    def groups(self) -> list[ParameterGroup]:
         """Return the pretrained encoder and the head, each with its learning rate."""
         net = self.segmenter.net
         return [

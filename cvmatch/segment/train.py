@@ -15,7 +15,7 @@ from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.nn import hub
 from cvmatch.runtime import session, tracking
-from cvmatch.runtime.output_directory import read_provenance
+from cvmatch.runtime.streams.output_directory import read_provenance
 from cvmatch.segment.batches import Preprocess, decode, decode_synthesized
 from cvmatch.segment.model import Segmenter, check_base
 from cvmatch.segment.settings import TrainSegmenter

@@ -15,8 +15,8 @@ from cvmatch.data.pairs import PairDataset, read_pictures
 from cvmatch.generate.infer import GenerateAerial, generate
 from cvmatch.generate.settings import SAMPLER_VERSION, Sampling
 from cvmatch.runtime import tracking
-from cvmatch.runtime.output_directory import OutputDirectory
-from cvmatch.runtime.stream import Stream, StreamResult, write_stream
+from cvmatch.runtime.streams.output_directory import OutputDirectory
+from cvmatch.runtime.streams.write import Stream, StreamResult, write_stream
 from cvmatch.segment.infer import SegmentAerial, segment
 from cvmatch.synthesize.settings import Synthesize
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pyarrow import fs
 from ray import cloudpickle
-from ray.data import Dataset
+from ray.data import DataIterator, Dataset
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -240,9 +240,9 @@ class LocalBackend:
         rows = self.datasets[name]
         return rows() if callable(rows) else rows
 
-    def commit(self, metrics: dict[str, Any], directory: str) -> None:
+    def commit(self, metrics: dict[str, float], directory: str) -> None:
         """Put the checkpoint in its place, then tell of it."""
-        epoch = metrics["epoch"]
+        epoch = int(metrics["epoch"])
         checkpoints.copy_tree(fs.LocalFileSystem(), directory, self.directory.place(epoch))
         checkpoint = self.directory.checkpoint(epoch)
         for callback in self.callbacks:
@@ -268,7 +268,7 @@ class SplitDatasets(DataConfig):
 
     def configure(
         self, datasets: dict[str, Dataset], world_size: int, *args: Any, **kwargs: Any
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, DataIterator]]:
         """The shards of each worker."""
         shards = super().configure(datasets, world_size, *args, **kwargs)
         if "val" in datasets:
@@ -346,7 +346,7 @@ def _count_rows(rows: Dataset, fit: TrainConfig) -> int:
 
 def _identity(
     build: Callable[[], Task], fit: TrainConfig, input_fingerprint: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what a run is, so that another is not resumed in its place.
 
     Fields of TrainConfig that shape the training, what `build` (a `functools.partial`) is made

@@ -29,7 +29,7 @@ from cvmatch.runtime import hardware
 from cvmatch.training import checkpoints, mid_epoch
 from cvmatch.training.metrics import LossCurve, MeanMetrics, gather, to_tensors
 from cvmatch.training.settings import TrainConfig
-from cvmatch.training.task import VALIDATION_BATCH, Task
+from cvmatch.training.task import VALIDATION_BATCH, ParameterGroup, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Backend(Protocol):
         """This worker's rows of `train`, of the `rest` of an epoch that was begun, or of `val`."""
         ...
 
-    def commit(self, metrics: dict[str, Any], directory: str) -> None:
+    def commit(self, metrics: dict[str, float], directory: str) -> None:
         """Hand over an epoch's metrics, and on rank 0 the directory of its checkpoint."""
         ...
 
@@ -90,12 +90,12 @@ class RayTrainBackend:
         """This worker's rows."""
         return ray.train.get_dataset_shard(name)
 
-    def commit(self, metrics: dict[str, Any], directory: str) -> None:
+    def commit(self, metrics: dict[str, float], directory: str) -> None:
         """Report; Ray copies the checkpoint and calls the callbacks in the controller."""
         ray.train.report(
             metrics,
             checkpoint=Checkpoint(directory) if self.rank == 0 else None,
-            checkpoint_dir_name=checkpoints.name_of(metrics["epoch"]),
+            checkpoint_dir_name=checkpoints.name_of(int(metrics["epoch"])),
         )
 
     def latest(self) -> Checkpoint | None:
@@ -123,7 +123,7 @@ def run_epochs(job: TrainJob, backend: Backend) -> None:
         # Dropout and the like, which draw from torch's generator, are the same after a resume.
         begun = f" from {trainer.so_far.steps}" if trainer.so_far.steps else ""
         torch.manual_seed(rng.fold_in(job.fit.seed, epoch, f"torch {backend.rank}{begun}"))
-        metrics: dict[str, Any] = {"epoch": epoch + 1}
+        metrics: dict[str, float] = {"epoch": epoch + 1}
         metrics |= trainer.train(epoch, curve)
         pictures = {}
         if job.validate:
@@ -260,7 +260,7 @@ class Trainer:
         scalars = {f"val/{k}": float(v) for k, v in summary.items() if k not in pictures}
         return scalars, pictures
 
-    def adjust(self, metrics: dict[str, Any]) -> None:
+    def adjust(self, metrics: dict[str, float]) -> None:
         """Note the learning rates; with plateau, lower them where the validation loss stalls."""
         for index, group in enumerate(self.optimizer.param_groups):
             metrics[f"lr/{index}" if index else "lr"] = float(group["lr"])
@@ -274,7 +274,7 @@ class Trainer:
         self.task.save(model)
         torch.save(self._state(epoch), os.path.join(directory, checkpoints.STATE))
 
-    def _state(self, epoch: int) -> dict[str, Any]:
+    def _state(self, epoch: int) -> dict[str, object]:
         # By all names: a module that two parts share is in `state_dict` under both.
         named = self.task.named_parameters(remove_duplicate=False)
         frozen = {name for name, p in named if not p.requires_grad}
@@ -404,13 +404,13 @@ def evaluate(task: Any, batches: Iterable[dict[str, Tensor]], world: int = 1) ->
     return means.reduce(world)
 
 
-def parameter_groups(task: Task, module: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(task: Task, module: nn.Module) -> list[ParameterGroup]:
     """Return the task's parameter groups without frozen weights.
 
     Raises:
         ValueError: a weight that is not frozen is in no group, so it would never move.
     """
-    groups = [
+    groups: list[ParameterGroup] = [
         {**group, "params": [p for p in group["params"] if p.requires_grad]}
         for group in task.groups()
     ]

@@ -8,6 +8,9 @@ import numpy as np
 from ray.data import Dataset
 from torch import Tensor
 
+ParameterGroup = dict[str, Any]
+"""`params`, weights that share a learning rate, and `lr`, as `torch.optim` takes them."""
+
 VALIDATION_BATCH = 16
 """Rows of a validation batch, whatever the training's batch; a worker's last one has fewer."""
 
@@ -41,7 +44,7 @@ class Task(Protocol):
         """
         ...
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[ParameterGroup]:
         """Parameter groups for AdamW: `params` and `lr`."""
         ...
 

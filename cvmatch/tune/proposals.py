@@ -18,14 +18,14 @@ from ray.tune.search.optuna import OptunaSearch
 from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.tune import search_space
-from cvmatch.tune.search_space import Space
+from cvmatch.tune.search_space import Point, Space
 from cvmatch.tune.settings import Tune
 
 DEFAULTS = "defaults"
 """What `Tune.enqueue` calls the settings of `Tune.base`."""
 
 
-def build_search(config: Tune, space: Space, points: list[dict[str, Any]]) -> OptunaSearch:
+def build_search(config: Tune, space: Space, points: list[Point]) -> OptunaSearch:
     """Build what proposes settings, the `points` first."""
     metric, mode = config.goal
     return OptunaSearch(
@@ -58,7 +58,7 @@ def build_scheduler(config: Tune) -> TrialScheduler:
     return FIFOScheduler()
 
 
-def list_first(config: Tune, base: Any, space: Space) -> list[dict[str, Any]]:
+def list_first(config: Tune, base: Any, space: Space) -> list[Point]:
     """Return the settings that are tried before any are drawn: a grid's all, else the enqueued.
 
     Raises:
@@ -66,7 +66,7 @@ def list_first(config: Tune, base: Any, space: Space) -> list[dict[str, Any]]:
     """
     if config.sampler == "grid":
         return search_space.list_grid(space)
-    points: list[dict[str, Any]] = []
+    points: list[Point] = []
     for source in config.enqueue:
         known = [configs.flat(base)] if source == DEFAULTS else _read_trials(source, config)
         within = [
@@ -84,7 +84,7 @@ def list_first(config: Tune, base: Any, space: Space) -> list[dict[str, Any]]:
     return points[: max(1, config.trials // 2)]
 
 
-def _read_trials(location: str, config: Tune) -> list[dict[str, Any]]:
+def _read_trials(location: str, config: Tune) -> list[Point]:
     """Read the settings of an earlier search, the best by this one's metric first."""
     metric, mode = config.goal
     sign = 1 if mode == "min" else -1
@@ -97,5 +97,5 @@ def _read_trials(location: str, config: Tune) -> list[dict[str, Any]]:
     return [trial["params"] for trial in sorted(trials, key=order)]
 
 
-def _searched(values: Mapping[str, Any], space: Space) -> dict[str, Any]:
+def _searched(values: Mapping[str, Any], space: Space) -> Point:
     return {field: values.get(field) for field in space}

@@ -80,7 +80,7 @@ class _TuneReporter(UserCallback):
         self.count = 0
 
     def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+        self, run_context: Any, metrics: list[dict[str, float]], checkpoint: Checkpoint | None
     ) -> None:
         """Report; a trial that ASHA stops does not return from here."""
         self.count += 1
@@ -196,7 +196,7 @@ def _run_trial(params: Mapping[str, Any], search: _Search) -> None:
 def _build_tuner(
     config: Tune,
     space: search_space.Space,
-    first: list[dict[str, Any]],
+    first: list[search_space.Point],
     search: _Search,
     location: str,
 ) -> Tuner:

@@ -18,6 +18,9 @@ STAGES = {
 }
 """Where the settings and the train() of each stage are."""
 
+Point = dict[str, object]
+"""Settings of a trial that were searched, by field."""
+
 Space = Mapping[str, Mapping[str, Any]]
 """Dotted field -> {uniform or loguniform: [low, high]} or {choice: [...]}; and beside it, where the
 field matters only with some choices of fields that stand before it, {when: {field: [choice]}}."""
@@ -126,7 +129,7 @@ def suggest(trial: Any, space: Space) -> None:
 
     Optuna's define-by-run form; Ray's OptunaSearch collects what is drawn.
     """
-    values: dict[str, Any] = {}
+    values: Point = {}
     for field, distribution in space.items():
         if is_active(distribution, values):
             kind, draws = draw_of(distribution)
@@ -136,13 +139,13 @@ def suggest(trial: Any, space: Space) -> None:
                 values[field] = trial.suggest_float(field, *draws, log=kind == "loguniform")
 
 
-def list_grid(space: Space) -> list[dict[str, Any]]:
+def list_grid(space: Space) -> list[Point]:
     """Return all combinations of the choices, each once.
 
     Raises:
         ValueError: a field has a range.
     """
-    points: list[dict[str, Any]] = [{}]
+    points: list[Point] = [{}]
     for field, distribution in space.items():
         kind, choices = draw_of(distribution)
         if kind != "choice":
@@ -159,9 +162,9 @@ def list_grid(space: Space) -> list[dict[str, Any]]:
     return points
 
 
-def select_searched(values: Mapping[str, Any], space: Space) -> dict[str, Any] | None:
+def select_searched(values: Mapping[str, Any], space: Space) -> Point | None:
     """Return the searched ones of some settings; None where the space does not hold them."""
-    point: dict[str, Any] = {}
+    point: Point = {}
     for field, distribution in space.items():
         if not is_active(distribution, point):
             continue

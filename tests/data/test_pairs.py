@@ -13,7 +13,7 @@ from cvmatch.data import schema
 from cvmatch.data.pairs import PairDataset, check_pictures, read_pictures
 from cvmatch.data.settings import Ingest, Validation
 from cvmatch.generate.settings import TrainGenerator
-from cvmatch.runtime.stream import resume_from
+from cvmatch.runtime.streams.write import resume_from
 from cvmatch.segment.settings import TrainSegmenter
 from tests.helpers.cvusa import colour_of, picture, put, subset_line, write_pair, write_tables
 

@@ -14,9 +14,9 @@ from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.manifest import AnnInfo, IndexManifest
 from cvmatch.index.reader import Index
 from cvmatch.index.shard import ShardedArray
-from cvmatch.match.heads import SumScorer
+from cvmatch.match.heads.branches import SumScorer
+from cvmatch.match.heads.joint import JointScorer
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.match.joint import JointScorer
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import MODALITIES
 from tests.helpers import index as tiny

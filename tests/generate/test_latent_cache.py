@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from cvmatch.data import geometry, images, schema
+from cvmatch.data import images, schema
 from cvmatch.data.pairs import PairDataset
 from cvmatch.data.settings import Ingest
 from cvmatch.generate.batches import ImageSizes, augment, decode_pairs, read_latents, to_tensors
@@ -24,9 +24,9 @@ from cvmatch.generate.conditioning import (
 from cvmatch.generate.encoders import read_sizes
 from cvmatch.generate.latent_cache import EncodePairs, cache_latents, input_provenance
 from cvmatch.generate.settings import Conditioning, Encode
-from cvmatch.nn import rng
-from cvmatch.runtime.output_directory import OutputDirectory
+from cvmatch.nn import geometry, rng
 from cvmatch.runtime.settings import Pool
+from cvmatch.runtime.streams.output_directory import OutputDirectory
 from tests.helpers.generator import (
     CONDITIONING,
     make_generator,

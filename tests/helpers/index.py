@@ -15,8 +15,8 @@ from cvmatch.index.build import publish
 from cvmatch.index.manifest import AnnInfo, IndexManifest
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import BuildIndex, Mode
+from cvmatch.match.heads.joint import JointHeads
 from cvmatch.match.infer import EmbedTile
-from cvmatch.match.joint import JointHeads
 from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import Branch
 from cvmatch.nn.backbones import TowerSpec

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from cvmatch.data import images, manifest, schema
 from cvmatch.match.augment import TowerInputs
-from cvmatch.match.heads import BranchHeads
-from cvmatch.match.joint import JointHeads
+from cvmatch.match.heads.branches import BranchHeads
+from cvmatch.match.heads.joint import JointHeads
 from cvmatch.match.model import Matcher, MatcherConfig
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import MatcherTask

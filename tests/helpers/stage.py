@@ -18,6 +18,7 @@ from cvmatch.runtime import tracking
 from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
 from cvmatch.training.settings import TrainConfig
+from cvmatch.training.task import ParameterGroup
 
 
 def rows(count: int, seed: int = 0, block: int = 8) -> Dataset:
@@ -73,7 +74,7 @@ class LineTask(nn.Module):
             os.remove(self.bomb)
             os._exit(1)
 
-    def groups(self) -> list[dict]:
+    def groups(self) -> list[ParameterGroup]:
         return [
             {"params": [self.line.weight, self.scale], "lr": self.lr},
             {"params": [self.line.bias], "lr": self.lr / 10},

@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from cvmatch.data import images, schema
+from cvmatch.data.schema import QUERY_VECTOR
 from cvmatch.index import reader, shard
 from cvmatch.index.build import publish
 from cvmatch.index.reader import Index, rank
 from cvmatch.index.settings import BuildIndex, DeleteTiles
 from cvmatch.index.shard import ShardedArray
 from cvmatch.index.update import delete
-from cvmatch.match.heads import QUERY_VECTOR, FusionWeights
+from cvmatch.match.heads.branches import FusionWeights
 from cvmatch.match.infer import EmbedQuery
 from cvmatch.match.model import Matcher, fingerprint_parts
 from cvmatch.match.settings import Modality

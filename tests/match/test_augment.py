@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cvmatch.data import geometry
-from cvmatch.data.color import color_jitter
 from cvmatch.match.augment import TowerInputs, augment, blur, rotate90_pair
-from cvmatch.nn import rng
+from cvmatch.nn import geometry, rng
+from cvmatch.nn.color import color_jitter
 from tests.helpers.matcher import (
     rows,
     views,

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from cvmatch.data import geometry, images, manifest, storage
-from cvmatch.match.heads import FusionWeights, embed_layout
+from cvmatch.data import images, manifest, storage
+from cvmatch.match.heads.branches import FusionWeights, embed_layout
 from cvmatch.match.model import Matcher, fingerprint_parts, load_scorer
 from cvmatch.match.settings import MODALITIES
+from cvmatch.nn import geometry
 from tests.helpers.matcher import (
     SIZE,
     branch_heads,

@@ -9,13 +9,13 @@ import torch
 from cvmatch import config as configs
 from cvmatch.data import storage
 from cvmatch.demo import models as base_models
-from cvmatch.match.heads import LAYOUT_WIDTH, FusionWeights
+from cvmatch.match.heads.branches import LAYOUT_WIDTH, FusionWeights
 from cvmatch.match.infer import embed_tiles
 from cvmatch.match.settings import Embed, TrainMatcher
 from cvmatch.match.task import read_training_ids
 from cvmatch.match.train import build_task, train
 from cvmatch.nn.backbones import Tower, save_tower
-from cvmatch.runtime.output_directory import PROVENANCE
+from cvmatch.runtime.streams.output_directory import PROVENANCE
 from cvmatch.training.settings import TrainConfig
 from tests.helpers.matcher import (
     HIGH,

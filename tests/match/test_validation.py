@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cvmatch.match import validation
-from cvmatch.match.heads import BranchHeads
-from cvmatch.match.joint import JointScorer
+from cvmatch.match.heads.branches import BranchHeads
+from cvmatch.match.heads.joint import JointScorer
 from cvmatch.training import loop
 from cvmatch.training.settings import TrainConfig
 from tests.helpers.matcher import (

@@ -14,7 +14,7 @@ import ray.data
 
 from cvmatch.runtime.gauges import GAUGES, set_gauge
 from cvmatch.runtime.settings import Pool
-from cvmatch.runtime.stream import Stream, write_stream
+from cvmatch.runtime.streams.write import Stream, write_stream
 from cvmatch.training import launch
 from cvmatch.training.settings import TrainConfig
 from tests.helpers import stage

@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 
 from cvmatch.runtime import pools, session
 from cvmatch.runtime.settings import Pool
-from cvmatch.runtime.stream import resume_from
+from cvmatch.runtime.streams.write import resume_from
 
 
 class Scale:

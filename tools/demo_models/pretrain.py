@@ -16,8 +16,8 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
-from cvmatch.data import geometry
 from cvmatch.data.schema import LABELS
+from cvmatch.nn import geometry
 from cvmatch.nn.backbones import Tower, TowerSpec, normalise
 from tools.demo_models.optimise import optimise, rotate_at_random
 from tools.demo_models.untrained import TILE

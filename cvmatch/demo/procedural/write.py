@@ -153,7 +153,7 @@ def _polar(
     tile: UInt8[np.ndarray, "size size 3"], nearest: bool = False
 ) -> UInt8[np.ndarray, "height width 3"]:
     # Here, because torch takes seconds and 300 MB in every worker, which only polar views need.
-    from cvmatch.data.geometry import to_polar_image  # noqa: PLC0415
+    from cvmatch.nn.geometry import to_polar_image  # noqa: PLC0415
 
     return to_polar_image(tile, *_POLAR, nearest=nearest)
 

@@ -8,7 +8,7 @@ import ray.data
 
 from cvmatch.runtime import pools
 from cvmatch.runtime.settings import Pool
-from cvmatch.runtime.throughput import StageThroughput, call_each_step
+from cvmatch.runtime.streams.throughput import StageThroughput, call_each_step
 
 
 class Slow:

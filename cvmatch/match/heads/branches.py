@@ -1,9 +1,7 @@
-"""What stands behind the towers: features of a query and of tiles -> vectors, and their scores.
+"""Branches: each compares one thing of the query with one of the tile, and their cosines are added.
 
-Two ways. `BranchHeads`: each branch compares one thing of the query with one of the tile, by the
-cosine of two small embeddings, and the score is their weighted sum. A sum of cosines is one inner
-product, so a tile has a vector of its own: its embeddings, one behind the other.
-`joint.JointHeads`: the published form, whose candidate embedding needs the query's own A.
+A weighted sum of the cosines of small embeddings is one inner product, so a tile has a vector of
+its own: its embeddings, one behind the other.
 """
 
 import dataclasses
@@ -19,9 +17,6 @@ from cvmatch.data import storage
 from cvmatch.match.settings import BRANCHES_OF, MODALITIES, Branch, Modality
 from cvmatch.nn import metrics
 from cvmatch.runtime import hardware
-
-TILE_VECTOR, QUERY_VECTOR = "tile_vector", "query_vector"
-"""Columns of embedded rows."""
 
 FUSION = "fusion.json"
 """File of a model directory: weights of the branches' cosines."""

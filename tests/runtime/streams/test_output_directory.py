@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cvmatch.data import schema
-from cvmatch.runtime.output_directory import FailureRateGuard, OutputDirectory
+from cvmatch.runtime.streams.output_directory import FailureRateGuard, OutputDirectory
 
 
 def part(output: Path, name: str, errors: list[str | None], ids: list[str] | None = None) -> Path:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cvmatch.data.geometry import (
+from cvmatch.nn.geometry import (
     GROUND_FOV,
     cartesian_grid,
     crop_azimuths,

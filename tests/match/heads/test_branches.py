@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from cvmatch.match.heads import fit_weights
+from cvmatch.match.heads.branches import fit_weights
 
 PAIRS, OTHERS = 40, 200
 

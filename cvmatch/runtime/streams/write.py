@@ -18,9 +18,9 @@ from ray.data.checkpoint import CheckpointConfig
 from cvmatch.data import manifest, schema, storage
 from cvmatch.runtime import lease, pools, progress, session
 from cvmatch.runtime.gauges import set_gauge
-from cvmatch.runtime.output_directory import FailureRateGuard, OutputDirectory
 from cvmatch.runtime.settings import DryRun, Pool
-from cvmatch.runtime.throughput import StageThroughput, call_each_step
+from cvmatch.runtime.streams.output_directory import FailureRateGuard, OutputDirectory
+from cvmatch.runtime.streams.throughput import StageThroughput, call_each_step
 
 REPORT_S = 5.0
 """Seconds between reports to Prometheus."""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cvmatch.match.heads import Features, ResidualMLP
+from cvmatch.match.heads.branches import Features, ResidualMLP
 from cvmatch.runtime import hardware
 
 CHUNK = {"cpu": 2048, "cuda": 65_536}

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvmatch.data import photo
-from cvmatch.data.geometry import GROUND_FOV
+from cvmatch.data import images
 from cvmatch.data.images import BadImage, decode, encode
-from cvmatch.data.photo import Photo, read_photo
+from cvmatch.data.photos import band
+from cvmatch.data.photos.reading import Photo, read_photo
 from cvmatch.data.settings import PhotoSettings
 from cvmatch.nn.backbones import MEAN
+from cvmatch.nn.geometry import GROUND_FOV
 from tests.helpers.photo import areas_of, exif_of, look, save, tilt, xmp_of
 
 WIDTH, HEIGHT = 352, 176  # of a sphere, whose middle 64 rows are the band
@@ -301,7 +302,7 @@ def test_read_photo_limit_of_pixels_is_a_setting():
 
 
 def test_read_photo_band_that_rows_would_refuse_for_its_size_is_made_smaller(monkeypatch):
-    monkeypatch.setattr(photo.images, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     got = read_photo(save(BAND))
     turned_band = read_photo(save(BAND), PhotoSettings(heading=90.0))
     monkeypatch.undo()
@@ -322,6 +323,6 @@ def test_photo_settings_that_make_no_sense_are_refused():
 
 
 def test_band_rays_span_the_trained_band():
-    rise = np.degrees(np.arcsin(photo.band_rays(224, 1232)[:, 616, 2]))
+    rise = np.degrees(np.arcsin(band.band_rays(224, 1232)[:, 616, 2]))
     assert rise[0] == pytest.approx(GROUND_FOV / 2 * (1 - 1 / 224))
     assert rise[-1] == pytest.approx(-rise[0])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cvmatch.index.calibration import (
+from cvmatch.nn.calibration import (
     Answers,
     Calibration,
     calibrate,

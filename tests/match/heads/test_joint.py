@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cvmatch.match.heads import SumScorer
-from cvmatch.match.joint import JointScorer
+from cvmatch.match.heads.branches import SumScorer
+from cvmatch.match.heads.joint import JointScorer
 from tests.helpers.matcher import (
     branch_heads,
     joined,

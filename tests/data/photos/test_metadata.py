@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cvmatch.data.images import open_image, read_header
-from cvmatch.data.metadata import Metadata, SphereArea, parse_gpano, read_metadata
+from cvmatch.data.photos.metadata import Metadata, SphereArea, parse_gpano, read_metadata
 from tests.helpers.photo import areas_of, exif_of, save, xmp_of
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
