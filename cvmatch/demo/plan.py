@@ -100,7 +100,10 @@ def make_plan(config: Demo) -> Plan:
             output=f"{root}/models/generator",
             fit=fit("generator", 5, 32),
         ),
-        synthesize=(_make_synthesize(root, train), _make_synthesize(root, val)),
+        synthesize=(
+            _make_synthesize(root, tiny, train),
+            _make_synthesize(root, tiny, val),
+        ),
         tune=_make_tune(root, tiny, config.seed),
         # A trial is a process of its own, and is compared by validation.
         trial=override(matcher, {"fit.workers": 0, "val": f"{root}/synthesized/val"}),
@@ -122,12 +125,12 @@ def make_plan(config: Demo) -> Plan:
     )
 
 
-def _make_synthesize(root: str, data: Ingest) -> Synthesize:
+def _make_synthesize(root: str, tiny: bool, data: Ingest) -> Synthesize:
     return Synthesize(
         data=data,
         generate=Generate(
             model=f"{root}/models/generator",
-            pool=Pool(size=2, batch=16, calls=2),
+            pool=Pool(size=1 if tiny else 2, batch=16, calls=2),
         ),
         segment=Segment(model=f"{root}/models/segmenter", pool=Pool(batch=16, calls=2)),
         output=f"{root}/synthesized/{data.split}",
