@@ -1,6 +1,6 @@
-"""A CVUSA root and a split -> rows keyed by pair_id, with encoded pictures (`schema.PAIRS`).
+"""A data set's root and a split -> rows keyed by pair_id, with encoded pictures (`schema.PAIRS`).
 
-The driver plans from CSVs and listings (`cvusa`). A Ray Data job decodes every picture once, and
+The driver plans from CSVs and listings (`layouts`). A Ray Data job decodes every picture once, and
 leaves `pairs.parquet` (usable rows: paths, positions), `rejected.jsonl` (the others and why) and
 `ingest.json` (counts) in the cache. Streams start at a Read of `pairs.parquet`, so that Ray Data's
 checkpoints can resume them, and fetch the pictures block by block.
@@ -23,9 +23,12 @@ import ray.data
 from pyarrow import fs
 from ray.data import DataContext, Dataset
 
-from cvmatch.data import cvusa, images, schema, storage
+from cvmatch.data import images, schema, storage
+from cvmatch.data.layouts import find as layouts
+from cvmatch.data.layouts.listing import Listing, find_files
+from cvmatch.data.layouts.rows import MISSING, Layout, Reject, Row, check_disjoint
 from cvmatch.data.schema import AERIAL, CLASSES, ERROR, GROUND, LATITUDE, LONGITUDE, PAIR_ID
-from cvmatch.data.settings import Ingest
+from cvmatch.data.settings import Ingest, PhotoSettings
 from cvmatch.runtime import progress, session
 
 FILES = {AERIAL: "aerial_file", GROUND: "ground_file", CLASSES: "classes_file"}
@@ -40,6 +43,10 @@ PLAN = pa.schema(
     ]
 )
 """Columns of `pairs.parquet`."""
+
+HEADING = pa.field("heading", pa.float64())
+"""Its column besides where panoramas are photos: degrees clockwise from north of their middle, or
+null, where a photo says itself where it looks."""
 
 PAIRS, REJECTED = "pairs.parquet", "rejected.jsonl"
 """Names in the cache."""
@@ -64,7 +71,7 @@ _log = logging.getLogger(__name__)
 class PairDataset:
     """A split of a data set whose pictures have been checked. Make it with `PairDataset.open`."""
 
-    def __init__(self, config: Ingest, layout: cvusa.Layout, cache: str, count: int) -> None:
+    def __init__(self, config: Ingest, layout: Layout, cache: str, count: int) -> None:
         self.config = config
         self.layout = layout
         self.cache = cache
@@ -81,7 +88,7 @@ class PairDataset:
             ValueError: no data set or split there, an id twice or in both splits, no usable row,
                 more unusable rows than `max_rejected`, or a cache that cannot be written.
         """
-        layout = cvusa.find(config.root)
+        layout = layouts.find(config.root)
         cache = _cache(config, layout)
         counts = _check_split(config, layout, cache)
         return cls(config, layout, cache, counts["accepted"])
@@ -101,7 +108,7 @@ class PairDataset:
         return rows.map_batches(read, batch_size=None, batch_format="pyarrow")
 
     @property
-    def rejected(self) -> list[cvusa.Reject]:
+    def rejected(self) -> list[Reject]:
         """The rows that were left out, with reasons."""
         return _read_rejected(self.cache)
 
@@ -134,8 +141,7 @@ def read_pictures(rows: pa.Table, root: str, pictures: Collection[str] = tuple(F
     }
     errors: list[str | None] = [None] * len(rows)
     for column in pictures:
-        files = rows[FILES[column]].to_pylist()
-        contents = list(_fetch(root, files))
+        files, contents = rows[FILES[column]].to_pylist(), _read_column(rows, root, column)
         columns[column] = [data for data, _ in contents]
         for index, (_, why) in enumerate(contents):
             if why and errors[index] is None:
@@ -150,7 +156,7 @@ def check_pictures(rows: pa.Table, root: str) -> pa.Table:
     faults: list[tuple[str | None, str | None]] = [(None, None)] * len(rows)
     for column, named in FILES.items():
         files = rows[named].to_pylist()
-        for index, (data, why) in enumerate(_fetch(root, files)):
+        for index, (data, why) in enumerate(_read_column(rows, root, column)):
             reason = why if data is None else _fault(data, column)
             if reason and faults[index][0] is None:
                 faults[index] = (files[index], reason)
@@ -158,30 +164,28 @@ def check_pictures(rows: pa.Table, root: str) -> pa.Table:
     return pa.table(dict(zip(_FAULTS.names, columns, strict=True)), schema=_FAULTS)
 
 
-def plan(layout: cvusa.Layout, rows: Iterable[cvusa.Row]) -> tuple[pa.Table, list[cvusa.Reject]]:
+def plan(layout: Layout, rows: Iterable[Row]) -> tuple[pa.Table, list[Reject]]:
     """Return the rows whose files are there, as PLAN, and the others; open no picture."""
-    listing = cvusa.Listing(layout.root)
-    positions = cvusa.read_positions(layout.locations) if layout.locations else []
-    columns: dict[str, list] = {name: [] for name in PLAN.names}
-    rejects: list[cvusa.Reject] = []
+    listing = Listing(layout.root)
+    wanted = PLAN.append(HEADING) if layout.photos else PLAN
+    columns: dict[str, list] = {name: [] for name in wanted.names}
+    rejects: list[Reject] = []
     for row in rows:
-        files = cvusa.find_files(listing, row)
+        files = find_files(listing, row)
         if isinstance(files, dict):
             rejects.append(files)
             continue
-        number = int(row.pair_id or 0)
-        position = positions[number - 1] if 0 < number <= len(positions) else None
-        values = (row.pair_id, *files, *(position or (None, None)))
-        for name, value in zip(PLAN.names, values, strict=True):
+        values = (row.pair_id, *files, *(row.position or (None, None)), row.heading)
+        for name, value in zip(wanted.names, values[: len(wanted)], strict=True):
             columns[name].append(value)
-    return pa.table(columns, schema=PLAN), rejects
+    return pa.table(columns, schema=wanted), rejects
 
 
-def _check_split(config: Ingest, layout: cvusa.Layout, cache: str) -> dict[str, int]:
+def _check_split(config: Ingest, layout: Layout, cache: str) -> dict[str, int]:
     """Leave checked rows in the cache, or take those of an earlier run; return their counts."""
     if config.split not in layout.tables:
         raise ValueError(
-            f"{layout.root}: expected {config.split}-19zl.csv beside "
+            f"{layout.root}: expected {layout.name_table(config.split)} beside "
             f"{list(layout.tables.values())}, got none. Add the file, or take another split."
         )
     fingerprint = _hash_inputs(config, layout)
@@ -193,8 +197,8 @@ def _check_split(config: Ingest, layout: cvusa.Layout, cache: str) -> dict[str, 
     if again:
         _log.info("%s: files of rejected rows have changed: all are checked again", layout.root)
     if not fits or again or _share(counts) > config.max_rejected:
-        rows = cvusa.read_rows(layout.tables[config.split])
-        cvusa.check_disjoint(layout, config.split, rows)
+        rows = layout.read_rows(config.split)
+        check_disjoint(layout, config.split, rows)
         try:
             storage.write_json(state, {})  # so that nothing half-written is taken for whole
         except OSError as error:
@@ -209,24 +213,24 @@ def _check_split(config: Ingest, layout: cvusa.Layout, cache: str) -> dict[str, 
     return counts
 
 
-def _hash_inputs(config: Ingest, layout: cvusa.Layout) -> str:
+def _hash_inputs(config: Ingest, layout: Layout) -> str:
     """Hash all that the cached rows depend on, but for the pictures themselves."""
     decoder = [images.PREPROCESS, images.MAX_PIXELS, MAX_BYTES]
     settings = [schema.VERSION, *decoder, config.split, config.limit]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for table in (*layout.tables.values(), layout.locations):
+    for table in layout.sources:
         digest.update(hashlib.sha256(storage.read_bytes(table) if table else b"").digest())
     return digest.hexdigest()
 
 
-def _has_mended(layout: cvusa.Layout, cache: str, counts: Mapping[str, Any]) -> bool:
+def _has_mended(layout: Layout, cache: str, counts: Mapping[str, Any]) -> bool:
     """Return whether a file of a rejected row is another one than when it was checked."""
     return bool(counts["rejected"]) and counts.get(STAMP) != _stamp_rejected(layout, cache)
 
 
-def _stamp_rejected(layout: cvusa.Layout, cache: str) -> str:
+def _stamp_rejected(layout: Layout, cache: str) -> str:
     """Hash names, sizes and times of the files for which rows were rejected."""
-    listing = cvusa.Listing(layout.root)
+    listing = Listing(layout.root)
     files: set[str] = set()
     for row in _read_rejected(cache):
         with contextlib.suppress(ValueError):  # a path that leaves the root
@@ -237,7 +241,7 @@ def _stamp_rejected(layout: cvusa.Layout, cache: str) -> str:
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 
-def _verify(layout: cvusa.Layout, rows: list[cvusa.Row], cache: str, label: str) -> dict[str, int]:
+def _verify(layout: Layout, rows: list[Row], cache: str, label: str) -> dict[str, int]:
     """Check all pictures and write pairs.parquet and rejected.jsonl; return the counts."""
     pairs, rejects = plan(layout, rows)
     rejects += _check(pairs, layout.root, label)
@@ -252,7 +256,7 @@ def _verify(layout: cvusa.Layout, rows: list[cvusa.Row], cache: str, label: str)
     return {"accepted": len(pairs), "rejected": len(rejects)}
 
 
-def _check(pairs: pa.Table, root: str, label: str) -> list[cvusa.Reject]:
+def _check(pairs: pa.Table, root: str, label: str) -> list[Reject]:
     """Run `check_pictures` as Ray tasks; only verdicts come back to the driver."""
     if not len(pairs):
         return []
@@ -295,7 +299,7 @@ def _check_rejected(config: Ingest, table: str, cache: str, counts: dict[str, in
     _log.warning(text)
 
 
-def _read_rejected(cache: str) -> list[cvusa.Reject]:
+def _read_rejected(cache: str) -> list[Reject]:
     text = storage.read_text(storage.join(cache, REJECTED))
     return [json.loads(line) for line in text.splitlines()]
 
@@ -304,7 +308,7 @@ def _share(counts: dict[str, int]) -> float:
     return counts["rejected"] / max(1, counts["accepted"] + counts["rejected"])
 
 
-def _cache(config: Ingest, layout: cvusa.Layout) -> str:
+def _cache(config: Ingest, layout: Layout) -> str:
     """Return the cache's directory for this split (and limit) of this data set."""
     part = f"{config.split}-{config.limit}" if config.limit else config.split
     if not config.cache:
@@ -312,6 +316,27 @@ def _cache(config: Ingest, layout: cvusa.Layout) -> str:
     # Two data sets may share a cache: the same id is another picture in each.
     digest = hashlib.sha256(layout.root.encode()).hexdigest()[:8]
     return storage.join(storage.absolute(config.cache), digest, part)
+
+
+def _read_column(rows: pa.Table, root: str, column: str) -> list[Content]:
+    """Read the files of a column, photos as the panoramas that the models take."""
+    contents = _fetch(root, rows[FILES[column]].to_pylist())
+    if column != GROUND or HEADING.name not in rows.column_names:
+        return contents
+    headings = rows[HEADING.name].to_pylist()
+    return [_make_band(*one, heading) for one, heading in zip(contents, headings, strict=True)]
+
+
+def _make_band(data: bytes | None, why: str | None, heading: float | None) -> Content:
+    """Return a photo as the panorama that the models take, or what is wrong with it."""
+    if data is None:
+        return data, why
+    from cvmatch.data.photos.reading import read_photo  # noqa: PLC0415 (torch: 2 s of a read task)
+
+    try:
+        return read_photo(data, PhotoSettings(heading=heading)).data, None
+    except images.BadImage as error:
+        return None, str(error)
 
 
 def _fetch(root: str, files: list[str | None]) -> list[Content]:
@@ -332,7 +357,7 @@ def _read(filesystem: fs.FileSystem, base: str, file: str | None) -> Content:
                 return None, f"{size} bytes, at most {MAX_BYTES} allowed"
             return stream.read(), None
     except FileNotFoundError:
-        return None, cvusa.MISSING
+        return None, MISSING
     except OSError as error:
         if storage.is_passing(error):
             raise  # it says nothing of the file: given again, the command reads the row

@@ -18,7 +18,7 @@ import yaml
 
 from cvmatch.data import schema
 from cvmatch.demo import models as base_models
-from tests.helpers import imagery
+from tests.helpers import imagery, own_pairs
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -147,12 +147,14 @@ def make_clone(folder: Path, world_root: str, ray_address: str) -> Clone:
     imagery.write_pmtiles(mosaic, folder / "city.pmtiles")
     imagery.write_region(folder / "canton.geojson", mosaic.bounds)
     (folder / "gone.txt").write_text(f"{tiles[0].stem}\n{tiles[30].stem}\n")
+    own_pairs.write_world(Path(world_root), folder / "pairs")
     variables = {
         "CVUSA": str(world_root),
         "CONFIGS": str(folder / "toy"),
         "MODELS": str(folder / "demo" / "models"),
         "TILES": str(folder / "tiles"),
         "NEW_TILES": str(folder / "new-tiles"),
+        "PAIRS": str(folder / "pairs"),
         "RAY_ADDRESS": ray_address,
         "PATH": os.pathsep.join([str(folder / ".venv" / "bin"), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),

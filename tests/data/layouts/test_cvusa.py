@@ -3,14 +3,15 @@ from urllib.parse import quote
 
 import pytest
 
-from cvmatch.data import cvusa
+from cvmatch.data.layouts import cvusa, find
+from cvmatch.data.layouts.rows import check_disjoint
 from cvmatch.data.pairs import plan
 from tests.helpers.cvusa import picture, put, subset_line, write_pair, write_tables
 
 
 def planned(root: Path | str, split: str = "train"):
-    found = cvusa.find(str(root))
-    pairs, rejects = plan(found, cvusa.read_rows(found.tables[split]))
+    found = find.find(str(root))
+    pairs, rejects = plan(found, found.read_rows(split))
     return {row["pair_id"]: row for row in pairs.to_pylist()}, rejects
 
 
@@ -40,33 +41,33 @@ def test_plan_official_takes_zoom_19_and_the_position_of_line_id(official):
 @pytest.mark.parametrize("above", [0, 1, 2])
 def test_find_root_above_the_data_set_finds_it(subset, above):
     given = subset.parents[above - 1] if above else subset
-    assert cvusa.find(str(given)).root == str(subset)
+    assert find.find(str(given)).root == str(subset)
     uri = "file://" + quote(str(given))
-    assert cvusa.find(uri).root == "file://" + quote(str(subset))
+    assert find.find(uri).root == "file://" + quote(str(subset))
 
 
 def test_find_two_data_sets_names_both(subset, tmp_path):
     write_tables(tmp_path / "x" / "one", [], [])
     write_tables(tmp_path / "x" / "two", [], [])
-    with pytest.raises(ValueError, match=r"one CVUSA data set.*/one.*/two.*ends in \.root"):
-        cvusa.find(str(tmp_path / "x"))
+    with pytest.raises(ValueError, match=r"one data set.*/one.*/two.*ends in \.root"):
+        find.find(str(tmp_path / "x"))
 
 
 def test_find_nothing_says_what_was_expected_and_found(tmp_path):
     put(tmp_path / "holiday.jpg", b"")
     with pytest.raises(ValueError, match=r"train-19zl\.csv.*holiday\.jpg.*ends in \.root"):
-        cvusa.find(str(tmp_path))
+        find.find(str(tmp_path))
     with pytest.raises(ValueError, match=r"absent: expected train-19zl\.csv"):
-        cvusa.find(str(tmp_path / "absent"))
+        find.find(str(tmp_path / "absent"))
 
 
 def test_find_plain_tiles_says_how_they_come_into_an_index(tmp_path):
     put(tmp_path / "tiles" / "a.png", picture())
     with pytest.raises(ValueError, match=r"Parquet rows of pair_id and aerial .*--rows"):
-        cvusa.find(str(tmp_path / "tiles"))
+        find.find(str(tmp_path / "tiles"))
     put(tmp_path / "texts" / "a.txt", b"")
     with pytest.raises(ValueError, match="expected train-19zl") as told:
-        cvusa.find(str(tmp_path / "texts"))
+        find.find(str(tmp_path / "texts"))
     assert "--rows" not in str(told.value)
 
 
@@ -76,7 +77,7 @@ def test_find_error_names_no_flag_of_another_job(tmp_path, kind):
         write_tables(tmp_path / "one", [], [])
         write_tables(tmp_path / "two", [], [])
     with pytest.raises(ValueError, match=r"this job's flag that ends in \.root") as told:
-        cvusa.find(str(tmp_path))
+        find.find(str(tmp_path))
     assert not any(flag in str(told.value) for flag in ("--data", "--val", "--tiles"))
 
 
@@ -136,10 +137,10 @@ def test_read_rows_binary_file_is_refused_by_name(tmp_path):
 
 def test_check_disjoint_id_in_two_splits_names_it_and_both_files(tmp_path):
     write_tables(tmp_path, [subset_line(1), subset_line(2)], [subset_line(2), subset_line(3)])
-    found = cvusa.find(str(tmp_path))
+    found = find.find(str(tmp_path))
     rows = cvusa.read_rows(found.tables["val"])
     with pytest.raises(ValueError, match=r"val-19zl\.csv and .*train-19zl\.csv.*1: 0000002"):
-        cvusa.check_disjoint(found, "val", rows)
+        check_disjoint(found, "val", rows)
 
 
 @pytest.mark.parametrize(
