@@ -1,6 +1,7 @@
 """Pairs of a person's own: tables that name photos and tiles."""
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ def pad_to_sphere(band: np.ndarray) -> np.ndarray:
     return np.pad(band, ((EDGE, EDGE), (0, 0), (0, 0)), constant_values=90)
 
 
-def write_table(path: Path, rows: list[dict[str, object]], delimiter: str = ",") -> None:
+def write_table(path: Path, rows: Sequence[Mapping[str, object]], delimiter: str = ",") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)

@@ -125,7 +125,7 @@ def test_layout_of_cvusa_goes_first(tmp_path):
 def test_photos_become_bands_with_north_in_the_middle(tmp_path, says):
     turned = pad_to_sphere(np.roll(BAND, -WIDTH // 4, axis=1))  # its middle looks east
     xmp = xmp_of(ProjectionType="equirectangular", PoseHeadingDegrees=90)
-    put(tmp_path / "one.png", save(turned, "PNG", **({"xmp": xmp} if says == "file" else {})))
+    put(tmp_path / "one.png", save(turned, "PNG", xmp if says == "file" else b""))
     write_files(tmp_path, "x.png")
     heading = "90" if says == "table" else ""
     row = {"panorama": "one.png", "tile": "x.png", "heading": heading}
