@@ -123,9 +123,7 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
     if config.sampler == "grid":
         config = dataclasses.replace(config, trials=len(first))
     fit: TrainConfig = base.fit
-    metric = config.goal[0]
-    if metric.startswith("val/") and not getattr(base, "held_out", base.val):
-        raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
+    _check_measured(config, base)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints banners when silent, too
     _preflight(config, fit)
     session.start(dashboard=fit.workers > 0)
@@ -166,7 +164,7 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
         best = configs.dump(configs.override(base, changes))
         _write(result, best, config.output)
         write_tune_page(config, space, trials, best)
-        parent.metrics({f"best/{metric}": result.value})
+        parent.metrics({f"best/{config.goal[0]}": result.value})
         parent.text(best, BEST)
     return result
 
@@ -191,6 +189,23 @@ def _run_trial(params: Mapping[str, Any], search: _Search) -> None:
         result = (search.train or search_space.load_train(search.stage))(config)
     if not (config.fit.workers or reporter.count):  # it was finished before the search was killed
         ray.tune.report(result.metrics)
+
+
+def _check_measured(config: Tune, base: Any) -> None:
+    """Check that the stage measures the metric by which trials are compared.
+
+    Raises:
+        ValueError: it does not.
+    """
+    metric = config.goal[0]
+    if metric.startswith("val/") and not getattr(base, "held_out", base.val):
+        raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
+    of_samples = config.stage == "generator" and not metric.startswith(("val/loss", "val/gap"))
+    if metric.startswith("val/") and of_samples and not base.validation_images:
+        raise ValueError(
+            f"tune: metric {metric!r} is of sampled pictures, got validation_images 0. Set it in "
+            "the stage's settings, or pass --metric val/loss (which the image losses only worsen)."
+        )
 
 
 def _build_tuner(

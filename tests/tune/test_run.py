@@ -6,6 +6,8 @@ import yaml
 from mlflow import MlflowClient
 
 from cvmatch import config as configs
+from cvmatch.data.settings import Validation
+from cvmatch.generate.settings import TrainGenerator
 from cvmatch.runtime import tracking
 from cvmatch.training.settings import TrainConfig
 from cvmatch.tune import run as tune
@@ -63,6 +65,12 @@ def test_search_by_a_validation_metric_needs_validation_rows(tmp_path):
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
     with pytest.raises(ValueError, match="--val"):
         tune.search(Tune(space=str(tmp_path / "space.yaml")), TrainLine(val=0))
+
+
+def test_generator_search_by_sampled_pictures_needs_some(tmp_path):
+    base = TrainGenerator(val=Validation(root="data/world"), validation_images=0)
+    with pytest.raises(ValueError, match=r"retrieval_mrr.* validation_images 0.*--metric val/loss"):
+        tune.search(Tune(stage="generator", storage=str(tmp_path)), base)
 
 
 @pytest.mark.parametrize("stage", list(search_space.STAGES))

@@ -16,12 +16,12 @@ _DELIMITERS = (",", ";", "\t")
 def read_csv(table: str, named: Collection[str] = ()) -> Iterator[tuple[int, list[str]]]:
     """Yield line number, from 1, and stripped cells.
 
-    CRLF, a bare end, BOM, UTF-16 with one, semicolons and tabs are fine, as spreadsheets save them.
+    CRLF, a bare end, BOM, UTF-16, semicolons and tabs are fine, as spreadsheets save them.
     `named`: columns, in small letters, that a first line which names columns has.
     """
     data = storage.read_bytes(table)
     try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = data.decode(_find_encoding(data))
         lines = _split_cells(io.StringIO(text, newline=""), _find_delimiter(text, named))
         for cells in lines:
             yield lines.line_num, [cell.strip() for cell in cells]
@@ -29,6 +29,18 @@ def read_csv(table: str, named: Collection[str] = ()) -> Iterator[tuple[int, lis
         raise ValueError(
             f"{table}: expected a CSV in UTF-8, got {error}. Save it again as CSV UTF-8."
         ) from error
+
+
+def _find_encoding(data: bytes) -> str:
+    """Return UTF-16 where a byte order mark, or every second byte of the start, says so."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    start = data[:64]
+    if len(start) >= 2 and not any(start[1::2]):
+        return "utf-16-le"
+    if len(start) >= 2 and not any(start[0::2]):
+        return "utf-16-be"
+    return "utf-8-sig"
 
 
 def _split_cells(lines: Iterable[str], delimiter: str) -> Any:

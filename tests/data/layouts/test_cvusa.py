@@ -225,7 +225,7 @@ def test_plan_of_two_names_that_differ_in_case_takes_the_one_that_is_stated(tmp_
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_tables_as_spreadsheets_save_them_are_read(tmp_path, delimiter, encoding):
     write_pair(tmp_path, 1)
     cells = ["aerial", "ground"], ["bingmap/input0000001.png", "streetview/0000001.jpg"]
