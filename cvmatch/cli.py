@@ -203,6 +203,15 @@ def _synthesize(config: Any) -> Any:
     return {"output": config.output, "rows": manifest["rows"], "models": manifest["models"]}
 
 
+def _pairs(config: Any) -> Any:
+    from cvmatch.gallery import require_geo
+
+    require_geo()
+    from cvmatch.gallery.pairs import make_pairs
+
+    return {"output": config.output, **make_pairs(config)}
+
+
 def _gallery(config: Any) -> Any:
     from cvmatch.gallery import require_geo
 
@@ -416,6 +425,13 @@ COMMANDS = (
         help="cut imagery (map tiles, PMTiles, GeoTIFF) into the tiles of a gallery",
         settings="cvmatch.gallery.settings:MakeGallery",
         run=_gallery,
+        kept=_rows_kept,
+    ),
+    Command(
+        name="pairs",
+        help="cut the tiles of photos out of imagery, as pairs to train on",
+        settings="cvmatch.gallery.settings:MakePairs",
+        run=_pairs,
         kept=_rows_kept,
     ),
     Command(

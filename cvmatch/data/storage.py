@@ -209,11 +209,11 @@ def names(location: str, directories: bool = False) -> list[str]:
 
 
 @retry_passing
-def list_files(location: str, ending: str) -> list[str]:
+def list_files(location: str, ending: str | tuple[str, ...]) -> list[str]:
     """List the data files of a directory and of all below: sorted paths, relative to it.
 
-    Names may end in `ending` in any case. What is hidden, or below something hidden, is left out:
-    names that begin with a dot (`._a.parquet`), or, as Hadoop has it, with `_` (`_temporary`).
+    Names may end in (one of) `ending` in any case. What is hidden, or below something hidden, is
+    left out: names that begin with a dot (`._a.parquet`), or, as Hadoop has it, with `_`.
     This is the one rule: who counts rows, who reads them and who hashes them all go by it.
     """
     from pyarrow import fs  # noqa: PLC0415 (see above)

@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from cvmatch.data import images
-from cvmatch.gallery.grid import Cells, Grid, latitude_at
+from cvmatch.gallery.grid import Cells, Grid, latitude_at, square_at
+from cvmatch.gallery.imagery.sources import Source, open_source
 from cvmatch.gallery.mercator import Window, choose_level
 from cvmatch.gallery.resampling import Box, average, resample
 from cvmatch.gallery.settings import Format, MakeGallery
-from cvmatch.gallery.sources import Source, open_source
 
 WINDOW = 2048
 """Width of a window that cells share, in pixels of the imagery, at most and about: 16 MB."""
@@ -51,14 +51,17 @@ class Cutter:
 
     def levels_of(self, cells: Cells) -> Int[np.ndarray, " cell"]:
         """Return the number of the level that each cell is cut from: the same in all of its row."""
-        source = self.source
-        if self.zoom is not None:
-            return np.full(len(cells), source.find_zoom(self.zoom))
         rows, row_of = np.unique(cells.row, return_inverse=True)
         latitude, _ = self.grid.middles(Cells(rows, np.zeros_like(rows)))
+        return self._level_at(latitude)[row_of]
+
+    def _level_at(self, latitude: Float[np.ndarray, " place"]) -> Int[np.ndarray, " place"]:
+        """Return the number of the level that is read at each latitude."""
+        source = self.source
+        if self.zoom is not None:
+            return np.full(len(latitude), source.find_zoom(self.zoom))
         wanted = self.grid.metres / self.size / np.cos(np.radians(latitude))
-        chosen = np.array([choose_level(source.levels, one) for one in wanted], dtype=np.int64)
-        return chosen[row_of]
+        return np.array([choose_level(source.levels, one) for one in wanted], dtype=np.int64)
 
     def sort(self, cells: Cells) -> Cells:
         """Put cells that share a window next to each other."""
@@ -84,6 +87,23 @@ class Cutter:
             for cell, picture in zip(members.tolist(), cut, strict=True):
                 pictures[cell] = picture
         return pictures
+
+    def cut_at(
+        self, latitude: float, longitude: float
+    ) -> tuple[UInt8[np.ndarray, "size size 3"], float]:
+        """Return the picture of a square with its middle at a place, and the share that is shown.
+
+        Raises:
+            BadImage: the imagery cannot be read there.
+        """
+        level = self._level_at(np.array([latitude])).item()
+        boxes = self.source.levels[level].locate(
+            square_at(latitude, longitude, self.grid.metres)[None]
+        )
+        window = _window_of(boxes)
+        part, inside = _slice(window, boxes[0].tolist())
+        shown = average(self.source.read_known(level, window)[part], inside)
+        return resample(self.source.read(level, window)[part], inside, self.size), shown
 
     def _cut_window(self, level: int, boxes: Float[np.ndarray, "cell 4"]) -> list[Picture]:
         """Cut cells from one window, or where it has a fault, each cell on its own."""

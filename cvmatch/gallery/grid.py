@@ -58,6 +58,15 @@ def parallel_radius(latitude: Float[np.ndarray, "*cell"]) -> Float[np.ndarray, "
     return SEMI_MAJOR_M * np.cos(phi) / np.sqrt(1 - _E2 * np.sin(phi) ** 2)
 
 
+def square_at(latitude: float, longitude: float, metres: float) -> Float[np.ndarray, "4"]:
+    """Return west, south, east and north, in degrees, of a square of the ground by its middle."""
+    middle = np.array([latitude])
+    arc = meridian_arc(middle)
+    wide = np.degrees(metres / 2 / parallel_radius(middle))
+    edges = [longitude - wide, latitude_at(arc - metres / 2), longitude + wide]
+    return np.concatenate([*edges, latitude_at(arc + metres / 2)])
+
+
 @dataclass(frozen=True, eq=False)
 class Cells:
     """Some cells of a grid."""
@@ -123,6 +132,12 @@ class Grid:
     def count_columns(self, latitude: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " cell"]:
         """Return how many columns the row at a latitude has, a whole number."""
         return np.maximum(1, np.rint(2 * np.pi * parallel_radius(latitude) / self.stride))
+
+    def cell_at(self, latitude: float, longitude: float) -> Cells:
+        """Return the cell whose middle is nearest to a place, along its row and its column."""
+        row = np.rint(meridian_arc(np.array([latitude])) / self.stride).astype(np.int64)
+        columns = self.count_columns(latitude_at(row * self.stride))
+        return Cells(row, np.rint(longitude / 360 * columns).astype(np.int64))
 
     def within(self, bounds: Bounds) -> Cells:
         """Return the cells whose middles lie in a box, row by row.

@@ -23,9 +23,9 @@ from cvmatch.data.schema import AERIAL, ERROR, LATITUDE, LONGITUDE, PAIR_ID
 from cvmatch.gallery import resampling
 from cvmatch.gallery.cutting import Cutter
 from cvmatch.gallery.grid import Bounds, Cells, format_bounds
+from cvmatch.gallery.imagery.sources import detect_format
 from cvmatch.gallery.region import Region, read_region
 from cvmatch.gallery.settings import MakeGallery
-from cvmatch.gallery.sources import detect_format
 from cvmatch.runtime import pools, session
 from cvmatch.runtime.streams.output_directory import OutputDirectory
 from cvmatch.runtime.streams.write import Stream, write_stream

@@ -1,4 +1,4 @@
-"""Settings of the job that cuts imagery into the cells of a gallery."""
+"""Settings of the jobs that cut imagery: into the cells of a gallery, and into tiles of photos."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -52,4 +52,49 @@ class MakeGallery:
             raise ValueError(
                 "gallery: expected min_coverage and max_rejected in [0, 1], got min_coverage "
                 f"{self.min_coverage}, max_rejected {self.max_rejected}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakePairs:
+    """Cut the tile of each photo's place out of imagery, as pairs to learn from."""
+
+    photos: str = "data/photos"
+    """Directory or URI of panoramas (docs/photos.md), which may lie in folders below."""
+    positions: str = ""
+    """CSV with the columns photo (a file below `photos`), latitude, longitude and, where known,
+    heading, in degrees. Empty: all photos, where their EXIF says that they were taken."""
+    imagery: str = "data/imagery"
+    """Location of imagery, as `cvmatch gallery` takes it."""
+    format: Format = "auto"
+    """How it is stored; auto: by what is there. tms: map tiles whose rows count from the south."""
+    metres: float = 60.0
+    """Width and height of a tile on the ground, in metres: those of the gallery's cells."""
+    size: int = 256
+    """Width and height of a tile's picture, in pixels."""
+    zoom: int | None = None
+    """Zoom level that is read; None: the coarsest that is as fine as the picture, or the finest."""
+    min_coverage: float = 0.9
+    """Least share of a tile, in [0, 1], that the imagery must show; the rest of it is black."""
+    val_share: float = 0.2
+    """Share of the ground, in [0, 1), whose pairs are held out as the split val."""
+    block_metres: float = 500.0
+    """Width of the squares of the ground that are of one split whole. Pairs whose tile reaches into
+    a square of the other split are left out."""
+    output: str = "data/pairs"
+    """Directory or URI of the pairs (docs/own-data.md); the same command goes on where a killed one
+    stopped."""
+    seed: int = 0
+    """Of the choice of squares."""
+
+    def __post_init__(self) -> None:
+        if not (self.metres > 0 and self.size >= 1 and self.block_metres >= self.metres):
+            raise ValueError(
+                "pairs: expected metres > 0, size >= 1 and block_metres >= metres, got metres "
+                f"{self.metres}, size {self.size}, block_metres {self.block_metres}."
+            )
+        if not (0 <= self.min_coverage <= 1 and 0 <= self.val_share < 1):
+            raise ValueError(
+                "pairs: expected min_coverage in [0, 1] and val_share in [0, 1), got min_coverage "
+                f"{self.min_coverage}, val_share {self.val_share}."
             )

@@ -221,7 +221,7 @@ def test_labels_and_gpus_that_jobs_ask_for_are_offered(name, groups):
     for label, gpus in asked.items():
         group = groups[label]
         assert gpus <= group["max_workers"] * group["resources"].get("GPU", 0) + 1e-6
-    assert asked or name in ("tune", "evaluate", "gallery")
+    assert asked or name in ("tune", "evaluate", "gallery", "pairs")
 
 
 def test_commands_of_the_document_name_what_is_there():

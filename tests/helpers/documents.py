@@ -143,11 +143,12 @@ def make_clone(folder: Path, world_root: str, ray_address: str) -> Clone:
     assert len(tiles) == 36
     _write_tiles(tiles[:24], folder / "tiles")
     _write_tiles(tiles[24:], folder / "new-tiles")
-    mosaic = imagery.draw_mosaic(across=2)
+    mosaic = imagery.draw_mosaic(across=8)
     imagery.write_pmtiles(mosaic, folder / "city.pmtiles")
     imagery.write_region(folder / "canton.geojson", mosaic.bounds)
     (folder / "gone.txt").write_text(f"{tiles[0].stem}\n{tiles[30].stem}\n")
     own_pairs.write_world(Path(world_root), folder / "pairs")
+    own_pairs.write_photos(mosaic, panoramas, folder / "photos", 60)
     variables = {
         "CVUSA": str(world_root),
         "CONFIGS": str(folder / "toy"),
@@ -155,6 +156,7 @@ def make_clone(folder: Path, world_root: str, ray_address: str) -> Clone:
         "TILES": str(folder / "tiles"),
         "NEW_TILES": str(folder / "new-tiles"),
         "PAIRS": str(folder / "pairs"),
+        "PHOTOS": str(folder / "photos"),
         "RAY_ADDRESS": ray_address,
         "PATH": os.pathsep.join([str(folder / ".venv" / "bin"), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tests.helpers.cvusa import put
+from tests.helpers.imagery import Mosaic
 from tests.helpers.photo import save
 
 HEIGHT, WIDTH = 176, 352
@@ -25,6 +26,19 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]], delimiter: str
         table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
         table.writeheader()
         table.writerows(rows)
+
+
+def write_photos(mosaic: Mosaic, panoramas: Sequence[Path], folder: Path, count: int) -> None:
+    """Spheres taken over a mosaic, in `folder`, and the table of their places beside it."""
+    west, south, east, north = mosaic.bounds
+    rows = []
+    for number, (y, x) in enumerate(np.random.default_rng(0).uniform(0.2, 0.8, (count, 2))):
+        band = Image.open(panoramas[number % len(panoramas)]).convert("RGB").resize((WIDTH, 64))
+        name = f"{number:02d}.jpg"
+        put(folder / name, save(pad_to_sphere(np.asarray(band)), "JPEG"))
+        place = {"latitude": south + (north - south) * y, "longitude": west + (east - west) * x}
+        rows.append({"photo": name, **place, "heading": 10 * number})
+    write_table(folder.with_suffix(".csv"), rows)
 
 
 def write_world(world: Path, root: Path, count: int = 4) -> None:

@@ -87,7 +87,7 @@ def _read_row(line: int, cells: Sequence[str], places: Mapping[str, int]) -> Row
     if not (tile and panorama):
         return Row(None, tile, panorama, f"line {line}: expected a panorama and a tile")
     try:
-        position, heading = _read_position(values), _read_heading(values)
+        position, heading = parse_place(values)
     except ValueError as error:
         return Row(None, tile, panorama, f"line {line}: {error}")
     return Row(
@@ -99,6 +99,18 @@ def _read_row(line: int, cells: Sequence[str], places: Mapping[str, int]) -> Row
         position=position,
         heading=heading,
     )
+
+
+def parse_place(values: Mapping[str, str]) -> tuple[Position | None, float | None]:
+    """Return the position and heading that cells state; None where they are empty.
+
+    Args:
+        values: cells by column: `latitude`, `longitude` and `heading`, in degrees.
+
+    Raises:
+        ValueError: they are no numbers, or impossible ones.
+    """
+    return _read_position(values), _read_heading(values)
 
 
 def _read_position(values: Mapping[str, str]) -> Position | None:

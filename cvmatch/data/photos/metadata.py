@@ -7,6 +7,7 @@ XMP comes from strangers: a packet with a document type, which alone can name en
 import math
 import warnings
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ class Metadata:
     """Whether that is magnetic north (GPSImgDirectionRef)."""
     focal_length: float | None = None
     """EXIF's FocalLengthIn35mmFilm, in millimetres."""
+    position: tuple[float, float] | None = None
+    """EXIF's GPSLatitude and GPSLongitude, in degrees to the north and to the east."""
     warnings: tuple[str, ...] = ()
     """What cannot be used, and why."""
 
@@ -147,7 +150,28 @@ def _read_exif(image: Image.Image) -> tuple[dict[str, Any], list[str]]:
         "focal_length": focal if focal and focal > 0 else None,  # 0: unknown (EXIF 2.32)
         "direction": None if direction is None else direction % 360,
         "magnetic": reference.upper().startswith("M"),
+        "position": _read_position(position),
     }, []
+
+
+def _read_position(tags: Mapping[int, Any]) -> tuple[float, float] | None:
+    """Return latitude and longitude of GPS tags; None where they are none, or impossible."""
+    latitude = _to_degrees(tags.get(ExifTags.GPS.GPSLatitude))
+    longitude = _to_degrees(tags.get(ExifTags.GPS.GPSLongitude))
+    if latitude is None or longitude is None or latitude > 90 or longitude > 180:
+        return None
+    south = str(tags.get(ExifTags.GPS.GPSLatitudeRef, "N")).upper().startswith("S")
+    west = str(tags.get(ExifTags.GPS.GPSLongitudeRef, "E")).upper().startswith("W")
+    return (-latitude if south else latitude), (-longitude if west else longitude)
+
+
+def _to_degrees(angle: object) -> float | None:
+    """Return degrees of degrees, minutes and seconds."""
+    parts = [_to_number(part) for part in angle] if isinstance(angle, Sequence) else []
+    if len(parts) != 3 or any(part is None or part < 0 for part in parts):
+        return None
+    degrees, minutes, seconds = (part or 0.0 for part in parts)
+    return degrees + minutes / 60 + seconds / 3600
 
 
 def _to_number(value: object) -> float | None:

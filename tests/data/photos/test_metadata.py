@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cvmatch.data.images import open_image, read_header
 from cvmatch.data.photos.metadata import Metadata, SphereArea, parse_gpano, read_metadata
@@ -128,3 +128,21 @@ def test_read_metadata_damaged_metadata_is_a_warning_and_no_failure(data):
     header = read_header(buffer.getvalue())
     assert isinstance(read_metadata(header), Metadata)
     assert sorted(open_image(buffer.getvalue()).size) == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("tags", "position"),
+    [
+        ({1: "N", 2: (46.0, 30.0, 36.0), 3: "E", 4: (7.0, 0.0, 0.0)}, (46.51, 7.0)),
+        ({1: "S", 2: (46.0, 30.0, 36.0), 3: "W", 4: (7.0, 30.0, 0.0)}, (-46.51, -7.5)),
+        ({1: "N", 2: (46.0, 30.0, 36.0)}, None),
+        ({1: "N", 2: (96.0, 0.0, 0.0), 3: "E", 4: (7.0, 0.0, 0.0)}, None),
+        ({1: "N", 2: (Fraction(46), Fraction(0), Fraction(0)), 3: "E", 4: (7.0,)}, None),
+    ],
+    ids=["north-east", "south-west", "half", "impossible", "short"],
+)
+def test_read_metadata_knows_where_a_picture_was_taken(tags, position):
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update(tags)
+    found = metadata_of("JPEG", exif=exif).position
+    assert found == (None if position is None else pytest.approx(position))

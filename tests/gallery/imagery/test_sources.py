@@ -13,9 +13,9 @@ from rasterio import warp
 
 from cvmatch.gallery.cutting import Cutter
 from cvmatch.gallery.grid import Cells, Grid
+from cvmatch.gallery.imagery.sources import detect_format, open_source
 from cvmatch.gallery.run import list_cells, survey
 from cvmatch.gallery.settings import Format
-from cvmatch.gallery.sources import detect_format, open_source
 from tests.helpers import imagery
 from tests.helpers.imagery import TILE, Mosaic, draw_mosaic
 

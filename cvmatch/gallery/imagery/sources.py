@@ -8,11 +8,11 @@ from jaxtyping import UInt8
 
 from cvmatch.data import storage
 from cvmatch.gallery.grid import Bounds
+from cvmatch.gallery.imagery.raster import Raster
+from cvmatch.gallery.imagery.stores import MBTiles, PMTiles, TileFolder
+from cvmatch.gallery.imagery.tiles import MapTiles, compare_row_orders
 from cvmatch.gallery.mercator import Level, Window
-from cvmatch.gallery.raster import Raster
 from cvmatch.gallery.settings import Format
-from cvmatch.gallery.stores import MBTiles, PMTiles, TileFolder
-from cvmatch.gallery.tiles import MapTiles, compare_row_orders
 
 _BY_ENDING: dict[str, Format] = {"mbtiles": "mbtiles", "pmtiles": "pmtiles"}
 

@@ -9,8 +9,8 @@ from PIL import Image, UnidentifiedImageError
 
 from cvmatch.data import images
 from cvmatch.gallery.grid import Bounds
+from cvmatch.gallery.imagery.stores import TileStore
 from cvmatch.gallery.mercator import Level, Window, zoom_level
-from cvmatch.gallery.stores import TileStore
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats of map tiles that are decoded."""

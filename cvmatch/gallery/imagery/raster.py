@@ -16,8 +16,8 @@ from rasterio.vrt import WarpedVRT
 
 from cvmatch.data import images, storage
 from cvmatch.gallery.grid import Bounds
+from cvmatch.gallery.imagery.stores import file_fingerprint
 from cvmatch.gallery.mercator import HALF_M, Level, Window, choose_level
-from cvmatch.gallery.stores import file_fingerprint
 
 WEB_MERCATOR = CRS.from_epsg(3857)
 
