@@ -37,7 +37,7 @@ def write_photos(mosaic: Mosaic, panoramas: Sequence[Path], folder: Path, count:
         name = f"{number:02d}.jpg"
         put(folder / name, save(pad_to_sphere(np.asarray(band)), "JPEG"))
         place = {"latitude": south + (north - south) * y, "longitude": west + (east - west) * x}
-        rows.append({"photo": name, **place, "heading": 10 * number})
+        rows.append({"photo": name, **place, "heading": 6 * number})
     write_table(folder.with_suffix(".csv"), rows)
 
 
