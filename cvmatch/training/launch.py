@@ -240,7 +240,7 @@ class LocalBackend:
         rows = self.datasets[name]
         return rows() if callable(rows) else rows
 
-    def commit(self, metrics: dict[str, float], directory: str) -> None:
+    def commit(self, metrics: dict[str, int | float], directory: str) -> None:
         """Put the checkpoint in its place, then tell of it."""
         epoch = int(metrics["epoch"])
         checkpoints.copy_tree(fs.LocalFileSystem(), directory, self.directory.place(epoch))

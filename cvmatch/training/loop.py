@@ -63,7 +63,7 @@ class Backend(Protocol):
         """This worker's rows of `train`, of the `rest` of an epoch that was begun, or of `val`."""
         ...
 
-    def commit(self, metrics: dict[str, float], directory: str) -> None:
+    def commit(self, metrics: dict[str, int | float], directory: str) -> None:
         """Hand over an epoch's metrics, and on rank 0 the directory of its checkpoint."""
         ...
 
@@ -90,7 +90,7 @@ class RayTrainBackend:
         """This worker's rows."""
         return ray.train.get_dataset_shard(name)
 
-    def commit(self, metrics: dict[str, float], directory: str) -> None:
+    def commit(self, metrics: dict[str, int | float], directory: str) -> None:
         """Report; Ray copies the checkpoint and calls the callbacks in the controller."""
         ray.train.report(
             metrics,
@@ -123,7 +123,7 @@ def run_epochs(job: TrainJob, backend: Backend) -> None:
         # Dropout and the like, which draw from torch's generator, are the same after a resume.
         begun = f" from {trainer.so_far.steps}" if trainer.so_far.steps else ""
         torch.manual_seed(rng.fold_in(job.fit.seed, epoch, f"torch {backend.rank}{begun}"))
-        metrics: dict[str, float] = {"epoch": epoch + 1}
+        metrics: dict[str, int | float] = {"epoch": epoch + 1}
         metrics |= trainer.train(epoch, curve)
         pictures = {}
         if job.validate:
@@ -260,7 +260,7 @@ class Trainer:
         scalars = {f"val/{k}": float(v) for k, v in summary.items() if k not in pictures}
         return scalars, pictures
 
-    def adjust(self, metrics: dict[str, float]) -> None:
+    def adjust(self, metrics: dict[str, int | float]) -> None:
         """Note the learning rates; with plateau, lower them where the validation loss stalls."""
         for index, group in enumerate(self.optimizer.param_groups):
             metrics[f"lr/{index}" if index else "lr"] = float(group["lr"])

@@ -80,7 +80,7 @@ class _TuneReporter(UserCallback):
         self.count = 0
 
     def after_report(
-        self, run_context: Any, metrics: list[dict[str, float]], checkpoint: Checkpoint | None
+        self, run_context: Any, metrics: list[dict[str, int | float]], checkpoint: Checkpoint | None
     ) -> None:
         """Report; a trial that ASHA stops does not return from here."""
         self.count += 1
