@@ -77,6 +77,15 @@ def parse(config: type[C], argv: list[str] | None = None, prog: str | None = Non
     return parsed.settings
 
 
+def merge(config: C, location: str) -> C:
+    """Returns `config` with the fields that a YAML file sets, as `--config` would.
+
+    Raises:
+        ValueError: the file, or a field of it, is wrong, or the values do not fit together.
+    """
+    return _replace(_update(config, _read_tree(location), location), [])
+
+
 def override(config: C, changes: Mapping[str, Any]) -> C:
     """Returns `config` with the fields at dotted paths replaced, all at once: `{"fit.lr": 1e-4}`.
 

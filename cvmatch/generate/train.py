@@ -46,6 +46,24 @@ def train(config: TrainGenerator) -> TrainResult:
     return result
 
 
+def measure(config: TrainGenerator, checkpoint: str) -> dict[str, float]:
+    """Measure a training's checkpoint on the pairs of `config.val`, others than its own or not.
+
+    Returns:
+        The `val/...` of an epoch.
+
+    Raises:
+        ValueError: a base model or the data is not there.
+    """
+    config = with_absolute_paths(config)
+    assert config.val is not None
+    session.start()
+    held_out = PairDataset.open(config.val.ingest(config.data))
+    bev = _bev_directory(config) if config.pretrain_bev else ""
+    build = functools.partial(build_task, config, bev, choose_sampled(config, held_out))
+    return launch.measure(build, read_pairs(config, held_out), config.fit, checkpoint)
+
+
 def build_task(
     config: TrainGenerator, bev: str = "", sampled: tuple[int, ...] = ()
 ) -> GeneratorTask:
@@ -130,4 +148,8 @@ def _pretrain_bev(
     fit = dataclasses.replace(config.fit, epochs=config.pretrain_bev, name=name, best="")
     build = functools.partial(BEVTask, config, sizes.latent, fit.seed)
     result = launch.train(build, data, val, fit, input_fingerprint=provenance)
-    return storage.absolute(launch.publish(result, f"{config.output}-bev"))
+    return launch.publish(result, _bev_directory(config))
+
+
+def _bev_directory(config: TrainGenerator) -> str:
+    return storage.absolute(f"{config.output}-bev")

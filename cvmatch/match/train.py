@@ -50,11 +50,7 @@ def train(config: TrainMatcher) -> TrainResult:
     rows = read_pairs(config.pairs, config.tower_letters)
     val = _decode(config, read_pairs(config.val, config.letters)) if config.val else None
     ids = read_pair_ids(config.pairs)
-    if config.val and (both := set(ids).intersection(read_pair_ids(config.val))):
-        raise ValueError(
-            f"train-matcher: expected validation pairs apart from training, got {len(both)} "
-            f"in both {config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
-        )
+    _check_disjoint(config, ids)
     fits = config.score == "sum" and len(config.branches) > 1
     held_out = choose_held_out(ids) if fits and val is None else []
     rows = select_pairs(rows, held_out, False) if held_out else rows
@@ -73,6 +69,23 @@ def train(config: TrainMatcher) -> TrainResult:
             pairs = _decode(config, select_pairs(whole, held_out, True))
             fit_fusion(config.output, pairs, _decode(config, rows))
     return result
+
+
+def measure(config: TrainMatcher, checkpoint: str) -> dict[str, float]:
+    """Measure a training's checkpoint on the rows at `config.val`, others than its own or not.
+
+    Returns:
+        The `val/...` of an epoch.
+
+    Raises:
+        FileNotFoundError: no synthesized rows there.
+        ValueError: some of them were trained on.
+    """
+    config = with_absolute_paths(config)
+    session.start()
+    _check_disjoint(config, read_pair_ids(config.pairs))
+    val = _decode(config, read_pairs(config.val, config.letters))
+    return launch.measure(functools.partial(build_task, config), val, config.fit, checkpoint)
 
 
 @torch.inference_mode()
@@ -115,6 +128,15 @@ def with_absolute_paths(config: TrainMatcher) -> TrainMatcher:
     """Make local paths of the backbone absolute: workers have another directory."""
     name, weights = backbones.resolve_paths(config.tower, config.weights)
     return dataclasses.replace(config, tower=name, weights=weights)
+
+
+def _check_disjoint(config: TrainMatcher, ids: Iterable[str]) -> None:
+    """Check that no validation pair is among the training pairs, `ids`."""
+    if config.val and (both := set(ids).intersection(read_pair_ids(config.val))):
+        raise ValueError(
+            f"train-matcher: expected validation pairs apart from training, got {len(both)} "
+            f"in both {config.pairs} and {config.val}, such as {min(both)}. Pass another --val."
+        )
 
 
 def _check_tower(config: TrainMatcher) -> None:

@@ -1,8 +1,10 @@
 """Scores and pictures in, numbers of the protocols out; pure functions, named ready for MLflow."""
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, Integer, Num
 from torch import Tensor, nn
@@ -58,6 +60,29 @@ def mean_reciprocal_rank(rank: Int64[Tensor, " query"]) -> float:
     It moves where a true item comes nearer to the top, long before it is the first.
     """
     return (1 / (rank.double() + 1)).mean().item()
+
+
+class Interval(NamedTuple):
+    """A mean, and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of a few independent values, with Student's 95 % interval.
+
+    NaN where a value is NaN; the ends are NaN of a single value, which says nothing of its spread.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan)
+    from scipy import special  # noqa: PLC0415 (not in each process that measures something)
+
+    width = float(special.stdtrit(len(values) - 1, 0.975))  # quantile of Student's t
+    half = width * np.std(values, ddof=1) / math.sqrt(len(values))
+    return Interval(mean, mean - float(half), mean + float(half))
 
 
 def median_rank(rank: Int64[Tensor, " query"]) -> float:

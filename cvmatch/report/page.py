@@ -60,6 +60,18 @@ class Importance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of a search."""
+
+    title: str
+    note: str
+    """What its numbers are."""
+    head: Sequence[str]
+    """Names of the columns."""
+    rows: Sequence[Sequence[Number | str]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Page:
     """What a report shows. Empty parts are left out."""
 
@@ -81,6 +93,8 @@ class Page:
     """Loss against epoch, by title of the chart: a curve for training, one for validation."""
     trials: Sequence[Trial] = ()
     """Of a search over hyper-parameters."""
+    tables: Sequence[Table] = ()
+    """What was chosen from them, and how."""
     objective: str = "val/loss"
     """What the search was about."""
     maximise: bool = False

@@ -68,6 +68,25 @@ def train(config: TrainSegmenter) -> TrainResult:
     return result
 
 
+def measure(config: TrainSegmenter, checkpoint: str) -> dict[str, float]:
+    """Measure a training's checkpoint on the rows of `config.val`, others than its own or not.
+
+    Returns:
+        The `val/...` of an epoch; of the losses, those without class weights.
+
+    Raises:
+        ValueError: no row has a class map, or the base model cannot be had.
+    """
+    assert config.held_out is not None
+    session.start()
+    preprocess = Preprocess(size=config.size, num_classes=config.num_classes)
+    held_out = PairDataset.open(config.held_out.ingest(config.data))
+    val = read_labelled(held_out, preprocess, config.fit)
+    base = hub.absolute_or_hub_id(config.base)
+    build = functools.partial(_build_task, config, base, preprocess, None)
+    return launch.measure(build, val, config.fit, checkpoint)
+
+
 def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: TrainConfig) -> Dataset:
     """Decode the rows with a class map to `aerial`, `aerial_mask` and `key`.
 

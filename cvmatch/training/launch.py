@@ -26,6 +26,7 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchTrainer
+from torch import nn
 
 from cvmatch import config as configs
 from cvmatch.data import storage
@@ -35,7 +36,7 @@ from cvmatch.training import checkpoints, loop, metrics, mid_epoch
 from cvmatch.training.checkpoints import TrainResult
 from cvmatch.training.process_group import ClusterTorchConfig
 from cvmatch.training.settings import TrainConfig, is_score
-from cvmatch.training.task import EpochOrder, Task
+from cvmatch.training.task import VALIDATION_BATCH, EpochOrder, Task
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +111,33 @@ def train(
         _run_epochs(job, datasets | ({"val": val} if val else {}), directory, callbacks, name)
         done = until
     return directory.result()
+
+
+def measure(
+    build: Callable[[], Task], val: Dataset, fit: TrainConfig, checkpoint: str
+) -> dict[str, float]:
+    """Measure a checkpoint on rows that its training need not have seen, in this process.
+
+    Args:
+        build: makes the task.
+        val: rows, as `train` takes for validation.
+        fit: settings of the run.
+        checkpoint: location, as of `TrainResult`.
+
+    Returns:
+        The `val/...` that a training with these rows for validation would report.
+
+    Raises:
+        ValueError: the checkpoint is of another model.
+    """
+    device = hardware.device()
+    task = build()
+    assert isinstance(task, nn.Module)
+    loop.load_state(task, Checkpoint(checkpoint))
+    task = task.to(device)
+    with loop.autocast(device, fit):
+        means = loop.evaluate(task, loop.read_batches(val, VALIDATION_BATCH, device))
+    return loop.split_summary(task.summary(means))[0]
 
 
 def _run_epochs(

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -206,8 +206,6 @@ class Trainer:
         self.writer = mid_epoch.MidEpochWriter(job.directory)
         self.written = self.looked = time.monotonic()
         self.noticed = False
-        on_gpu = backend.device.type == "cuda"
-        self.bf16 = job.fit.precision == "bf16" or (job.fit.precision == "auto" and on_gpu)
 
     def train(self, epoch: int, curve: LossCurve) -> dict[str, float]:
         """Train what is left of an epoch; return the row-weighted means of all of it.
@@ -255,10 +253,7 @@ class Trainer:
         with self._autocast():
             # Not through DDP, which would wait for the other workers.
             means = evaluate(self.task, self._batches("val", None), self.backend.world)
-        summary = self.task.summary(means)
-        pictures = {name: v for name, v in summary.items() if isinstance(v, np.ndarray)}
-        scalars = {f"val/{k}": float(v) for k, v in summary.items() if k not in pictures}
-        return scalars, pictures
+        return split_summary(self.task.summary(means))
 
     def adjust(self, metrics: dict[str, int | float]) -> None:
         """Note the learning rates; with plateau, lower them where the validation loss stalls."""
@@ -305,17 +300,7 @@ class Trainer:
         """Go on from a checkpoint; return the epochs that are done."""
         if checkpoint is None:
             return 0
-        with checkpoint.as_directory() as directory:
-            path = os.path.join(directory, checkpoints.STATE)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        trained = {name for name, p in self.task.named_parameters() if p.requires_grad}
-        keys = self.task.load_state_dict(state["model"], strict=False)
-        wrong = sorted(trained.intersection(keys.missing_keys)) + keys.unexpected_keys
-        if wrong:
-            raise ValueError(
-                f"{checkpoint.path} is of another model: weights {wrong[:5]} do not fit. Choose "
-                "another --fit.name, or the settings that the run began with."
-            )
+        state = load_state(self.task, checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         return state["epoch"]
@@ -367,13 +352,8 @@ class Trainer:
             seed = rng.fold_in(self.fit.seed, epoch, f"order {self.backend.rank}") % 2**32
             size = max(self.fit.shuffle, self.share)
             order = {"local_shuffle_buffer_size": size, "local_shuffle_seed": seed}
-        batches = self.backend.shard(name).iter_torch_batches(
-            batch_size=VALIDATION_BATCH if epoch is None else self.share,
-            collate_fn=to_tensors,
-            **order,
-        )
-        for batch in batches:
-            yield {k: v.to(self.backend.device, non_blocking=True) for k, v in batch.items()}
+        size = VALIDATION_BATCH if epoch is None else self.share
+        return read_batches(self.backend.shard(name), size, self.backend.device, **order)
 
     def _forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         with self._autocast():
@@ -388,7 +368,7 @@ class Trainer:
             self.schedule.step()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.backend.device.type, torch.bfloat16, enabled=self.bf16)
+        return autocast(self.backend.device, self.fit)
 
     def _unsynced(self) -> contextlib.AbstractContextManager:
         return self.model.no_sync() if self.backend.world > 1 else contextlib.nullcontext()
@@ -402,6 +382,49 @@ def evaluate(task: Any, batches: Iterable[dict[str, Tensor]], world: int = 1) ->
     for batch in batches:
         means.add(task({**batch, "epoch": number}), len(batch["key"]))
     return means.reduce(world)
+
+
+def split_summary(
+    summary: Mapping[str, float | np.ndarray],
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Return the scalars of a task's summary as `val/...`, and its pictures."""
+    pictures = {name: v for name, v in summary.items() if isinstance(v, np.ndarray)}
+    scalars = {f"val/{k}": float(v) for k, v in summary.items() if k not in pictures}
+    return scalars, pictures
+
+
+def read_batches(
+    rows: Any, size: int, device: torch.device, **order: int
+) -> Iterator[dict[str, Tensor]]:
+    """Read rows, of a Dataset or a worker's share of one, in batches on a device."""
+    for batch in rows.iter_torch_batches(batch_size=size, collate_fn=to_tensors, **order):
+        yield {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def autocast(device: torch.device, fit: TrainConfig) -> torch.autocast:
+    """Return the context of `fit.precision`."""
+    bf16 = fit.precision == "bf16" or (fit.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def load_state(task: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Load a checkpoint's weights into a task; return the checkpoint's state.
+
+    Raises:
+        ValueError: they are of another model.
+    """
+    with checkpoint.as_directory() as directory:
+        path = os.path.join(directory, checkpoints.STATE)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    trained = {name for name, p in task.named_parameters() if p.requires_grad}
+    keys = task.load_state_dict(state["model"], strict=False)
+    wrong = sorted(trained.intersection(keys.missing_keys)) + keys.unexpected_keys
+    if wrong:
+        raise ValueError(
+            f"{checkpoint.path} is of another model: weights {wrong[:5]} do not fit. Choose "
+            "another --fit.name, or the settings that the run began with."
+        )
+    return state
 
 
 def parameter_groups(task: Task, module: nn.Module) -> list[ParameterGroup]:

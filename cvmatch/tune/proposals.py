@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from cvmatch.data import storage
 from cvmatch.tune import search_space
 from cvmatch.tune.search_space import Point, Space
 from cvmatch.tune.settings import Tune
+from cvmatch.tune.trials import SECONDS, order_trials
 
 DEFAULTS = "defaults"
 """What `Tune.enqueue` calls the settings of `Tune.base`."""
@@ -27,14 +27,21 @@ DEFAULTS = "defaults"
 
 def build_search(config: Tune, space: Space, points: list[Point]) -> OptunaSearch:
     """Build what proposes settings, the `points` first."""
-    metric, mode = config.goal
+    metrics = [tune_name(metric) for metric, _ in config.goals]
+    modes = [mode for _, mode in config.goals]
+    several = len(modes) > 1
     return OptunaSearch(
         space=functools.partial(search_space.suggest, space=space),
-        metric=metric,
-        mode=mode,
+        metric=metrics if several else metrics[0],
+        mode=modes if several else modes[0],
         points_to_evaluate=points,
         sampler=_build_sampler(config),
     )
+
+
+def tune_name(metric: str) -> str:
+    """Return what Ray Tune calls a metric."""
+    return "time_total_s" if metric == SECONDS else metric
 
 
 def _build_sampler(config: Tune) -> optuna.samplers.BaseSampler:
@@ -86,15 +93,8 @@ def list_first(config: Tune, base: Any, space: Space) -> list[Point]:
 
 def _read_trials(location: str, config: Tune) -> list[Point]:
     """Read the settings of an earlier search, the best by this one's metric first."""
-    metric, mode = config.goal
-    sign = 1 if mode == "min" else -1
-
-    def order(trial: Mapping[str, Any]) -> tuple[bool, float]:
-        value = trial["metrics"].get(metric, math.nan)
-        return not math.isfinite(value), sign * value if math.isfinite(value) else 0.0
-
-    trials = [trial for trial in storage.read_json(location) if trial["params"]]
-    return [trial["params"] for trial in sorted(trials, key=order)]
+    trials = order_trials(storage.read_json(location), config.goal)
+    return [dict(trial["params"]) for trial in trials if trial["params"]]
 
 
 def _searched(values: Mapping[str, Any], space: Space) -> Point:

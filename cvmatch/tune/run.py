@@ -9,27 +9,26 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import ray
-import ray.tune
-from ray.train import Checkpoint, UserCallback
-from ray.tune import ResultGrid, Tuner
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune import Tuner
 
 from cvmatch import config as configs
-from cvmatch.data import storage
+from cvmatch.data import manifest, storage
+from cvmatch.nn import metrics
 from cvmatch.runtime import pools, progress, session, tracking
-from cvmatch.training import launch
 from cvmatch.training.settings import TrainConfig
-from cvmatch.tune import proposals, search_space
+from cvmatch.tune import execution, proposals, repeats, search_space
+from cvmatch.tune.execution import EndedTrials, Search, StageCode
 from cvmatch.tune.page import write_tune_page
-from cvmatch.tune.settings import Stage, Tune
-from cvmatch.tune.trials import TrialState, TrialSummary
+from cvmatch.tune.repeats import RepeatedTrial
+from cvmatch.tune.settings import Tune
+from cvmatch.tune.trials import TrialSummary, find_front, order_trials, value_of
 
 BEST, TRIALS, SEARCH = "best.yaml", "trials.json", "search.json"
+REPEATS, FRONT = "repeats.json", "front"
 
 _RUN_STATES = {
     "finished": ("FINISHED", ""),
@@ -50,64 +49,22 @@ class TuneResult:
     maximise: bool
     """Whether large values of it are good."""
     value: float
-    """Metric of the best trial, after its last epoch."""
+    """Metric of the best trial, after its last epoch; where trials were repeated, its mean."""
     trials: list[TrialSummary]
     """All trials."""
+    front: list[TrialSummary] = field(default_factory=list)
+    """Of several metrics, the trials that no other beats in all."""
+    repeated: list[RepeatedTrial] = field(default_factory=list)
+    """Candidates that were trained with several seeds, the best one first."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Search:
-    """What all trials share."""
-
-    name: str
-    train: Callable[[Any], Any] | None
-    """None: the stage's own, which the driver does not import."""
-    stage: Stage
-    base: Any
-    fits: str
-    parent: tracking.Run
-    directory: str
-
-    def run_name(self, trial_id: str) -> str:
-        """Name of a trial's training, by which it finds its checkpoints when it is restored."""
-        return f"{self.name}-{trial_id}"
-
-
-class _TuneReporter(UserCallback):
-    """Reports each epoch of a training in the trial's own process to Tune."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, int | float]], checkpoint: Checkpoint | None
-    ) -> None:
-        """Report; a trial that ASHA stops does not return from here."""
-        self.count += 1
-        ray.tune.report(metrics[0])
-
-
-class _EndedTrials(ray.tune.Callback):
-    """Counts the trials that ended, for the progress; in the driver, one search at a time."""
-
-    count: ClassVar[int] = 0  # of the class: a restored search unpickles a callback of its own
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Count anew, trials of before the search was restored too."""
-        _EndedTrials.count = sum(trial.is_finished() for trial in trials)
-
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Count a last time."""
-        self.on_step_end(0, trials)
-
-
-def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = None) -> TuneResult:
+def search(config: Tune, base: Any = None, code: StageCode | None = None) -> TuneResult:
     """Try settings, write `best.yaml`, `trials.json` and the page `tune.html` to `config.output`.
 
     Args:
         config: What is searched, and for how long.
         base: The stage's settings, in place of the file `config.base`.
-        train: Trains with such settings, in place of the stage's own train().
+        code: Trains and measures with such settings, in place of the stage's own.
 
     Raises:
         ValueError: a searched field is none of the stage's or its range is refused, the metric
@@ -122,12 +79,12 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
     first = proposals.list_first(config, base, space)
     if config.sampler == "grid":
         config = dataclasses.replace(config, trials=len(first))
-    fit: TrainConfig = base.fit
     _check_measured(config, base)
+    _check_repeats(config, base, space)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints banners when silent, too
-    _preflight(config, fit)
-    session.start(dashboard=fit.workers > 0)
-    if fit.workers and not session.has_dashboard():
+    _preflight(config, base.fit)
+    session.start(dashboard=base.fit.workers > 0)
+    if base.fit.workers and not session.has_dashboard():
         raise ValueError(
             "tune: trials with workers need Ray's dashboard: without it, Ray 2.60 never frees the "
             "CPUs of a trial that was stopped early. Use session.start(dashboard=True), or "
@@ -138,110 +95,98 @@ def search(config: Tune, base: Any = None, train: Callable[[Any], Any] | None = 
     _claim(location, config, base, space)
     base = configs.override(base, {"fit.epochs": config.epochs})
     with tracking.start("tune", config) as parent:
-        shared = _Search(
+        shared = Search(
             name=name,
-            train=train,
+            code=code,
             stage=config.stage,
             base=base,
+            val=configs.merge(base, config.test).val if config.test else None,
             fits=f"{location}-fits",
             parent=parent,
             directory=os.getcwd(),
         )
-        tuner = _build_tuner(config, space, first, shared, location)
-        _EndedTrials.count = 0
-        label = f"{config.trials} trials of {config.stage} ended"
-        with progress.watch(label, config.trials, lambda: _EndedTrials.count):
-            grid = tuner.fit()
-        trials = _describe_trials(grid, config)
-        tracking.end_runs(
-            {shared.run_name(trial["trial"]): _RUN_STATES[trial["state"]] for trial in trials}
-        )
-        if _EndedTrials.count < config.trials:
-            raise KeyboardInterrupt  # Tune takes Ctrl-C, saves its state, and returns
+        tuner = execution.build_tuner(config, space, first, shared, location)
+        trials = _run(tuner, config, shared, config.trials, f"trials of {config.stage}")
         result = _choose_best(trials, config)
-        # All settings: the file alone trains the best again. A name would be that of another run.
-        changes = {**result.params, **_alone(base), "fit.name": ""}
-        best = configs.dump(configs.override(base, changes))
-        _write(result, best, config.output)
-        write_tune_page(config, space, trials, best)
+        if config.repeats:
+            result = _repeat(config, shared, result, location)
+        best = _write(result, config, base)
+        write_tune_page(config, space, result.trials, best, result.repeated, result.front)
         parent.metrics({f"best/{config.goal[0]}": result.value})
         parent.text(best, BEST)
     return result
 
 
-def _alone(base: Any) -> dict[str, object]:
-    """Return what differs without workers: Tune gives the GPU of a trial to its process."""
-    return {} if base.fit.workers else {"fit.gpus_per_worker": 0}
-
-
-def _run_trial(params: Mapping[str, Any], search: _Search) -> None:
-    if os.path.isdir(search.directory):
-        os.chdir(search.directory)  # Tune changed it, and the stage's locations may be relative
-    session.start()  # Ray is there; but the settings of Ray Data are each process's own
-    name = search.run_name(ray.tune.get_context().get_trial_id())
-    changes = {"fit.storage": search.fits, "fit.name": name, **_alone(search.base)}
-    config = configs.override(
-        search.base, {**params, **changes, "output": f"{search.fits}/{name}/model"}
+def _run(tuner: Tuner, config: Tune, search: Search, count: int, what: str) -> list[TrialSummary]:
+    """Run `count` trials, and give their MLflow runs the state that they ended with."""
+    EndedTrials.count = 0
+    with progress.watch(f"{count} {what} ended", count, lambda: EndedTrials.count):
+        grid = tuner.fit()
+    trials = execution.describe_trials(grid, config.goal[0], config.epochs)
+    tracking.end_runs(
+        {search.run_name(trial["trial"]): _RUN_STATES[trial["state"]] for trial in trials}
     )
-    reporter = _TuneReporter()
-    listener = TuneReportCallback() if config.fit.workers else reporter
-    with tracking.inside(search.parent), launch.report_to(listener):
-        result = (search.train or search_space.load_train(search.stage))(config)
-    if not (config.fit.workers or reporter.count):  # it was finished before the search was killed
-        ray.tune.report(result.metrics)
+    if EndedTrials.count < count:
+        raise KeyboardInterrupt  # Tune takes Ctrl-C, saves its state, and returns
+    return trials
+
+
+def _repeat(config: Tune, search: Search, result: TuneResult, location: str) -> TuneResult:
+    """Train the best trials and the defaults with other seeds; choose the best by the mean."""
+    candidates = repeats.list_candidates(config, result.trials)
+    points = repeats.list_points(config, candidates, search.base.fit.seed)
+    # Named by what is repeated, since more repeats of a search may be asked for later.
+    place = f"{location}-repeats-{manifest.digest([points, config.test])[:8]}"
+    tuner = execution.build_repeats(config, points, search, place)
+    trainings = _run(tuner, config, search, len(points), "repeated trainings")
+    repeated = repeats.collect(config, candidates, trainings)
+    best = repeated[0]
+    value = metrics.mean_interval(best["values"]).value
+    if not math.isfinite(value):
+        errors = [one["error"] for one in trainings if one["error"]]
+        raise RuntimeError(
+            f"tune: no candidate reported a finite {config.goal[0]!r} with each of "
+            f"{config.repeats} seeds; {errors[:1]}. The same command goes on."
+        )
+    return dataclasses.replace(result, params=best["params"], value=value, repeated=repeated)
+
+
+def _check_repeats(config: Tune, base: Any, space: Mapping) -> None:
+    """Check that seeds are free for the repeats, and that no trial sees the rows of `test`.
+
+    Raises:
+        ValueError: not so.
+    """
+    if config.repeats and repeats.SEED in space:
+        raise ValueError(
+            f"tune: {repeats.SEED} is searched, and repeats take other seeds. Leave it out of "
+            "--space, or pass --repeats 0."
+        )
+    if config.test and configs.merge(base, config.test).val in (None, base.val):
+        raise ValueError(
+            f"tune: expected --test {config.test} to name rows by `val`, and others than the "
+            f"search is judged by, got {base.val}."
+        )
 
 
 def _check_measured(config: Tune, base: Any) -> None:
-    """Check that the stage measures the metric by which trials are compared.
+    """Check that the stage measures the metrics by which trials are compared.
 
     Raises:
         ValueError: it does not.
     """
-    metric = config.goal[0]
-    if metric.startswith("val/") and not getattr(base, "held_out", base.val):
-        raise ValueError(f"tune: metric {metric!r} is of validation rows: set --val of the stage.")
-    of_samples = config.stage == "generator" and not metric.startswith(("val/loss", "val/gap"))
-    if metric.startswith("val/") and of_samples and not base.validation_images:
-        raise ValueError(
-            f"tune: metric {metric!r} is of sampled pictures, got validation_images 0. Set it in "
-            "the stage's settings, or pass --metric val/loss (which the image losses only worsen)."
-        )
-
-
-def _build_tuner(
-    config: Tune,
-    space: search_space.Space,
-    first: list[search_space.Point],
-    search: _Search,
-    location: str,
-) -> Tuner:
-    fit: TrainConfig = search.base.fit
-    # With workers the trial only waits for them.
-    share = {"CPU": fit.cpus_per_worker, "GPU": fit.gpus_per_worker}
-    needs = {"CPU": 0.01} if fit.workers else {name: n for name, n in share.items() if n}
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(_run_trial, search=search), needs)
-    if Tuner.can_restore(location):
-        return Tuner.restore(location, trainable=trainable, resume_errored=True)
-    metric, mode = config.goal
-    return Tuner(
-        trainable,
-        tune_config=ray.tune.TuneConfig(
-            metric=metric,
-            mode=mode,
-            num_samples=config.trials,
-            max_concurrent_trials=config.concurrent,
-            search_alg=proposals.build_search(config, space, first),
-            scheduler=proposals.build_scheduler(config),
-            reuse_actors=True,  # importing a stage's libraries takes 12 s of a core
-        ),
-        run_config=ray.tune.RunConfig(
-            name=os.path.basename(location),
-            storage_path=os.path.dirname(location),
-            failure_config=ray.tune.FailureConfig(max_failures=1),
-            callbacks=[_EndedTrials()],
-            verbose=0,
-        ),
-    )
+    for metric, _ in config.goals:
+        if metric.startswith("val/") and not getattr(base, "held_out", base.val):
+            raise ValueError(
+                f"tune: metric {metric!r} is of validation rows: set --val of the stage."
+            )
+        of_samples = config.stage == "generator" and not metric.startswith(("val/loss", "val/gap"))
+        if metric.startswith("val/") and of_samples and not base.validation_images:
+            raise ValueError(
+                f"tune: metric {metric!r} is of sampled pictures, got validation_images 0. Set it "
+                "in the stage's settings, or pass --metric val/loss (which the image losses only "
+                "worsen)."
+            )
 
 
 def _preflight(config: Tune, fit: TrainConfig) -> None:
@@ -257,6 +202,7 @@ def _preflight(config: Tune, fit: TrainConfig) -> None:
 
 def _claim(location: str, config: Tune, base: Any, space: Mapping) -> None:
     free = ("concurrent", "storage", "name", "output", "base", "space")
+    free += ("repeats", "finalists", "test")  # which come after the search
     about = {k: v for k, v in configs.flat(config).items() if k not in free}
     about |= {"base": configs.plain(base), "searched": dict(space)}
     file = storage.join(f"{location}-fits", SEARCH)
@@ -271,56 +217,41 @@ def _claim(location: str, config: Tune, base: Any, space: Mapping) -> None:
     storage.write_json(file, about)
 
 
-def _describe_trials(grid: ResultGrid, config: Tune) -> list[TrialSummary]:
-    return [
-        TrialSummary(
-            trial=(result.metrics or {}).get("trial_id", os.path.basename(result.path)),
-            params=result.config,
-            metrics={k: v for k, v in (result.metrics or {}).items() if _is_ours(k, v)},
-            error=str(result.error) if result.error else "",
-            state=_state(result, config.epochs),
-            history=_read_history(result, config.goal[0]),
-            seconds=float((result.metrics or {}).get("time_total_s", 0.0)),
-        )
-        for result in grid
-    ]
-
-
-def _read_history(result: Any, metric: str) -> list[list[int | float]]:
-    frame = result.metrics_dataframe
-    if frame is None or metric not in frame:
-        return []
-    return [[int(e), float(v)] for e, v in zip(frame["epoch"], frame[metric], strict=True)]
-
-
-def _state(result: Any, epochs: int) -> TrialState:
-    if result.error:
-        return "failed"
-    return "finished" if (result.metrics or {}).get("epoch", 0) >= epochs else "stopped early"
-
-
 def _choose_best(trials: list[TrialSummary], config: Tune) -> TuneResult:
     metric, mode = config.goal
-    scored = [t for t in trials if math.isfinite(t["metrics"].get(metric, math.nan))]
-    if not scored:
+    front = find_front(trials, config.goals) if len(config.goals) > 1 else []
+    best = (front or order_trials(trials, config.goal))[0]
+    params, value = best["params"], value_of(best, metric)
+    if not math.isfinite(value):
         raise RuntimeError(
             f"tune: no trial reported a finite {metric!r}; the first said: "
             f"{trials[0]['error'] or sorted(trials[0]['metrics'])}"
         )
-    sign = 1 if mode == "min" else -1
-    best = min(scored, key=lambda t: sign * t["metrics"][metric])
-    params, value = best["params"], best["metrics"][metric]
     assert params is not None, "a trial that reported has begun"
     return TuneResult(
-        params=params, metric=metric, maximise=mode == "max", value=value, trials=trials
+        params=params,
+        metric=metric,
+        maximise=mode == "max",
+        value=value,
+        trials=trials,
+        front=front,
     )
 
 
-def _is_ours(name: str, value: Any) -> bool:
-    ours = name.startswith(("train/", "val/", "lr")) or name == "epoch"
-    return ours and isinstance(value, int | float)
+def _write(result: TuneResult, config: Tune, base: Any) -> str:
+    """Write the files of the output but for the page; returns the best settings as YAML."""
+    best = _dump_settings(base, result.params)
+    storage.write_text(storage.join(config.output, BEST), best)
+    storage.write_json(storage.join(config.output, TRIALS), result.trials)
+    if result.repeated:
+        storage.write_json(storage.join(config.output, REPEATS), result.repeated)
+    for place, trial in enumerate(result.front):
+        file = storage.join(config.output, FRONT, f"{place + 1:02}.yaml")
+        storage.write_text(file, _dump_settings(base, trial["params"] or {}))
+    return best
 
 
-def _write(result: TuneResult, best: str, output: str) -> None:
-    storage.write_text(storage.join(output, BEST), best)
-    storage.write_json(storage.join(output, TRIALS), result.trials)
+def _dump_settings(base: Any, params: Mapping[str, Any]) -> str:
+    """Return all settings as YAML: the file alone trains the trial again, as a run of its own."""
+    changes = {**params, **execution.only_process(base), "fit.name": ""}
+    return configs.dump(configs.override(base, changes))

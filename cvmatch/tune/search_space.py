@@ -12,11 +12,11 @@ from cvmatch.training.checkpoints import TrainResult
 from cvmatch.tune.settings import Stage
 
 STAGES = {
-    "generator": ("cvmatch.generate.settings:TrainGenerator", "cvmatch.generate.train:train"),
-    "segmenter": ("cvmatch.segment.settings:TrainSegmenter", "cvmatch.segment.train:train"),
-    "matcher": ("cvmatch.match.settings:TrainMatcher", "cvmatch.match.train:train"),
+    "generator": ("cvmatch.generate.settings:TrainGenerator", "cvmatch.generate.train"),
+    "segmenter": ("cvmatch.segment.settings:TrainSegmenter", "cvmatch.segment.train"),
+    "matcher": ("cvmatch.match.settings:TrainMatcher", "cvmatch.match.train"),
 }
-"""Where the settings and the train() of each stage are."""
+"""Where the settings of each stage are, and its train() and measure()."""
 
 Point = dict[str, object]
 """Settings of a trial that were searched, by field."""
@@ -197,7 +197,12 @@ def load_settings(stage: Stage, location: str = "") -> Any:
 
 def load_train(stage: Stage) -> Callable[[Any], TrainResult]:
     """Import the train() of a stage."""
-    return _load(STAGES[stage][1])
+    return _load(f"{STAGES[stage][1]}:train")
+
+
+def load_measure(stage: Stage) -> Callable[[Any, str], dict[str, float]]:
+    """Import the measure() of a stage."""
+    return _load(f"{STAGES[stage][1]}:measure")
 
 
 def _load(location: str) -> Any:

@@ -3,17 +3,20 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cvmatch.training.settings import is_score
+from cvmatch.tune.trials import Goal
+
 Stage = Literal["generator", "segmenter", "matcher"]
 
 Sampler = Literal["tpe", "cmaes", "random", "grid"]
 Scheduler = Literal["asha", "median", "none", "pbt"]
 
 METRICS = {
-    "generator": ("val/retrieval_mrr", "max"),
-    "segmenter": ("val/miou", "max"),
-    "matcher": ("val/mrr", "max"),
+    "generator": "val/retrieval_mrr",
+    "segmenter": "val/miou",
+    "matcher": "val/mrr",
 }
-"""What trials are compared by, and whether small or large values are good.
+"""What trials are compared by.
 
 None changes by itself with what is searched. A loss would: the least margin has the least, and the
 error of the noise alone, the generator's val/loss, is least where the image losses weigh least.
@@ -39,11 +42,11 @@ class Tune:
     """Epochs of a trial that is never stopped."""
     grace: int = 1
     """Epochs before a trial may be stopped."""
-    metric: str = ""
-    """Metric of an epoch by which trials are compared; empty: val/retrieval_mrr of the generator,
-    val/miou of the segmenter, val/mrr of the matcher."""
-    mode: Literal["min", "max"] = "min"
-    """Whether small or large values of `metric` are good; not read where it is empty."""
+    metric: tuple[str, ...] = ()
+    """Metrics of an epoch by which trials are compared; `seconds` is what a trial took. Of several,
+    the search looks for settings that no others beat in all (a Pareto front), and best.yaml is the
+    best by the first. Empty: val/retrieval_mrr of the generator, val/miou of the segmenter, val/mrr
+    of the matcher. Of losses, errors and seconds small values are good, of scores large ones."""
     sampler: Sampler = "tpe"
     """Who proposes settings: tpe (also where some fields depend on others), cmaes (for ranges: what
     is a choice, it draws at random), random, or grid: every combination of choices, `trials` or
@@ -56,13 +59,21 @@ class Tune:
     searches, the best ones first; half of `trials` at most."""
     seed: int = 0
     """Seed of the proposals. (The trials' own is `fit.seed`.)"""
+    repeats: int = 0
+    """Other seeds with which the best few trials, and the settings of `base`, are trained in full
+    after the search: the winner is the best by their mean, not the luckiest trial. 0: none."""
+    finalists: int = 3
+    """Trials that are repeated."""
+    test: str = ""
+    """YAML file of the stage's settings whose `val` are rows that the search never sees: what is
+    repeated is measured on them, too, and nothing is chosen by it. Empty: none."""
     storage: str = "runs"
     """Directory or URI of searches, shared by all nodes."""
     name: str = ""
     """Name of the search: the same name and storage go on with it. Empty: a new one every time."""
     output: str = "tuned"
-    """Directory of best.yaml, which the stage's job takes as --config, of trials.json, and of the
-    page tune.html."""
+    """Directory of best.yaml, which the stage's job takes as --config, of trials.json, of the page
+    tune.html, and where they are asked for of front/ and repeats.json."""
 
     def __post_init__(self) -> None:
         if min(self.trials, self.concurrent, self.grace) < 1 or self.epochs < self.grace:
@@ -70,6 +81,12 @@ class Tune:
                 "tune: expected trials, concurrent and grace >= 1 and epochs >= grace, got "
                 f"{self.trials}, {self.concurrent}, {self.grace} and {self.epochs}."
             )
+        if self.repeats < 0 or self.finalists < 1 or (self.test and not self.repeats):
+            raise ValueError(
+                "tune: expected repeats >= 0, at least 1 of them with --test, and finalists >= 1, "
+                f"got repeats {self.repeats} and finalists {self.finalists}."
+            )
+        self._check_goals()
         if self.scheduler == "pbt":
             # A trial's training keeps its checkpoints itself; without those in Tune, PBT exploits
             # nothing and says so only in the log.
@@ -79,7 +96,27 @@ class Tune:
                 "unchanged, without an error. Pass --scheduler asha, median or none."
             )
 
+    def _check_goals(self) -> None:
+        if len(self.goals) == 1:
+            return
+        if self.scheduler != "none":
+            raise ValueError(
+                f"tune: expected scheduler none beside several metrics ({', '.join(self.metric)}), "
+                f"got {self.scheduler}: it stops trials by one of them, and those then cost less. "
+                "Pass --scheduler none."
+            )
+        if self.sampler == "cmaes":
+            raise ValueError(
+                "tune: CMA-ES searches by one metric, got several. Pass --sampler tpe or random."
+            )
+
     @property
-    def goal(self) -> tuple[str, str]:
-        """Metric by which trials are compared, and `min` or `max`."""
-        return (self.metric, self.mode) if self.metric else METRICS[self.stage]
+    def goals(self) -> list[Goal]:
+        """The metrics by which trials are compared, and whether small or large values are good."""
+        metrics = self.metric or (METRICS[self.stage],)
+        return [(metric, "max" if is_score(metric) else "min") for metric in metrics]
+
+    @property
+    def goal(self) -> Goal:
+        """The first of them."""
+        return self.goals[0]

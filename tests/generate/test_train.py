@@ -14,6 +14,7 @@ from cvmatch.generate.model import Generator
 from cvmatch.generate.settings import Conditioning, Generate, Sampling, TrainGenerator
 from cvmatch.generate.train import (
     build_task,
+    measure,
     read_training_pairs,
     train,
     with_absolute_paths,
@@ -90,6 +91,8 @@ def test_train_publishes_a_generator_that_draws_every_pair(toy: str, world_root:
     assert 0 <= found["val/recall_at_10_percent"] <= 1
     assert 0 < found["val/retrieval_mrr"] <= 1
     assert os.path.exists(os.path.join(result.checkpoint, "samples.png"))
+    validated = {name: v for name, v in found.items() if name.startswith("val/")}
+    assert measure(config, result.checkpoint) == pytest.approx(validated, abs=1e-5)
     rows = PairDataset.open(held_out).rows()
     drawn = infer.generate(
         rows, Generate(model=config.output, num_inference_steps=2, pool=Pool(batch=8))

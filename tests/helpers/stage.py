@@ -19,6 +19,7 @@ from cvmatch.training import launch
 from cvmatch.training.checkpoints import TrainResult
 from cvmatch.training.settings import TrainConfig
 from cvmatch.training.task import ParameterGroup
+from cvmatch.tune.execution import StageCode
 
 
 def rows(count: int, seed: int = 0, block: int = 8) -> Dataset:
@@ -120,3 +121,12 @@ def train(config: TrainLine) -> TrainResult:
         result = launch.train(build, rows(32), rows(config.val, seed=1), config.fit, run)
         launch.publish(result, config.output)
     return result
+
+
+def measure(config: TrainLine, checkpoint: str) -> dict[str, float]:
+    """Measure a checkpoint on `config.val` rows of another seed."""
+    build = functools.partial(LineTask, config.lr)
+    return launch.measure(build, rows(config.val, seed=1), config.fit, checkpoint)
+
+
+CODE = StageCode(train=train, measure=measure)

@@ -13,7 +13,7 @@ from cvmatch.match.heads.branches import LAYOUT_WIDTH, FusionWeights
 from cvmatch.match.infer import embed_tiles
 from cvmatch.match.settings import Embed, TrainMatcher
 from cvmatch.match.task import read_training_ids
-from cvmatch.match.train import build_task, train
+from cvmatch.match.train import build_task, measure, train
 from cvmatch.nn.backbones import Tower, save_tower
 from cvmatch.runtime.streams.output_directory import PROVENANCE
 from cvmatch.training.settings import TrainConfig
@@ -83,6 +83,8 @@ def test_train_publishes_a_model_that_beats_chance_and_knows_its_pairs(
     # At chance all scores of a batch are equal, and each of the two terms is the margin.
     assert result.metrics is not None
     assert result.metrics["val/direct"] < config.margin / 2
+    validated = {name: v for name, v in result.metrics.items() if name.startswith("val/")}
+    assert measure(config, result.checkpoint) == pytest.approx(validated, abs=1e-6)
     weights = FusionWeights.load(config.output)
     assert weights.pairs == 8
     assert set(weights.weights["G+A"]) == {"direct", "layout"}

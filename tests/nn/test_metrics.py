@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from cvmatch.data.schema import IGNORE
 from cvmatch.nn import metrics
@@ -250,3 +252,14 @@ def test_planes_of_one_view_do_not_see_what_another_compares():
     )
     assert chroma.item() == pytest.approx(-1, abs=1e-4)  # the halves have changed colours
     assert gradient.item() == pytest.approx(1, abs=1e-4)  # the edge is where it was
+
+
+def test_mean_interval_is_students():
+    values = [0.1, 0.4, 0.35, 0.9]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert metrics.mean_interval(values) == pytest.approx(
+        (np.mean(values), expected.low, expected.high)
+    )
+    assert metrics.mean_interval([0.3]).value == 0.3
+    assert math.isnan(metrics.mean_interval([0.3]).low)
+    assert math.isnan(metrics.mean_interval([0.3, math.nan]).value)

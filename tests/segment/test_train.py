@@ -1,5 +1,6 @@
 """Training of the segmenter from rows to a published model."""
 
+import dataclasses
 import os
 from typing import Literal
 
@@ -20,6 +21,7 @@ from cvmatch.segment.train import (
     COUNTED,
     check_labels,
     check_synthesized,
+    measure,
     read_labelled,
     read_training_rows,
     train,
@@ -67,6 +69,8 @@ def test_train_publishes_a_segmenter_that_infers_at_its_training_size(
     )
     result = train(config)
     assert 0 <= result.metrics["val/miou"] <= 1
+    unseen = dataclasses.replace(config, val=config.held_out)
+    assert measure(unseen, result.checkpoint)["val/miou"] == result.metrics["val/miou"]
     assert result.metrics["lr/1"] == pytest.approx(10 * result.metrics["lr"])
     row = rows_of()
     found = SegmentAerial("models/segmenter", schema.AERIAL)(row)[schema.SYNTHETIC_CLASSES][0]

@@ -75,11 +75,51 @@ def test_generator_search_by_sampled_pictures_needs_some(tmp_path):
 
 @pytest.mark.parametrize("stage", list(search_space.STAGES))
 def test_trials_are_compared_by_what_the_space_does_not_move(stage):
-    metric, mode = Tune(stage=stage).goal
+    ((metric, mode),) = Tune(stage=stage).goals
     # A loss would: the least margin or weight has the least.
     assert "loss" not in metric
     assert mode == "max"
-    assert Tune(stage=stage, metric="val/x").goal == ("val/x", "min")
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [("val/loss", "min"), ("seconds", "min"), ("val/miou", "max"), ("val/recall_at_1", "max")],
+)
+def test_scores_are_good_when_large_and_all_else_when_small(metric, mode):
+    assert Tune(metric=(metric,)).goals == [(metric, mode)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": ("val/mrr", "seconds")}, "--scheduler none"),
+        (
+            {"metric": ("val/mrr", "seconds"), "scheduler": "none", "sampler": "cmaes"},
+            "--sampler tpe",
+        ),
+        ({"test": "unseen.yaml"}, "at least 1 of them with --test"),
+        ({"repeats": -1}, "repeats >= 0"),
+        ({"finalists": 0}, "finalists >= 1"),
+    ],
+)
+def test_tune_refuses_what_does_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Tune(**changes)
+
+
+def test_rows_of_the_test_are_others_than_those_of_the_search(tmp_path):
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE))
+    (tmp_path / "test.yaml").write_text("val: 8\n")
+    config = Tune(space=str(tmp_path / "space.yaml"), repeats=1, test=str(tmp_path / "test.yaml"))
+    with pytest.raises(ValueError, match=r"test\.yaml to name rows by `val`.*got 8"):
+        tune.search(config, TrainLine(val=8))
+
+
+def test_seeds_cannot_be_searched_and_repeated(tmp_path):
+    (tmp_path / "space.yaml").write_text("fit.seed: {choice: [1, 2]}\n")
+    config = Tune(space=str(tmp_path / "space.yaml"), repeats=1)
+    with pytest.raises(ValueError, match=r"fit\.seed is searched"):
+        tune.search(config, TrainLine())
 
 
 @pytest.fixture
@@ -90,7 +130,7 @@ def settings(tmp_path):
         trials=4,
         concurrent=2,
         epochs=4,
-        metric="val/loss",
+        metric=("val/loss",),
         storage=str(tmp_path / "runs"),
         name="search",
         output=str(tmp_path / "tuned"),
@@ -111,14 +151,14 @@ def test_search_over_workers_without_the_dashboard_is_refused(ray_session, setti
     config, base = settings
     base = configs.override(base, {"fit.workers": 2})
     with pytest.raises(ValueError, match="never frees the CPUs"):
-        tune.search(config, base, tiny_stage.train)
+        tune.search(config, base, tiny_stage.CODE)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, tmp_path):
     config, base = settings
-    result = tune.search(config, base, tiny_stage.train)
+    result = tune.search(config, base, tiny_stage.CODE)
     assert len(result.trials) == 4
     scores = {t["metrics"]["val/loss"]: t["params"] for t in result.trials}
     assert result.value == min(scores)
@@ -153,8 +193,68 @@ def test_search_finds_the_best_trial_and_again_runs_none(ray_session, settings, 
     states = {trial["state"] for trial in result.trials}
     assert states == {"finished", "stopped early"}
 
-    again = tune.search(config, base, tiny_stage.train)
+    again = tune.search(config, base, tiny_stage.CODE)
     assert again.params == result.params
     assert (tmp_path / "calls").read_text().split() == calls
     with pytest.raises(ValueError, match=r"other settings.*seed"):
-        tune.search(dataclasses.replace(config, seed=1), base, tiny_stage.train)
+        tune.search(dataclasses.replace(config, seed=1), base, tiny_stage.CODE)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_winner_is_the_best_by_the_mean_of_other_seeds_and_measured_on_unseen_rows(
+    ray_session, settings, tmp_path
+):
+    config, base = settings
+    (tmp_path / "unseen.yaml").write_text("val: 24\n")
+    config = dataclasses.replace(
+        config, trials=3, epochs=2, scheduler="none", repeats=2, finalists=2
+    )
+    searched = tune.search(config, base, tiny_stage.CODE)
+    calls = (tmp_path / "calls").read_text().split()
+    assert len(calls) == 3 + 3 * 2  # defaults and two finalists, with two seeds each
+
+    values = {one["trial"]: one["values"] for one in searched.repeated}
+    means = {name: sum(of) / 2 for name, of in values.items()}
+    assert searched.value == min(means.values())
+    assert set(means) >= {"defaults"}
+    assert len(means) == 3
+    best = configs.parse(TrainLine, ["--config", str(tmp_path / "tuned" / "best.yaml")])
+    expected = {**searched.params, "fit.epochs": 2, "fit.name": ""}
+    assert best == configs.override(base, expected)
+    assert json.loads((tmp_path / "tuned" / "repeats.json").read_text()) == searched.repeated
+
+    # More is asked for afterwards: the search itself is not run again, the same repeats neither.
+    config = dataclasses.replace(config, test=str(tmp_path / "unseen.yaml"))
+    tested = tune.search(config, base, tiny_stage.CODE)
+    assert len((tmp_path / "calls").read_text().split()) == len(calls) + 3 * 2
+    assert {one["trial"]: one["values"] for one in tested.repeated} == values
+    for one in tested.repeated:
+        for seed, value in enumerate(one["test"]):
+            changes = {**one["params"], "fit.seed": seed + 1, "fit.epochs": 2, "val": 24}
+            changes |= {"output": str(tmp_path / "line"), "fit.storage": str(tmp_path / "alone")}
+            alone = tiny_stage.train(configs.override(base, changes))
+            assert value == pytest.approx(alone.metrics["val/loss"], rel=1e-6)
+    assert "that the search never saw" in (tmp_path / "tuned" / "tune.html").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_several_metrics_end_in_a_front_of_settings(ray_session, settings, tmp_path):
+    config, base = settings
+    config = dataclasses.replace(
+        config, metric=("val/loss", "seconds"), scheduler="none", epochs=2, trials=4
+    )
+    result = tune.search(config, base, tiny_stage.CODE)
+    points = [(one["metrics"]["val/loss"], one["seconds"]) for one in result.trials]
+    front = [
+        one
+        for one, (loss, seconds) in zip(result.trials, points, strict=True)
+        if not any(a <= loss and b <= seconds and (a, b) != (loss, seconds) for a, b in points)
+    ]
+    assert sorted(one["trial"] for one in result.front) == sorted(one["trial"] for one in front)
+    assert result.value == min(loss for loss, _ in points)
+    files = sorted((tmp_path / "tuned" / "front").iterdir())
+    assert len(files) == len(front)
+    first = configs.parse(TrainLine, ["--config", str(files[0])])
+    assert first == configs.parse(TrainLine, ["--config", str(tmp_path / "tuned" / "best.yaml")])
