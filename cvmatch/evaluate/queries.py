@@ -1,6 +1,6 @@
 """Synthesized rows -> embedded queries of every view and modality."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from cvmatch.match.augment import crop_fov
 from cvmatch.match.heads.branches import Features
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
-from cvmatch.nn import rng
+from cvmatch.nn import geometry, rng
 from cvmatch.runtime import progress
 
 _BATCH = 32  # rows a step
@@ -44,6 +44,8 @@ def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Mod
     """Embed the queries of all views and modalities; each tower sees each picture once.
 
     Limited views have modality G alone, since A and S were made from the whole, aligned panorama.
+    Where headings are tried, a query of unknown heading has a vector of each (query x heading x
+    width); see `draw_headings`.
 
     Raises:
         ValueError: a row lacks a picture that a modality needs.
@@ -60,11 +62,14 @@ def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Mod
         _require_pictures(rows, letters)
         ground = _stack_images(rows[schema.GROUND], model.config.panorama).to(model.device)
         features = _embed_synthetic(rows, letters, model)
-        keys = torch.tensor([rng.row_key(name) for name in rows[schema.PAIR_ID]])
-        turn = rng.uniform(keys, rng.fold_in(config.seed, purpose="heading"), 1)[:, 0] * 360
+        turn = draw_headings(rows[schema.PAIR_ID], config.seed)
         for view in views:
             heading = turn * view.unknown_heading
             seen = crop_fov(ground, view.fov, heading, model.ground_mean)
+            if view.unknown_heading and config.headings > 1:
+                if "G" in config.modalities:
+                    batches[view, "G"].append(embed_headings(model, seen, config.headings))
+                continue
             ground_features = model.ground_features(seen)
             for _, name in (key for key in modalities if key[0] == view):
                 known = features.only(name)._replace(
@@ -72,6 +77,21 @@ def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Mod
                 )
                 batches[view, name].append(model.heads.embed_queries(known))
     return {key: torch.cat(parts) for key, parts in batches.items()}
+
+
+def embed_headings(
+    model: Matcher, ground: Float[Tensor, "query 3 h w"], count: int
+) -> Float[Tensor, "query count width"]:
+    """Embed panoramas as if they looked along each of `count` headings (`geometry.tried`)."""
+    return torch.stack(
+        [model.embed_queries(geometry.try_headings(one[None], count)[0]) for one in ground]
+    )
+
+
+def draw_headings(ids: Sequence[str], seed: int) -> Float[Tensor, " query"]:
+    """Return the headings, in degrees, that queries of unknown heading look along."""
+    keys = torch.tensor([rng.row_key(pair_id) for pair_id in ids])
+    return rng.uniform(keys, rng.fold_in(seed, purpose="heading"), 1)[:, 0] * 360
 
 
 def read_query_ids(location: str) -> list[str]:

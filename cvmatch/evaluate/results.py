@@ -98,6 +98,8 @@ class RetrievalResult:
     """None without coordinates."""
     two_stage: TwoStageResult | None = None
     """None where it was not measured."""
+    heading_error: Number | None = None
+    """Median degrees by which the heading of a first answer is wrong; None where none was tried."""
     ms: Mapping[str, Number] = field(default_factory=dict)
     """Median milliseconds of one query's search, by mode: "exact", "two-stage"."""
 
@@ -130,6 +132,8 @@ class RetrievalResult:
                 "shortlist": self.two_stage.shortlist,
             }
             tree["two-stage"] = {**self.two_stage.recalls, **kept}
+        if self.heading_error is not None:
+            tree["heading_error"] = self.heading_error
         return tree | {"ms": dict(self.ms)}
 
     @classmethod
@@ -144,6 +148,7 @@ class RetrievalResult:
             near=_read_near(tree) if "near_gallery" in tree else None,
             distance=_read_distance(tree) if "distance_m" in tree else None,
             two_stage=_read_two_stage(tree["two-stage"]) if "two-stage" in tree else None,
+            heading_error=tree.get("heading_error"),
             ms=tree["ms"],
         )
 

@@ -4,6 +4,7 @@ Ties and NaN count against the query throughout, and deleted tiles are no part o
 Scores of queries x tiles exist a block at a time.
 """
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +25,7 @@ from cvmatch.evaluate.results import (
     TwoStageResult,
 )
 from cvmatch.index.reader import Index, TopTiles, rank
-from cvmatch.nn import metrics
+from cvmatch.nn import geometry, metrics
 
 KS = (1, 5, 10)
 """Lengths of the lists of answers whose recall is measured."""
@@ -55,6 +56,8 @@ class Ranking:
     """Number of those tiles; 0 where the true tile has no coordinates."""
     distance_m: Float[Tensor, " query"]
     """Metres from the best tile to the true one; NaN where coordinates are missing."""
+    heading_index: Int64[Tensor, " query"]
+    """Which of the tried headings the best tile was found with; 0 where none were tried."""
     one_of_ten: dict[str, float]
     """Shares of `metrics.one_of_ten`; empty where the gallery is too small."""
 
@@ -62,7 +65,7 @@ class Ranking:
 @torch.inference_mode()
 def search_exactly(
     index: Index,
-    query: Float[Tensor, "query width"],
+    query: Float[Tensor, "query *heading width"],
     truth: Int64[Tensor, " query"],
     near_m: float,
     seed: int = 0,
@@ -71,7 +74,7 @@ def search_exactly(
 
     Args:
         index: the gallery.
-        query: embedded queries.
+        query: embedded queries; of one with several vectors, the best for a tile counts.
         truth: rows of the index, none of them deleted.
         near_m: radius of the near gallery around the true tile, in metres.
         seed: of the random galleries of ten.
@@ -79,13 +82,14 @@ def search_exactly(
     rows = torch.from_numpy(index.live_rows)
     assert torch.isin(truth, rows).all(), "truth holds rows that were deleted"
     positions, coordinates = torch.searchsorted(rows, truth), read_coordinates(index)[rows]
-    step = max(1, _BLOCK // len(index))
+    step = max(1, _BLOCK // (len(index) * query[0].shape[:-1].numel()))
     blocks = []
     for begin in range(0, len(truth), step):
-        block = query[begin : begin + step]
-        score = torch.cat([part.float().cpu() for part in index.iter_scores(block)], dim=1)[:, rows]
+        score, heading = _score_block(index, query[begin : begin + step], rows)
         true = positions[begin : begin + step]
-        blocks.append(_rank_block(score, true, coordinates, near_m, seed + begin))
+        ranking = _rank_block(score, true, coordinates, near_m, seed + begin)
+        found = heading.gather(1, ranking.best[:, :1])[:, 0]
+        blocks.append(dataclasses.replace(ranking, heading_index=found))
     names = [name for name in Ranking.__dataclass_fields__ if name != "one_of_ten"]
     columns = {name: torch.cat([getattr(block, name) for block in blocks]) for name in names}
     columns["best"] = rows[columns["best"]]
@@ -95,6 +99,16 @@ def search_exactly(
         for name in blocks[0].one_of_ten
     }
     return Ranking(one_of_ten=one_of_ten, **columns)
+
+
+def _score_block(
+    index: Index, query: Float[Tensor, "query *heading width"], rows: Int64[Tensor, " tile"]
+) -> tuple[Float[Tensor, "query tile"], Int64[Tensor, "query tile"]]:
+    """Return the score of each query and each of some tiles, and with which vector."""
+    flat = query.flatten(0, -2)
+    score = torch.cat([part.float().cpu() for part in index.iter_scores(flat)], dim=1)[:, rows]
+    best = score.reshape(len(query), -1, len(rows)).max(dim=1)
+    return best.values, best.indices
 
 
 def summarize(
@@ -136,6 +150,20 @@ def _summarize_distance(metres: Float[Tensor, " query"]) -> DistanceResult | Non
         p90=metres.double().quantile(0.9).item(),
         mean=metres.mean().item(),
     )
+
+
+def measure_heading_error(
+    ranking: Ranking, true_headings: Float[Tensor, " query"], count: int
+) -> float:
+    """Return the median error, in degrees, of the heading with which a first answer was found.
+
+    Args:
+        ranking: what queries found, with `count` tried headings.
+        true_headings: the headings that the queries look along, in degrees.
+        count: number of headings.
+    """
+    found = torch.tensor(geometry.tried(count))[ranking.heading_index]
+    return ((found - true_headings + 180) % 360 - 180).abs().median().item()
 
 
 def compare_first(
@@ -217,6 +245,7 @@ def _rank_block(
         near_rank=near_rank,
         near_count=near.sum(dim=1),
         distance_m=haversine_distance(coordinates[best[:, 0]], true),
+        heading_index=torch.zeros_like(truth),
         one_of_ten=metrics.one_of_ten(score, truth, seed=seed) if score.shape[1] >= 10 else {},
     )
 

@@ -25,6 +25,7 @@ from cvmatch.evaluate.fid import build_fid
 from cvmatch.evaluate.generation import measure_generation, measure_segmentation
 from cvmatch.evaluate.queries import (
     QueryView,
+    draw_headings,
     embed_queries,
     read_batches,
     read_errors,
@@ -77,6 +78,11 @@ def evaluate(config: Evaluate) -> Results:
         alone: dict[str, retrieval.Ranking] = {}
         for (view, modality), query in progress.each("search", len(queries), queries.items()):
             result, ranking = _measure_retrieval(config, index, query, truth)
+            if query.ndim == 3:
+                error = retrieval.measure_heading_error(
+                    ranking, draw_headings(ids, config.seed), config.headings
+                )
+                result = replace(result, heading_error=error)
             alone |= {view.name: ranking} if modality == "G" else {}
             if modality != "G" and view.name in alone:
                 minus_g = retrieval.compare_first(
@@ -158,11 +164,13 @@ def flatten_numbers(tree: Mapping[str, Any], prefix: str = "") -> dict[str, floa
 def _measure_retrieval(
     config: Evaluate,
     index: Index,
-    query: Float[Tensor, "query width"],
+    query: Float[Tensor, "query *heading width"],
     truth: Int64[Tensor, " query"],
 ) -> tuple[RetrievalResult, retrieval.Ranking]:
     ranking = retrieval.search_exactly(index, query, truth, config.near_m, config.seed)
     result = retrieval.summarize(ranking, len(index.live_rows), config.bootstrap, config.seed)
+    if query.ndim == 3:  # modes are timed and compared for one vector a query
+        return result, ranking
     if "two-stage" in config.modes:
         two_stage = retrieval.compare_two_stage(index, query, truth, ranking)
         result = replace(result, two_stage=two_stage)

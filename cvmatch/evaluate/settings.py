@@ -22,6 +22,9 @@ class Evaluate:
     """Fields of view in degrees, (0, 360]; below 360 only modality G, whose picture is cut."""
     unknown_heading: bool = False
     """Also turn each panorama by a random angle that the model does not know; modality G alone."""
+    headings: int = 1
+    """Headings that are tried for views whose heading is not known: of each tile, the best counts.
+    1: as if north were in the middle, for a model that was trained so (--unknown-heading)."""
     near_m: float = 1000.0
     """Radius of the near gallery around the true tile, in metres."""
     num_classes: int = 5
@@ -37,6 +40,8 @@ class Evaluate:
     """Of headings, random galleries and resamples."""
 
     def __post_init__(self) -> None:
+        if self.headings < 1:
+            raise ValueError(f"evaluate: expected headings of at least 1, got {self.headings}.")
         if not self.fov or not all(0 < degrees <= 360 for degrees in self.fov):
             raise ValueError(f"evaluate: fov are degrees in (0, 360], got {self.fov}.")
         if "G" not in self.modalities and (self.unknown_heading or self.fov != (360.0,)):

@@ -235,6 +235,37 @@ def rank(
     return _rank_two_stage(index, query, top_k, shortlist)
 
 
+def rank_best(
+    index: Index,
+    query: Float[Tensor, "vector width"],
+    top_k: int = 10,
+    mode: Mode = "auto",
+    shortlist: int = 0,
+    rows: Int64[np.ndarray, " row"] | None = None,
+) -> tuple[TopTiles, Int64[np.ndarray, "1 k"]]:
+    """Find the best tiles of one query that has several vectors, of which a tile's best counts.
+
+    Args:
+        index: the tiles.
+        query: the vectors of the query.
+        top_k: tiles to return.
+        mode: as of `rank`.
+        shortlist: as of `rank`, for each vector.
+        rows: as of `rank`.
+
+    Returns:
+        The tiles, as of `rank`, and with which vector each was found.
+    """
+    found = rank(index, query, top_k, mode, shortlist, rows)
+    tiles, scores = found.rows.ravel(), found.scores.ravel()
+    vectors = np.repeat(np.arange(len(query)), found.rows.shape[1])
+    order = np.lexsort((vectors, tiles, -scores))
+    _, first = np.unique(tiles[order], return_index=True)
+    best = order[np.sort(first)]
+    best = best[np.argsort(tiles[best] < 0, kind="stable")][:top_k]  # where there is no tile
+    return TopTiles(tiles[best][None], scores[best][None]), vectors[best][None]
+
+
 @torch.inference_mode()
 def _rank_exact(
     index: Index,

@@ -5,17 +5,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cvmatch.data import images, schema
 from cvmatch.data.schema import QUERY_VECTOR, TILE_VECTOR
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Embed, Modality
+from cvmatch.nn import geometry
 from cvmatch.nn.batch_invariant import FixedBatch, call_rows, error_line, require_any
 from cvmatch.runtime import hardware
 
 if TYPE_CHECKING:  # it takes three seconds of a core, and the search of a file needs none of it
     from ray.data import Dataset
+
+_TURNS = 8  # turns of a panorama that a tower sees at a time
 
 _PICTURES = (
     schema.GROUND,
@@ -95,6 +99,18 @@ class EmbedQuery:
             else:
                 vectors[row] = result
         return _drop_pictures(batch) | {QUERY_VECTOR: vectors, schema.ERROR: errors}
+
+    @torch.inference_mode()
+    def try_headings(self, panorama: bytes, count: int) -> Float[np.ndarray, "count width"]:
+        """Embed a panorama (encoded) as if its middle looked along each of `geometry.tried`.
+
+        Raises:
+            BadImage: it cannot be decoded.
+        """
+        ground = _planes([images.decode(panorama, self.model.config.panorama)], self.device)
+        turned = geometry.try_headings(ground, count)[0]
+        vectors = [self.model.embed_queries(part) for part in turned.split(_TURNS)]
+        return torch.cat(vectors).cpu().numpy()
 
     def _embed(self, rows: Sequence[dict[str, np.ndarray]]) -> list[np.ndarray]:
         """Return the vectors of rows; a row holds pictures by their letters."""

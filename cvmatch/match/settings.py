@@ -95,8 +95,10 @@ class MatcherLossConfig:
     only in rows that keep their A."""
     augment: bool = True
     """Quarter turns and mirroring of whole pairs, and colours and blur of each picture."""
-    fov: float = 360.0
-    """Degrees of the panorama that are seen, in (0, 360]; below 360 in the panorama's middle."""
+    fov: tuple[float, ...] = (360.0,)
+    """Degrees of the panorama that are seen, in (0, 360]; below 360 in the panorama's middle. Two
+    numbers, `360 70`: a part anywhere, in its place, that is between them wide, and down to the
+    second from half of the epochs on (one model for all views, as SinGeo's)."""
     unknown_heading: bool = False
     """Turn each panorama by a random angle that the model is not told."""
     chunk: int = 0
@@ -115,8 +117,16 @@ class MatcherLossConfig:
             )
         if not 0 < self.margin <= 2:
             raise ValueError(f"train-matcher: margin is in (0, 2], got {self.margin}.")
-        if not 0 < self.fov <= 360:
-            raise ValueError(f"train-matcher: fov is in (0, 360] degrees, got {self.fov}.")
+        if len(self.fov) not in (1, 2) or not all(0 < degrees <= 360 for degrees in self.fov):
+            raise ValueError(
+                f"train-matcher: fov is one number or two, in (0, 360] degrees, got {self.fov}."
+            )
+        if len(self.fov) == 2 and (self.fov[0] < self.fov[1] or self.unknown_heading):
+            raise ValueError(
+                "train-matcher: two fov go from a wide view to a narrow one whose headings are "
+                f"known, got {self.fov} and unknown_heading {self.unknown_heading}. A search tries "
+                "headings that are not known (--headings)."
+            )
         if self.chunk < 0:
             raise ValueError(f"train-matcher: expected chunk of at least 0, got {self.chunk}.")
         if self.direct_weight < 0:
@@ -127,7 +137,7 @@ class MatcherLossConfig:
     @property
     def limits_view(self) -> bool:
         """Whether less is seen than the whole, aligned panorama."""
-        return self.fov < 360 or self.unknown_heading
+        return min(self.fov) < 360 or self.unknown_heading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +169,7 @@ class TrainMatcher(MatcherShape, MatcherLossConfig):
         if self.limits_view and not self.ground_only:
             raise ValueError(
                 "train-matcher: A and S are made from the whole, aligned panorama, so that limited "
-                f"views need G alone: expected --branches direct with fov {self.fov:g} and "
+                f"views need G alone: expected --branches direct with fov {self.fov} and "
                 f"unknown_heading {self.unknown_heading}, got {self.branches}."
             )
         if self.hard_negatives_every < 0:

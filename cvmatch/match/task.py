@@ -16,6 +16,7 @@ from cvmatch.match.heads.joint import JointHeads
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import MatcherLossConfig
 from cvmatch.nn import rng
+from cvmatch.nn.geometry import see_part
 from cvmatch.training.metrics import ROW_KEY, ROWS
 from cvmatch.training.task import VALIDATION_BATCH, ParameterGroup
 
@@ -44,13 +45,20 @@ class MatcherTask(nn.Module):
         config: What it learns.
         ids: Ids of the training pairs, which go into the model directory.
         seed: Seed of augmentation and dropout of modalities.
+        epochs: Epochs of the training, in which views become narrow.
     """
 
     def __init__(
-        self, model: Matcher, config: MatcherLossConfig, ids: tuple[str, ...] = (), seed: int = 0
+        self,
+        model: Matcher,
+        config: MatcherLossConfig,
+        ids: tuple[str, ...] = (),
+        seed: int = 0,
+        epochs: int = 1,
     ) -> None:
         super().__init__()
-        self.model, self.config, self.ids, self.seed = model, config, ids, seed
+        self.model, self.config, self.ids = model, config, ids
+        self.seed, self.epochs = seed, epochs
         terms = ("",) if isinstance(model.heads, JointHeads) else tuple(model.heads.query)
         # Only where they are used: DDP waits for the gradient of every parameter.
         terms = terms if config.loss == "infonce" else ()
@@ -184,10 +192,21 @@ class MatcherTask(nn.Module):
             inputs = augment(inputs, batch["key"], self.seed, epoch)
         if not self.config.limits_view:
             return inputs
-        heading = rng.uniform(batch["key"], rng.fold_in(self.seed, epoch, "heading"))
-        heading = 360 * heading * self.config.unknown_heading
+        heading = 360 * rng.uniform(batch["key"], rng.fold_in(self.seed, epoch, "heading"))
         fov, mean = self.config.fov, self.model.ground_mean
-        return inputs._replace(ground=crop_fov(inputs.ground, fov, heading, mean))
+        if len(fov) == 1:
+            heading = heading * self.config.unknown_heading
+            return inputs._replace(ground=crop_fov(inputs.ground, fov[0], heading, mean))
+        share = rng.uniform(batch["key"], rng.fold_in(self.seed, epoch, "fov"))
+        degrees = fov[0] + share * (self._narrowest(epoch) - fov[0])
+        seen = see_part(inputs.ground, degrees, heading, torch.tensor(mean))
+        return inputs._replace(ground=seen)
+
+    def _narrowest(self, epoch: int) -> float:
+        """Return the narrowest view of an epoch, in degrees; of a validation, that of the end."""
+        wide, narrow = self.config.fov
+        done = min(1.0, 2 * epoch / max(1, self.epochs - 1)) if self.training else 1.0
+        return wide + done * (narrow - wide)
 
     def _features(self, tower: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
         """Return features of pictures, `chunk` at a time.

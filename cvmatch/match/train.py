@@ -156,7 +156,7 @@ def build_task(config: TrainMatcher, ids: tuple[str, ...] = ()) -> MatcherTask:
         ground=ground.spec, aerial=aerial.spec, mask=mask.spec, **config.shape
     )
     model = Matcher(model_config, (ground, aerial, mask))
-    return MatcherTask(model, config, ids, config.fit.seed)
+    return MatcherTask(model, config, ids, config.fit.seed, config.fit.epochs)
 
 
 def _hard_negative_order(config: TrainMatcher, rows: Dataset) -> EpochOrder:

@@ -144,3 +144,40 @@ def crop_field_of_view(
     first = (width * (0.5 + heading / 360) - part / 2).round().long()
     column = (first[:, None] + torch.arange(part, device=panorama.device)) % width
     return panorama.gather(-1, column[:, None, None].expand(-1, *panorama.shape[1:3], -1))
+
+
+def try_headings(
+    panorama: Float[Tensor, "batch channel height width"], count: int
+) -> Float[Tensor, "batch count channel height width"]:
+    """Turn panoramas whose middle may look anywhere so that north would come to the middle.
+
+    The i-th turn is right for a middle that looks 360 i / `count` degrees clockwise from north.
+    """
+    turns = [panorama.new_full((len(panorama),), -heading) for heading in tried(count)]
+    return torch.stack([crop_field_of_view(panorama, 360.0, turn) for turn in turns], dim=1)
+
+
+def tried(count: int) -> list[float]:
+    """Return the headings of `try_headings`, in degrees."""
+    return [360 * index / count for index in range(count)]
+
+
+def see_part(
+    panorama: Float[Tensor, "batch channel height width"],
+    degrees: Float[Tensor, " batch"],
+    heading: Float[Tensor, " batch"],
+    fill: Float[Tensor, " channel"],
+) -> Float[Tensor, "batch channel height width"]:
+    """Keep of each panorama (north in the middle) what a camera of `degrees` sees, in its place.
+
+    Args:
+        panorama: Pictures.
+        degrees: Field of view of each, in (0, 360].
+        heading: Where the camera looks, in degrees clockwise from north.
+        fill: Colour of the rest.
+    """
+    width = panorama.shape[-1]
+    azimuth = (torch.arange(width, device=panorama.device) + 0.5) / width * 360 - 180
+    off = (azimuth - heading.to(panorama.device)[:, None] + 180) % 360 - 180
+    seen = (off.abs() <= degrees.to(panorama.device)[:, None] / 2)[:, None, None]
+    return torch.where(seen, panorama, fill.to(panorama)[:, None, None])

@@ -23,9 +23,9 @@ from cvmatch.data.schema import QUERY_VECTOR
 from cvmatch.data.settings import PhotoSettings
 from cvmatch.generate.settings import Sampling
 from cvmatch.index.manifest import SAMPLING
-from cvmatch.index.reader import Index, rank
+from cvmatch.index.reader import Index, rank, rank_best
 from cvmatch.match.infer import EmbedQuery
-from cvmatch.nn import calibration
+from cvmatch.nn import calibration, geometry
 from cvmatch.nn.batch_invariant import call_rows, error_line
 from cvmatch.nn.calibration import Calibration
 from cvmatch.search.settings import SearchFiles
@@ -33,6 +33,9 @@ from cvmatch.search.settings import SearchFiles
 _log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
+
+HEADINGS = 32
+"""Headings that are tried for a photo of which nothing says where it looks: 11 degrees apart."""
 
 _BATCH = 16  # panoramas a step
 
@@ -57,6 +60,9 @@ class RankedTile(TypedDict):
     longitude: float | None
     modality: str
     """What the query consisted of."""
+    heading: float | None
+    """Where the panorama's middle looks, in degrees clockwise from north: as is known of it, or
+    where headings were tried, as it fits this tile best. None: north was assumed."""
     read: str
     """What was read of the panorama's file, and assumed; in one line."""
 
@@ -101,8 +107,21 @@ class _Query:
     """A panorama's pictures and vector, or why it has none."""
 
     pictures: dict[str, bytes | None] = field(default_factory=dict)
-    vector: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    vectors: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    """One; or where headings are tried, one for each of them."""
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Tiles of a query, best first."""
+
+    rows: Int64[np.ndarray, " tile"]
+    scores: np.ndarray
+    vectors: np.ndarray
+    """The query's, for each tile."""
+    headings: list[float | None]
+    """With which each was found; None: nothing was tried."""
 
 
 def search_files(config: SearchFiles) -> Iterator[SearchResult]:
@@ -149,30 +168,65 @@ def _search_batch(
     rows: Int64[np.ndarray, " row"] | None,
     actors: Sequence[Any],
 ) -> Iterator[SearchResult]:
-    results = call_rows(functools.partial(_embed, actors=actors), panoramas)
+    counts = [_count_headings(config, panorama) for panorama in panoramas]
+    embed = functools.partial(_embed, actors=actors)
+    results = call_rows(embed, list(zip(panoramas, counts, strict=True)))
     queries = [
         _Query(error=error_line(result)) if isinstance(result, Exception) else result
         for result in results
     ]
-    good = [query for query in queries if query.error is None]
-    answers = iter(())
-    if good:
-        vectors = torch.from_numpy(np.stack([query.vector for query in good])).to(index.device)
-        count = max(config.top_k, calibration.TOP)  # all that take part in a probability
-        ranking = rank(index, vectors, count, config.mode, config.shortlist, rows)
-        answers = zip(vectors, ranking.rows, ranking.scores, strict=True)
+    answers = _rank(config, [query.vectors for query in queries if not query.error], index, rows)
     fitted = index.calibration_of(config.modality)
-    for panorama, query in zip(panoramas, queries, strict=True):
+    for panorama, query, count in zip(panoramas, queries, counts, strict=True):
         if query.error is not None:
             yield SearchResult(panorama.location, error=query.error, read=panorama.read)
             continue
-        vector, found, scores = next(answers)
-        chances, absent = _find_chances(fitted, scores)
-        best = found[: config.top_k]
-        tiles = _describe_tiles(index, panorama, config.modality, vector, best, scores, chances)
-        yield SearchResult(
-            panorama.location, query.pictures, tiles, absent=absent, read=panorama.read
-        )
+        found = next(answers)
+        # A best of several is higher than the scores that probabilities were fitted on.
+        chances, absent = _find_chances(fitted if count == 1 else None, found.scores)
+        read = _set_heading(panorama.read, found)
+        tiles = _describe_tiles(config, index, panorama.location, read, found, chances)
+        yield SearchResult(panorama.location, query.pictures, tiles, absent=absent, read=read)
+
+
+def _count_headings(config: SearchFiles, panorama: _Panorama) -> int:
+    """Return how many headings are tried for a panorama."""
+    read = panorama.read
+    if read is None or read.heading_source != "assumed" or config.generator:
+        return 1
+    return config.headings or (1 if read.projection == "band" else HEADINGS)
+
+
+def _rank(
+    config: SearchFiles,
+    queries: Sequence[np.ndarray],
+    index: Index,
+    rows: Int64[np.ndarray, " row"] | None,
+) -> Iterator[_Ranked]:
+    """Rank the tiles of queries, those of one vector together."""
+    count = max(config.top_k, calibration.TOP)  # all that take part in a probability
+    vectors = [torch.from_numpy(query).to(index.device) for query in queries]
+    single = [one for one in vectors if len(one) == 1]
+    answers = iter(())
+    if single:
+        ranking = rank(index, torch.cat(single), count, config.mode, config.shortlist, rows)
+        answers = zip(ranking.rows, ranking.scores, strict=True)
+    for query, tensor in zip(queries, vectors, strict=True):
+        if len(query) == 1:
+            found, scores = next(answers)
+            yield _Ranked(found, scores, query.repeat(len(found), 0), [None] * len(found))
+            continue
+        best, turns = rank_best(index, tensor, count, config.mode, config.shortlist, rows)
+        tried = geometry.tried(len(query))
+        headings: list[float | None] = [tried[turn] for turn in turns[0]]
+        yield _Ranked(best.rows[0], best.scores[0], query[turns[0]], headings)
+
+
+def _set_heading(read: PhotoReading | None, found: _Ranked) -> PhotoReading | None:
+    """Note the heading with which the best tile was found, where headings were tried."""
+    if read is None or not len(found.rows) or found.headings[0] is None:
+        return read
+    return replace(read, heading=found.headings[0], heading_source="search")
 
 
 def _find_chances(
@@ -185,9 +239,10 @@ def _find_chances(
     return fitted.probabilities(known)[0].tolist(), 1 - float(fitted.present(known)[0])
 
 
-def _embed(panoramas: Sequence[_Panorama], actors: Sequence[Any]) -> list[_Query]:
-    """Run the actors on panoramas."""
+def _embed(rows: Sequence[tuple[_Panorama, int]], actors: Sequence[Any]) -> list[_Query]:
+    """Run the actors on panoramas, for each of which so many headings are tried."""
     *makers, embed = actors
+    panoramas = [panorama for panorama, _ in rows]
     batch = _make_batch(panoramas)
     for actor in makers:
         batch = actor(batch)
@@ -198,10 +253,12 @@ def _embed(panoramas: Sequence[_Panorama], actors: Sequence[Any]) -> list[_Query
     return [
         _Query(
             {name: batch[name][row] for name in columns},
-            embedded[QUERY_VECTOR][row],
+            embedded[QUERY_VECTOR][row][None]
+            if count == 1 or errors[row]
+            else embed.try_headings(panorama.data, count),
             errors[row],
         )
-        for row in range(len(panoramas))
+        for row, (panorama, count) in enumerate(rows)
     ]
 
 
@@ -334,29 +391,34 @@ def _make_batch(panoramas: Sequence[_Panorama]) -> Batch:
 
 
 def _describe_tiles(
+    config: SearchFiles,
     index: Index,
-    panorama: _Panorama,
-    modality: str,
-    vector: torch.Tensor,
-    rows: np.ndarray,
-    scores: np.ndarray,
+    location: str,
+    read: PhotoReading | None,
+    found: _Ranked,
     chances: Sequence[float | None],
 ) -> list[RankedTile]:
-    known = rows[rows >= 0]
-    parts = index.split_scores(vector, known)
-    answers = zip(index.describe(known), scores, parts, chances, strict=False)
+    known = int((found.rows[: config.top_k] >= 0).sum())
+    rows, vectors = found.rows[:known], torch.from_numpy(found.vectors[:known]).to(index.device)
+    parts = [
+        part
+        for row, vector in zip(rows, vectors, strict=True)
+        for part in index.split_scores(vector, row[None])
+    ]
+    stated = read.heading if read and read.heading_source != "assumed" else None
     return [
         RankedTile(
-            query=panorama.location,
-            rank=number,
+            query=location,
+            rank=number + 1,
             tile=tile["pair_id"],
-            score=float(score),
-            probability=chance,
-            branches=branches,
+            score=float(found.scores[number]),
+            probability=chances[number],
+            branches=parts[number],
             latitude=tile["latitude"],
             longitude=tile["longitude"],
-            modality=modality,
-            read=str(panorama.read),
+            modality=config.modality,
+            heading=stated if found.headings[number] is None else found.headings[number],
+            read=str(read),
         )
-        for number, (tile, score, branches, chance) in enumerate(answers, 1)
+        for number, tile in enumerate(index.describe(rows))
     ]

@@ -21,6 +21,9 @@ class SearchFiles(PhotoSettings):
     """Directory of the index, local or in an object store (then copied here first)."""
     top_k: int = 10
     """Tiles to return for each panorama."""
+    headings: int | None = None
+    """Headings that are tried for a panorama of which nothing says where it looks; the best counts.
+    None: 32 for photos, and for bands (CVUSA's form) north in the middle. 1: north always."""
     generator: str = ""
     """Directory or URI of a generator, to search with the synthetic aerial too; empty: none."""
     segmenter: str = ""
@@ -61,6 +64,13 @@ class SearchFiles(PhotoSettings):
         if self.segmenter and not self.generator:
             raise ValueError(
                 "search: --segmenter segments the synthetic aerial: pass --generator too."
+            )
+        if self.headings is not None and not 1 <= self.headings <= 360:
+            raise ValueError(f"search: expected headings from 1 to 360, got {self.headings}.")
+        if self.generator and (self.headings or 1) > 1:
+            raise ValueError(
+                "search: --generator draws the aerial of a panorama that looks north: pass "
+                "--heading, or leave out --headings."
             )
         if self.near and self.box:
             raise ValueError("search: expected --near or --box, got both.")

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cvmatch.data import schema
-from cvmatch.evaluate.queries import QueryView, embed_queries
+from cvmatch.data import images, schema
+from cvmatch.evaluate.queries import QueryView, draw_headings, embed_queries
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.match.augment import crop_fov
 from cvmatch.match.infer import EmbedQuery
@@ -37,6 +37,32 @@ def test_embed_queries_limited_views_have_g_alone(model, folder):
         assert not torch.allclose(queries[view, "G"], whole, atol=1e-3)
     with pytest.raises(ValueError, match="limited views need modality G"):
         Evaluate(modalities=("A",), fov=(90.0,))
+
+
+def test_queries_of_unknown_heading_have_a_vector_of_each_that_is_tried(index, model, folder):
+    config = Evaluate(
+        queries=os.path.join(folder, "queries"),
+        fov=(180.0,),
+        unknown_heading=True,
+        headings=4,
+        modalities=("G",),
+    )
+    queries = embed_queries(config, model)
+    assert queries[QueryView(180.0, False), "G"].ndim == 2
+    found = queries[QueryView(180.0, True), "G"]
+    rows = tiny.rows(10)
+    turns = draw_headings(rows[schema.PAIR_ID].to_pylist(), config.seed)
+    ground = torch.from_numpy(
+        np.stack(
+            [images.decode(data, model.config.panorama) for data in rows[schema.GROUND].to_pylist()]
+        )
+    )
+    ground = ground.permute(0, 3, 1, 2).float() / 255
+    seen = crop_fov(ground, 180.0, turns, model.ground_mean)
+    assert found.shape[:2] == (10, 4)
+    for number in range(4):
+        turned = seen.roll(number * seen.shape[-1] // 4, dims=-1)
+        torch.testing.assert_close(found[:, number], model.embed_queries(turned), atol=1e-5, rtol=0)
 
 
 def test_embed_queries_rows_without_synthetic_say_which_job(model, tmp_path):

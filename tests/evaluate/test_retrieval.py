@@ -155,7 +155,8 @@ def test_summarize_counts_first_answers_within_metres_of_the_queries_whose_place
     none = torch.zeros(6, dtype=torch.int64)
     ranking = Ranking(
         rank=none, score=metres, best=none[:, None], best_score=metres[:, None], near_rank=none,
-        near_count=torch.ones(6, dtype=torch.int64), distance_m=metres, one_of_ten={},
+        near_count=torch.ones(6, dtype=torch.int64), distance_m=metres, heading_index=none,
+        one_of_ten={},
     )  # fmt: skip
     found = present(summarize(ranking, 10, resamples=5).distance)
     assert found.within == {"25m": 0.4, "50m": 0.6, "100m": 0.8}
@@ -167,7 +168,7 @@ def test_summarize_guess_among_the_tiles_nearby_is_that_of_each_query():
     whole, none = torch.zeros(3, dtype=torch.int64), torch.full((3,), torch.nan)
     ranking = Ranking(
         rank=whole, score=none, best=whole[:, None], best_score=none[:, None], near_rank=whole,
-        near_count=torch.tensor([2, 100, 1]), distance_m=none, one_of_ten={},
+        near_count=torch.tensor([2, 100, 1]), distance_m=none, heading_index=whole, one_of_ten={},
     )  # fmt: skip
     result = summarize(ranking, 500, resamples=5)
     near = present(result.near)
@@ -236,3 +237,28 @@ def test_joint_model_that_copies_a_and_ignores_tiles_is_exposed(tmp_path):
     torch.testing.assert_close((candidate * embedding).sum(1), torch.ones(COUNT))  # the leak
     ranking = search_exactly(opened, query, torch.arange(COUNT), 1000.0)
     assert (ranking.rank == COUNT - 1).all()  # every tile ties
+
+
+def test_the_best_of_a_querys_vectors_counts_and_says_its_heading():
+    index = plane([0, 40, 90, 140])
+    # Three vectors each: the second query meets its tile, at 90, with the third of them alone.
+    query = torch.stack([looking(2, 200, 300), looking(30, 250, 91)])
+    ranking = search_exactly(index, query, torch.tensor([0, 2]), near_m=10.0)
+    scores = np.cos(np.deg2rad(np.array([[2, 200, 300], [30, 250, 91]])[..., None]
+                               - np.array([0, 40, 90, 140])))  # fmt: skip
+    np.testing.assert_allclose(ranking.best_score, -np.sort(-scores.max(axis=1)), atol=2e-3)
+    assert ranking.rank.tolist() == [0, 0]
+    assert ranking.heading_index.tolist() == [0, 2]
+    tried = np.array([0.0, 120.0, 240.0])
+    turns = torch.tensor([350.0, 236.0])
+    errors = np.abs((tried[[0, 2]] - turns.numpy() + 180) % 360 - 180)
+    found = retrieval.measure_heading_error(ranking, turns, 3)
+    assert found == pytest.approx(sorted(errors)[0])  # torch's median of two is the lower
+
+
+def test_one_vector_alone_ranks_as_before():
+    index = plane([0, 40, 90, 140])
+    flat = search_exactly(index, looking(20, 100), torch.tensor([0, 2]), near_m=10.0)
+    deep = search_exactly(index, looking(20, 100)[:, None], torch.tensor([0, 2]), near_m=10.0)
+    assert torch.equal(flat.rank, deep.rank)
+    assert torch.equal(flat.best_score, deep.best_score)

@@ -15,7 +15,7 @@ from cvmatch.data import images, schema
 from cvmatch.data.schema import QUERY_VECTOR
 from cvmatch.index import reader, shard
 from cvmatch.index.build import publish
-from cvmatch.index.reader import Index, rank
+from cvmatch.index.reader import Index, rank, rank_best
 from cvmatch.index.settings import BuildIndex, DeleteTiles
 from cvmatch.index.shard import ShardedArray
 from cvmatch.index.update import delete
@@ -267,3 +267,16 @@ def test_rank_cut_between_equal_tiles_takes_the_first_rows(index, query):
         assert (part.rows == whole.rows[:, :few]).all()
         # Products of other sizes may differ in their last bits.
         assert part.scores == pytest.approx(whole.scores[:, :few], abs=1e-6)
+
+
+def test_rank_best_takes_of_each_tile_the_best_vector_of_a_query(index, query):
+    tiles, vectors = rank_best(index, query, 5)
+    scores = np.full((len(query), len(index)), -np.inf)
+    for number in range(len(query)):
+        found = rank(index, query[number : number + 1], len(index), "exact")
+        known = found.rows[0] >= 0
+        scores[number, found.rows[0][known]] = found.scores[0][known]
+    best = np.argsort(-scores.max(axis=0), kind="stable")[:5]
+    assert tiles.rows.tolist() == [best.tolist()]
+    np.testing.assert_allclose(tiles.scores[0], scores.max(axis=0)[best], atol=1e-6)
+    assert vectors[0].tolist() == scores[:, best].argmax(axis=0).tolist()

@@ -14,6 +14,7 @@ from cvmatch.match import losses
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import TrainMatcher
 from cvmatch.match.task import IDS, MatcherTask, read_training_ids
+from cvmatch.training.task import VALIDATION_BATCH
 from tests.helpers.matcher import (
     WIDE,
     branch_heads,
@@ -189,7 +190,9 @@ def test_shared_tower_sees_both_views(tmp_path):
     assert not torch.allclose(again.ground_features(seen.ground), before)
 
 
-@pytest.mark.parametrize("view", [{"fov": 90.0}, {"unknown_heading": True}])
+@pytest.mark.parametrize(
+    "view", [{"fov": (90.0,)}, {"fov": (70.0, 70.0)}, {"unknown_heading": True}]
+)
 def test_limited_views_are_trained_without_a_and_s(view):
     with pytest.raises(ValueError, match="G alone: expected --branches direct"):
         TrainMatcher(**view)
@@ -200,11 +203,54 @@ def test_limited_views_are_trained_without_a_and_s(view):
 
 
 def test_narrow_view_hides_what_lies_behind():
-    task = task_of(network(**ALONE), **ALONE, fov=90.0).train()
+    task = task_of(network(**ALONE), **ALONE, fov=(90.0,)).train()
     batch = rows(6)
     south = batch["ground"].clone()
     south[..., : WIDE // 4] = 0  # behind a camera that looks north
     assert torch.equal(task(batch)["loss"], task(batch | {"ground": south})["loss"])
+
+
+def count_seen(task, batch, monkeypatch):
+    """Columns of each panorama that the tower of G sees; the others have the tower's mean."""
+    seen = []
+
+    def look(ground):
+        mean = torch.tensor(task.model.ground_mean)[:, None, None]
+        seen.append((ground != mean).any(dim=(1, 2)).sum(dim=1))
+        return features(ground)
+
+    features = task.model.ground_features
+    monkeypatch.setattr(task.model, "ground_features", look)
+    task(batch)
+    return seen[0] / WIDE * 360
+
+
+def test_views_become_narrow_in_the_first_half_of_a_training(monkeypatch):
+    config = TrainMatcher(**ALONE, augment=False, fov=(360.0, 90.0))
+    model = network(**ALONE)
+    task = MatcherTask(model, config, seed=3, epochs=9).train()
+    batch = rows(64)
+    for epoch, narrowest in ((0, 360.0), (2, 225.0), (4, 90.0), (8, 90.0)):
+        with monkeypatch.context() as patch:
+            seen = count_seen(task, batch | {"epoch": torch.tensor(epoch)}, patch)
+        step = 360 / WIDE
+        assert seen.max() > min(360.0, narrowest + 0.9 * (360 - narrowest)) - step
+        assert narrowest - step <= seen.min() < narrowest + 0.1 * (360 - narrowest) + step
+
+
+def test_views_of_a_validation_are_those_of_the_end(monkeypatch):
+    config = TrainMatcher(**ALONE, augment=False, fov=(360.0, 90.0))
+    task = MatcherTask(network(**ALONE), config, seed=3, epochs=9).eval()
+    batch = rows(VALIDATION_BATCH)
+    seen = count_seen(task, batch, monkeypatch)
+    assert seen.min() < 180
+    assert len(set(seen.tolist())) > 4
+
+
+@pytest.mark.parametrize("wrong", [(70.0, 360.0), (360.0, 90.0, 70.0), (0.0,), (400.0, 70.0)])
+def test_views_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="train-matcher: "):
+        TrainMatcher(**ALONE, fov=wrong)
 
 
 def test_unknown_heading_of_a_row_is_another_in_each_epoch():

@@ -15,8 +15,11 @@ from cvmatch.nn.geometry import (
     polar_to_cartesian,
     rotate90_panorama,
     rotate90_tile,
+    see_part,
     to_polar,
     to_polar_image,
+    tried,
+    try_headings,
 )
 
 
@@ -231,3 +234,30 @@ def test_ground_fov_is_that_of_cvusa_panoramas():
 def test_crop_field_of_view_of_panoramas_on_a_device_takes_headings_of_the_cpu():
     part = crop_field_of_view(torch.empty(2, 3, 8, 16, device="meta"), 90.0, torch.zeros(2))
     assert part.shape == (2, 3, 8, 4)
+
+
+def test_tried_headings_bring_north_to_the_middle():
+    north_up = torch.rand(2, 3, 4, 24, generator=torch.Generator().manual_seed(0))
+    for turn in (0, 1, 5):  # of 24 columns: the middle looks 15 degrees times that from north
+        turned = north_up.roll(-turn, dims=-1)
+        found = try_headings(turned, 24)
+        assert found.shape == (2, 24, 3, 4, 24)
+        assert tried(24)[turn] == 15 * turn
+        torch.testing.assert_close(found[:, turn], north_up)
+        assert not torch.equal(found[:, turn + 1], north_up)
+
+
+@pytest.mark.parametrize("width", [24, 25])
+def test_a_part_is_seen_in_its_place_and_the_rest_is_filled(width):
+    panorama = torch.rand(4, 3, 2, width, generator=torch.Generator().manual_seed(1))
+    degrees = torch.tensor([90.0, 360.0, 200.0, 10.0])
+    heading = torch.tensor([0.0, 33.0, 170.0, 300.0])
+    fill = torch.tensor([0.1, 0.2, 0.3])
+    found = see_part(panorama, degrees, heading, fill)
+    for row in range(4):
+        for column in range(width):
+            azimuth = (column + 0.5) / width * 360 - 180  # clockwise from north
+            off = abs((azimuth - heading[row].item() + 180) % 360 - 180)
+            seen = off <= degrees[row] / 2
+            expected = panorama[row, :, :, column] if seen else fill[:, None].expand(3, 2)
+            torch.testing.assert_close(found[row, :, :, column], expected)

@@ -20,7 +20,8 @@ NAMES = ["tile <1>", "tile 2", "tile 3"]
 def tile(rank: int, probability: float | None = 0.5) -> RankedTile:
     return RankedTile(
         query="street.jpg", rank=rank, tile=NAMES[rank - 1], score=1 / rank, branches={},
-        probability=probability, latitude=46.9 + rank / 1000, longitude=7.4, modality="G", read="",
+        probability=probability, latitude=46.9 + rank / 1000, longitude=7.4, modality="G",
+        heading=None, read="",
     )  # fmt: skip
 
 

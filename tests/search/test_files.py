@@ -8,6 +8,7 @@ import torch
 
 from cvmatch import config as configs
 from cvmatch.data import images, schema
+from cvmatch.data.photos.reading import read_photo
 from cvmatch.demo import models as base_models
 from cvmatch.generate.infer import GenerateAerial
 from cvmatch.generate.model import Generator
@@ -106,7 +107,8 @@ def test_search_reads_any_picture_of_a_directory_as_the_same_band(index, tmp_pat
     (tmp_path / "notes.txt").write_text("not a picture")
     folder = index_folder(index)
     with caplog.at_level("INFO", logger="cvmatch.search"):
-        results = list(files.search_files(SearchFiles(panorama=(str(tmp_path),), index=folder)))
+        config = SearchFiles(panorama=(str(tmp_path),), index=folder, headings=1)
+        results = list(files.search_files(config))
     plain, *others = [[(tile["tile"], tile["score"]) for tile in one.tiles] for one in results]
     assert len(plain) == 10
     assert others == [plain] * 3
@@ -121,6 +123,67 @@ def test_search_reads_any_picture_of_a_directory_as_the_same_band(index, tmp_pat
         assert f"{result.query}: {reading}" in caplog.text
     page = Path(write_search_page(results, str(tmp_path / "page.html"))).read_text("utf-8")
     assert "heading 90.0 (XMP)" in page
+
+
+@pytest.fixture
+def turned_sphere(tmp_path):
+    """A whole sphere of which nothing says where it looks, and the band that is its part."""
+    sphere = tiny.picture(np.random.default_rng(5), 176, 352)
+    (tmp_path / "sphere.png").write_bytes(save(sphere, xmp=SPHERE))
+    photo = read_photo((tmp_path / "sphere.png").read_bytes())
+    return str(tmp_path / "sphere.png"), images.decode(photo.data)
+
+
+def test_search_tries_the_headings_of_a_photo_that_does_not_say_where_it_looks(
+    index, turned_sphere, tmp_path
+):
+    location, band = turned_sphere
+    small = images.decode(images.encode(band), (16, 64))  # as the model sees it
+    scores: dict[tuple[str, float], float] = {}
+    for number in range(8):  # each turn as if it were a file that says it looks north
+        turned = images.encode(np.roll(small, 8 * number, axis=1))
+        batch = {schema.GROUND: schema.object_array([turned]), schema.ERROR: np.array([None])}
+        vector = EmbedQuery(index.matcher_dir, "G")(batch)["query_vector"]
+        found = rank(index, torch.from_numpy(vector), len(index))
+        for row, score in zip(found.rows[0], found.scores[0], strict=True):
+            name = index.tiles[schema.PAIR_ID][int(row)].as_py()
+            scores[name, 45.0 * number] = float(score)
+    best = sorted(scores, key=lambda key: -scores[key])
+    headings: dict[str, float] = {}
+    for name, heading in best:
+        headings.setdefault(name, heading)
+    expected = [*headings.items()][:5]
+
+    config = SearchFiles(panorama=(location,), index=index_folder(index), headings=8, top_k=5)
+    (result,) = files.search_files(config)
+    assert [one["tile"] for one in result.tiles] == [name for name, _ in expected]
+    assert [one["heading"] for one in result.tiles] == [heading for _, heading in expected]
+    assert [one["score"] for one in result.tiles] == pytest.approx(
+        [scores[key] for key in expected], abs=1e-4
+    )
+    read = present(result.read)
+    assert (read.heading, read.heading_source) == (expected[0][1], "search")
+    assert result.tiles[0]["read"].endswith(f"heading {expected[0][1]:.1f} (search)")
+    assert result.absent is None
+
+
+def test_headings_are_tried_by_themselves_for_photos_alone(index, turned_sphere, tmp_path):
+    location, band = turned_sphere
+    (tmp_path / "band.png").write_bytes(images.encode(band))
+    folder = index_folder(index)
+    config = SearchFiles(panorama=(location, str(tmp_path / "band.png")), index=folder)
+    sphere, plain = files.search_files(config)
+    assert present(sphere.read).heading_source == "search"
+    assert present(plain.read).heading_source == "assumed"
+    assert [one["heading"] for one in plain.tiles] == [None] * 10
+    (known,) = files.search_files(SearchFiles(panorama=(location,), index=folder, heading=20.0))
+    assert [one["heading"] for one in known.tiles] == [20.0] * 10
+    (band_tried,) = files.search_files(
+        SearchFiles(panorama=(str(tmp_path / "band.png"),), index=folder, headings=4)
+    )
+    assert present(band_tried.read).heading_source == "search"
+    with pytest.raises(ValueError, match="generator draws the aerial of a panorama that looks"):
+        SearchFiles(panorama=(location,), generator="models/generator", headings=4)
 
 
 def test_search_flags_say_what_a_photo_does_not(index, tmp_path, caplog):

@@ -15,7 +15,7 @@ def tile(rank: int, name: str, place: tuple[float, float] | None, p: float | Non
     latitude, longitude = place or (None, None)
     return RankedTile(
         query="a & b.jpg", rank=rank, tile=name, score=0.9 - rank / 10, probability=p, branches={},
-        latitude=latitude, longitude=longitude, modality="G", read="",
+        latitude=latitude, longitude=longitude, modality="G", heading=None, read="",
     )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ class PhotoReading:
     heading: float = 0.0
     """Where its middle looks, in degrees clockwise from north."""
     heading_source: HeadingSource = "assumed"
+    """What says so; `search`: the best of those that were tried."""
     pitch: float = 0.0
     """Degrees above the horizon at which its middle looked; mended."""
     roll: float = 0.0

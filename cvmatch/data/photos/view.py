@@ -28,7 +28,7 @@ NARROWEST_BAND = 2.5
 
 Projection = Literal["band", "sphere", "part of a sphere", "photo"]
 ProjectionSource = Literal["XMP", "flag", "EXIF", "shape"]
-HeadingSource = Literal["flag", "XMP", "EXIF", "EXIF, magnetic north", "assumed"]
+HeadingSource = Literal["flag", "XMP", "EXIF", "EXIF, magnetic north", "assumed", "search"]
 
 _ALIKE = 0.02  # relative difference of shapes up to which they are the same
 _LOW, _HIGH = 0.7, 1.4  # shapes relative to the band's between which nothing is warned of
