@@ -166,7 +166,7 @@ def check_pictures(rows: pa.Table, root: str) -> pa.Table:
 
 def plan(layout: Layout, rows: Iterable[Row]) -> tuple[pa.Table, list[Reject]]:
     """Return the rows whose files are there, as PLAN, and the others; open no picture."""
-    listing = Listing(layout.root)
+    listing = Listing(layout.root, renamed=not layout.photos)
     wanted = PLAN.append(HEADING) if layout.photos else PLAN
     columns: dict[str, list] = {name: [] for name in wanted.names}
     rejects: list[Reject] = []
@@ -230,7 +230,7 @@ def _has_mended(layout: Layout, cache: str, counts: Mapping[str, Any]) -> bool:
 
 def _stamp_rejected(layout: Layout, cache: str) -> str:
     """Hash names, sizes and times of the files for which rows were rejected."""
-    listing = Listing(layout.root)
+    listing = Listing(layout.root, renamed=not layout.photos)
     files: set[str] = set()
     for row in _read_rejected(cache):
         with contextlib.suppress(ValueError):  # a path that leaves the root
@@ -343,15 +343,20 @@ def _fetch(root: str, files: list[str | None]) -> list[Content]:
     """Read each file."""
     filesystem, base = storage.resolve(root)  # once: a connection, on a remote store
     with ThreadPoolExecutor(_FETCHES) as pool:
-        return list(pool.map(lambda file: _read(filesystem, base, file), files))
+        read = partial(read_content, filesystem)
+        paths = [file and f"{base}/{file}" for file in files]
+        return [*pool.map(lambda path: read(path) if path else (None, None), paths)]
 
 
 @storage.retry_passing
-def _read(filesystem: fs.FileSystem, base: str, file: str | None) -> Content:
-    if file is None:
-        return None, None
+def read_content(filesystem: fs.FileSystem, path: str) -> Content:
+    """Read a picture file, or return why its row cannot be used.
+
+    Raises:
+        OSError: the store is away; that says nothing of the file.
+    """
     try:
-        with filesystem.open_input_file(f"{base}/{file}") as stream:
+        with filesystem.open_input_file(path) as stream:
             size = stream.size()
             if size > MAX_BYTES:
                 return None, f"{size} bytes, at most {MAX_BYTES} allowed"

@@ -209,11 +209,14 @@ def names(location: str, directories: bool = False) -> list[str]:
 
 
 @retry_passing
-def list_files(location: str, ending: str | tuple[str, ...]) -> list[str]:
+def list_files(
+    location: str, ending: str | tuple[str, ...], hidden: tuple[str, ...] = (".", "_")
+) -> list[str]:
     """List the data files of a directory and of all below: sorted paths, relative to it.
 
     Names may end in (one of) `ending` in any case. What is hidden, or below something hidden, is
-    left out: names that begin with a dot (`._a.parquet`), or, as Hadoop has it, with `_`.
+    left out: names that begin with a dot (`._a.parquet`), or, as Hadoop has it, with `_`. (Those
+    of photos may begin with `_`: pass `hidden`.)
     This is the one rule: who counts rows, who reads them and who hashes them all go by it.
     """
     from pyarrow import fs  # noqa: PLC0415 (see above)
@@ -225,12 +228,9 @@ def list_files(location: str, ending: str | tuple[str, ...]) -> list[str]:
     return sorted(
         file
         for file in files
-        if file.lower().endswith(ending) and not any(map(_is_hidden, file.split("/")))
+        if file.lower().endswith(ending)
+        and not any(part.startswith(hidden) for part in file.split("/"))
     )
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
 
 
 @retry_passing

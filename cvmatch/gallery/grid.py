@@ -137,7 +137,9 @@ class Grid:
         """Return the cell whose middle is nearest to a place, along its row and its column."""
         row = np.rint(meridian_arc(np.array([latitude])) / self.stride).astype(np.int64)
         columns = self.count_columns(latitude_at(row * self.stride))
-        return Cells(row, np.rint(longitude / 360 * columns).astype(np.int64))
+        first = -(columns.astype(np.int64) // 2)
+        column = np.rint(longitude / 360 * columns).astype(np.int64)
+        return Cells(row, (column - first) % columns.astype(np.int64) + first)  # 180 E is 180 W
 
     def within(self, bounds: Bounds) -> Cells:
         """Return the cells whose middles lie in a box, row by row.

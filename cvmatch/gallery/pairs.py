@@ -9,14 +9,16 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import posixpath
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from cvmatch.data import images, manifest, storage
-from cvmatch.data.layouts.csv_table import read_csv
+from cvmatch.data.layouts.csv_table import index_columns, read_csv
 from cvmatch.data.layouts.own_pairs import parse_place
-from cvmatch.data.layouts.rows import Position
+from cvmatch.data.layouts.rows import SPLITS, Position
+from cvmatch.data.pairs import read_content
 from cvmatch.data.photos.metadata import read_metadata
 from cvmatch.data.photos.reading import read_photo
 from cvmatch.data.settings import PhotoSettings
@@ -24,8 +26,8 @@ from cvmatch.gallery import resampling
 from cvmatch.gallery.cutting import Cutter
 from cvmatch.gallery.grid import Grid, square_at
 from cvmatch.gallery.imagery.sources import detect_format
-from cvmatch.gallery.settings import MakeGallery, MakePairs
-from cvmatch.runtime import pools, session
+from cvmatch.gallery.settings import MakePairs
+from cvmatch.runtime import lease, pools, progress, session
 
 PHOTOS, TILES, REJECTED, BEGUN = "panoramas", "tiles", "rejected.jsonl", ".begun"
 """Names in the output; the last one holds what a killed run has done."""
@@ -41,8 +43,10 @@ NEEDED = ("photo", "latitude", "longitude")
 
 ON_BORDER = "its tile reaches into the other split's part of the ground"
 
-COLUMNS: tuple[str, ...] = ("pair_id", "panorama", "tile", "latitude", "longitude")
-"""Of the tables."""
+OUTSIDE = "the imagery shows {:.0%} of its tile"
+
+COLUMNS: tuple[str, ...] = ("pair_id", "panorama", "tile", "latitude", "longitude", "heading")
+"""Of the tables. Headings are 0, whatever metadata a panorama still has: north is in its middle."""
 
 
 class Made(TypedDict):
@@ -53,8 +57,12 @@ class Made(TypedDict):
     tile: str
     latitude: float | None
     longitude: float | None
+    bytes: int
+    """Of the photo's file, by which a changed one is noticed."""
     reason: str
-    """Why there is none; empty where there is."""
+    """Why it cannot be used; empty where it can."""
+    shown: float
+    """Share of its tile that the imagery shows, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -83,38 +91,50 @@ class Step:
 def make_pairs(config: MakePairs) -> dict[str, int]:
     """Write pairs as train.csv and val.csv; return how many there are, and how many are left out.
 
-    The same command goes on where a killed one stopped.
+    The same command goes on where a killed one stopped, and makes the pairs again whose photos have
+    changed or could not be used.
 
     Raises:
         ValueError: there is no photo, the table or the imagery cannot be used, the output holds
-            pairs made from something else, or no pair is left for a split.
+            something else or is being written, too many photos cannot be used, or no pair is left
+            for a split.
     """
     output, imagery = (storage.absolute(one).rstrip("/") for one in (config.output, config.imagery))
     config = replace(config, output=output, photos=storage.absolute(config.photos).rstrip("/"))
     kind = detect_format(imagery) if config.format == "auto" else config.format
-    cells = MakeGallery(metres=config.metres, overlap=0.0, size=config.size, zoom=config.zoom)
-    cutter = Cutter.of(cells, kind, imagery)
+    cutter = Cutter(imagery, kind, Grid(config.metres, 0.0), config.size, config.zoom)
+    if config.zoom is not None:
+        cutter.source.find_zoom(config.zoom)
     photos = list_photos(config)
-    _claim(config, cutter, photos)
     steps = [
         Step(config, cutter, tuple(photos[at : at + STEP]), f"{output}/{BEGUN}/{at // STEP}.json")
         for at in range(0, len(photos), STEP)
     ]
-    session.start()
-    made = [one for part in pools.map_tasks(make_step, steps) for one in part]
-    return _write_tables(config, made)
+    with lease.hold(output):
+        _claim(config, cutter, photos)
+        session.start()
+        label = f"{len(photos)} photos, in steps of {STEP}"
+        with progress.watch(label, len(steps), lambda: _count_steps(output)):
+            made = [one for part in pools.map_tasks(make_step, steps) for one in part]
+        return _write_tables(config, made)
+
+
+def _count_steps(output: str) -> int:
+    return len(storage.names(storage.join(output, BEGUN))) - 1  # one says what they are made from
 
 
 def list_photos(config: MakePairs) -> list[Photo]:
     """List the photos of the table, else all below the directory.
 
     Raises:
-        ValueError: there is none, or the table lacks a column or holds a line that is no place.
+        ValueError: there is none, two have one name, or the table lacks a column or holds a line
+            that is no place.
     """
     if config.positions:
         photos = _read_positions(config.positions)
     else:
-        files = storage.list_files(config.photos, images.ENDINGS)
+        # Names of cameras begin with _ where pictures are in Adobe RGB, as DCF has it.
+        files = storage.list_files(config.photos, images.ENDINGS, hidden=(".",))
         photos = [Photo(file) for file in files]
     if not photos:
         raise ValueError(
@@ -125,8 +145,9 @@ def list_photos(config: MakePairs) -> list[Photo]:
     for one in photos:
         if other := known.get(name_pair(one.file)):
             raise ValueError(
-                f"{config.photos}: expected names that differ by more than their ending, and each "
-                f"photo once, got {other} and {one.file}. Rename one, or remove its line."
+                f"{config.photos}: expected each photo once, and names that differ by more than "
+                f"their ending (folders become part of a name: a/b is a-b), got {other} and "
+                f"{one.file}. Rename one, or remove its line."
             )
         known[name_pair(one.file)] = one.file
     return photos
@@ -134,16 +155,29 @@ def list_photos(config: MakePairs) -> list[Photo]:
 
 def name_pair(file: str) -> str:
     """Return the id of a photo's pair: its path without the ending."""
-    return file.rpartition(".")[0].replace("/", "-")
+    stem, _ = posixpath.splitext(posixpath.normpath(file.replace("\\", "/")))
+    return stem.replace("/", "-")
 
 
 def make_step(step: Step) -> list[Made]:
-    """Make the pairs of some photos, or read what an earlier run made; a task."""
+    """Make the pairs of some photos, those that an earlier run did not make; a task."""
+    known: dict[str, Made] = {}
     if storage.exists(step.record):
-        return storage.read_json(step.record)
-    made = [_make_pair(step.config, step.cutter, photo) for photo in step.photos]
+        known = {one["pair_id"]: one for one in storage.read_json(step.record)}
+    made = []
+    for photo in step.photos:
+        before = known.get(name_pair(photo.file))
+        kept = before is not None and not before["reason"] and not _has_changed(step, photo, before)
+        made.append(before if before and kept else _make_pair(step.config, step.cutter, photo))
     storage.write_json(step.record, made)
     return made
+
+
+def _has_changed(step: Step, photo: Photo, made: Made) -> bool:
+    """Return whether a photo's file is there and of another size than when it was read."""
+    filesystem, path = storage.resolve(storage.inside(step.config.photos, photo.file))
+    (info,) = filesystem.get_file_info([path])
+    return info.size is not None and info.size != made["bytes"]
 
 
 def choose_split(config: MakePairs, position: Position) -> str:
@@ -166,44 +200,63 @@ def _split_of_square(config: MakePairs, position: Position) -> str:
 
 
 def _make_pair(config: MakePairs, cutter: Cutter, photo: Photo) -> Made:
+    """Make the pair of a photo; what is wrong with the photo is its reason.
+
+    What is wrong with the imagery is not: that ends the job.
+    """
     pair_id = name_pair(photo.file)
     made: Made = {
         "pair_id": pair_id, "panorama": "", "tile": "", "latitude": None, "longitude": None,
-        "reason": "",
+        "bytes": 0, "reason": "", "shown": 0.0,
     }  # fmt: skip
     try:
-        data = storage.read_bytes(storage.inside(config.photos, photo.file))
+        data = _read_file(config, photo)
+        made["bytes"] = len(data)
         position = photo.position or read_metadata(images.read_header(data, LARGEST)).position
         if position is None:
             raise images.BadImage("its EXIF has no place: name it in a table (--positions)")
-        made["latitude"], made["longitude"] = position
         band = read_photo(data, PhotoSettings(heading=photo.heading)).data
-        tile, shown = cutter.cut_at(*position)
-        if shown < config.min_coverage:
-            raise images.BadImage(f"the imagery shows {shown:.0%} of its tile")
-    except FileNotFoundError:
-        return {**made, "reason": "no such file"}
-    except (images.BadImage, ValueError) as error:
+    except ValueError as error:
         return {**made, "reason": str(error)}
-    ending = "jpg" if band[:2] == b"\xff\xd8" else "png"
-    made["panorama"] = f"{PHOTOS}/{pair_id}.{ending}"
-    made["tile"] = f"{TILES}/{pair_id}.png"
-    storage.write_bytes(storage.join(config.output, made["panorama"]), band)
-    storage.write_bytes(storage.join(config.output, made["tile"]), images.encode(tile))
+    made["latitude"], made["longitude"] = position
+    try:
+        tile, made["shown"] = cutter.cut_at(*position)
+    except images.BadImage as error:
+        return {**made, "reason": f"its tile: {error}"}
+    if made["shown"] < config.min_coverage:
+        return made
+    # A band that is as it was keeps the form that it was stored in.
+    ending = posixpath.splitext(photo.file)[1].lower() if band is data else ".png"
+    made["panorama"], made["tile"] = f"{PHOTOS}/{pair_id}{ending}", f"{TILES}/{pair_id}.png"
+    storage.write_bytes(storage.inside(config.output, made["panorama"]), band)
+    storage.write_bytes(storage.inside(config.output, made["tile"]), images.encode(tile))
     return made
+
+
+def _read_file(config: MakePairs, photo: Photo) -> bytes:
+    """Read a photo's file.
+
+    Raises:
+        BadImage: it is not there, or cannot be read.
+        ValueError: its name leaves the directory.
+    """
+    content, reason = read_content(*storage.resolve(storage.inside(config.photos, photo.file)))
+    if content is None:
+        raise images.BadImage(reason or "cannot be read")
+    return content
 
 
 def _read_positions(table: str) -> list[Photo]:
     lines = [(line, cells) for line, cells in read_csv(table, NEEDED) if any(cells)]
-    first = [cell.lower() for cell in lines[0][1]] if lines else []
-    if missing := [name for name in NEEDED if name not in first]:
+    places = index_columns(lines[0][1]) if lines else {}
+    if missing := [name for name in NEEDED if name not in places]:
         raise ValueError(
             f"{table}: expected a first line that names the columns {list(NEEDED)} (and heading, "
-            f"where known), got {first}; {missing} lack."
+            f"where known), got {list(places)}; {missing} lack."
         )
     photos = []
     for line, cells in lines[1:]:
-        values = dict(zip(first, cells, strict=False))
+        values = {name: cells[place] for name, place in places.items() if place < len(cells)}
         try:
             position, heading = parse_place(values)
         except ValueError as error:
@@ -223,8 +276,14 @@ def _claim(config: MakePairs, cutter: Cutter, photos: Sequence[Photo]) -> None:
         ]
     )  # fmt: skip
     state = storage.join(config.output, BEGUN, "made_from.json")
-    before = storage.read_json(state) if storage.exists(state) else made_from
-    if before != made_from:
+    if not storage.exists(state):
+        tables = {f"{split}.csv" for split in SPLITS}.intersection(storage.names(config.output))
+        if tables:
+            raise ValueError(
+                f"{config.output}: expected no tables that cvmatch pairs has not written, got "
+                f"{sorted(tables)}, which it would replace. Pass another --output."
+            )
+    elif storage.read_json(state) != made_from:
         raise ValueError(
             f"{config.output}: expected pairs made from these photos, this imagery and these "
             "settings, got others. Remove it, or pass another --output."
@@ -233,31 +292,67 @@ def _claim(config: MakePairs, cutter: Cutter, photos: Sequence[Photo]) -> None:
 
 
 def _write_tables(config: MakePairs, made: Sequence[Made]) -> dict[str, int]:
-    splits: dict[str, list[Made]] = {"train": [], "val": [], ON_BORDER: []}
-    for one in made:
-        if one["latitude"] is not None and one["longitude"] is not None and not one["reason"]:
-            place = one["latitude"], one["longitude"]
-            splits[choose_split(config, place) or ON_BORDER].append(one)
-    border = splits.pop(ON_BORDER)
-    left_out = [(one["pair_id"], one["reason"]) for one in made if one["reason"]]
-    left_out += [(one["pair_id"], ON_BORDER) for one in border]
+    """Divide the pairs, and write the tables: both or none."""
+    unusable = [(one["pair_id"], one["reason"]) for one in made if one["reason"]]
+    placed = [one for one in made if not one["reason"]]
+    outside = [
+        (one["pair_id"], OUTSIDE.format(one["shown"]))
+        for one in placed
+        if one["shown"] < config.min_coverage
+    ]
+    splits = _divide(config, [one for one in placed if one["shown"] >= config.min_coverage])
+    border = [(one["pair_id"], ON_BORDER) for one in splits.pop(ON_BORDER)]
+    left_out = [*unusable, *outside, *border]
     lines = [json.dumps({"pair_id": name, "reason": why}) + "\n" for name, why in left_out]
     storage.write_text(storage.join(config.output, REJECTED), "".join(lines))
+    _check_counts(config, len(made), unusable, splits, left_out)
+    for split in reversed(SPLITS):  # a kill between them leaves no table of another division
+        storage.remove(storage.join(config.output, f"{split}.csv"))
+    for split, rows in splits.items():
+        if rows:
+            _write_table(storage.join(config.output, f"{split}.csv"), rows)
+    return {split: len(rows) for split, rows in splits.items()} | {
+        "on_border": len(border), "outside": len(outside), "unusable": len(unusable),
+    }  # fmt: skip
+
+
+def _divide(config: MakePairs, made: Sequence[Made]) -> dict[str, list[Made]]:
+    splits: dict[str, list[Made]] = {split: [] for split in (*SPLITS, ON_BORDER)}
+    for one in made:
+        assert one["latitude"] is not None
+        assert one["longitude"] is not None
+        place = one["latitude"], one["longitude"]
+        splits[choose_split(config, place) or ON_BORDER].append(one)
+    return splits
+
+
+def _check_counts(
+    config: MakePairs,
+    count: int,
+    unusable: Sequence[tuple[str, str]],
+    splits: Mapping[str, Sequence[Made]],
+    left_out: Sequence[tuple[str, str]],
+) -> None:
+    examples = "; ".join(f"{name}: {why}" for name, why in (unusable or left_out)[:3])
+    if len(unusable) > config.max_rejected * count:
+        raise ValueError(
+            f"{config.output}: {len(unusable)} of {count} photos cannot be used, at most "
+            f"{config.max_rejected:.0%} may (--max-rejected): {examples}. All are in {REJECTED}; "
+            "mend them, and the same command looks at them again."
+        )
     for split, rows in splits.items():
         if not rows and (split == "train" or config.val_share):
-            examples = "; ".join(f"{name}: {why}" for name, why in left_out[:3])
             raise ValueError(
-                f"{config.output}: expected pairs of {split}, got none of {len(made)} photos "
+                f"{config.output}: expected pairs of {split}, got none of {count} photos "
                 f"({len(left_out)} are left out{f', such as {examples}' if examples else ''}). "
                 "Smaller squares (--block-metres), another --val-share or another --seed divide "
                 "the ground in another way; nothing is cut again for it."
             )
-        text = io.StringIO()
-        table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        storage.write_text(storage.join(config.output, f"{split}.csv"), text.getvalue())
-    unusable = len(left_out) - len(border)
-    return {split: len(rows) for split, rows in splits.items()} | {
-        "on_border": len(border), "unusable": unusable,
-    }  # fmt: skip
+
+
+def _write_table(location: str, rows: Sequence[Made]) -> None:
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows({**row, "heading": 0} for row in rows)
+    storage.write_text(location, text.getvalue())

@@ -81,6 +81,8 @@ class MakePairs:
     block_metres: float = 500.0
     """Width of the squares of the ground that are of one split whole. Pairs whose tile reaches into
     a square of the other split are left out."""
+    max_rejected: float = 0.05
+    """Largest share of the photos, in [0, 1], that cannot be read or have no place."""
     output: str = "data/pairs"
     """Directory or URI of the pairs (docs/own-data.md); the same command goes on where a killed one
     stopped."""
@@ -93,8 +95,9 @@ class MakePairs:
                 "pairs: expected metres > 0, size >= 1 and block_metres >= metres, got metres "
                 f"{self.metres}, size {self.size}, block_metres {self.block_metres}."
             )
-        if not (0 <= self.min_coverage <= 1 and 0 <= self.val_share < 1):
+        shares = (self.min_coverage, self.max_rejected)
+        if not all(0 <= share <= 1 for share in shares) or not 0 <= self.val_share < 1:
             raise ValueError(
-                "pairs: expected min_coverage in [0, 1] and val_share in [0, 1), got min_coverage "
-                f"{self.min_coverage}, val_share {self.val_share}."
+                "pairs: expected min_coverage and max_rejected in [0, 1] and val_share in [0, 1), "
+                f"got {self.min_coverage}, {self.max_rejected} and {self.val_share}."
             )

@@ -98,7 +98,8 @@ def read_labelled(pairs: PairDataset, preprocess: Preprocess, fit: TrainConfig) 
         data = pairs.config
         raise ValueError(
             f"{data.root} ({data.split}): expected rows with a class map, got none. The segmenter "
-            "learns from segmap/*.png; official CVUSA has none, the published subset has."
+            "learns from segmap/*.png (pairs of your own: the column classes); official CVUSA has "
+            "none, the published subset has."
         )
     masks = decoded.select_columns("aerial_mask").iter_rows()
     check_labels((row["aerial_mask"] for row in masks), pairs.config)

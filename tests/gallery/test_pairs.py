@@ -106,8 +106,16 @@ def test_share_of_the_ground_is_held_out(location, tmp_path):
     cell = grid.cell_at(46.95, 7.44)
     row, column = (one.ravel() for one in np.meshgrid(np.arange(40), np.arange(40)))
     latitude, longitude = grid.middles(Cells(cell.row + row, cell.column + column))
-    splits = [pairs._split_of_square(config, place) for place in zip(latitude, longitude)]  # noqa: B905
+    inner = replace(config, metres=0.01)  # whose tiles reach into no other square
+    places = zip(latitude.tolist(), longitude.tolist(), strict=True)
+    splits = [choose_split(inner, place) for place in places]
     assert splits.count("val") / len(splits) == pytest.approx(0.3, abs=0.04)
+
+
+def test_square_at_the_antimeridian_is_one_and_the_same(location, tmp_path):
+    for row in np.linspace(-50, 50, 40):
+        config = settings(location, tmp_path, block_metres=5000.0)
+        assert len({choose_split(config, (row, side)) for side in (-180.0, 180.0)}) == 1
 
 
 def test_place_and_heading_come_from_the_table_else_from_exif(location, tmp_path, mosaic):
@@ -144,10 +152,9 @@ def test_place_and_heading_come_from_the_table_else_from_exif(location, tmp_path
         (Photo("absent.png", (46.95, 7.44)), "no such file"),
         (Photo("text.jpg", (46.95, 7.44)), "not a PNG"),
         (Photo("flat.jpg", (46.95, 7.44)), "no panorama of a whole turn"),
-        (Photo("good.png", (0.0, 7.44)), "the imagery shows 0% of its tile"),
         (Photo("../good.png", (46.95, 7.44)), "leaves the data root"),
     ],
-    ids=["nowhere", "gone", "text", "photo", "outside", "above"],
+    ids=["nowhere", "gone", "text", "photo", "above"],
 )
 def test_photo_that_cannot_be_used_says_why(location, tmp_path, photo, reason):
     put(tmp_path / "photos/good.png", save(pad_to_sphere(BAND), "PNG"))
@@ -158,11 +165,66 @@ def test_photo_that_cannot_be_used_says_why(location, tmp_path, photo, reason):
     assert made["tile"] == ""
 
 
+def test_photo_outside_the_imagery_has_no_tile_and_is_not_at_fault(location, tmp_path):
+    put(tmp_path / "photos/good.png", save(pad_to_sphere(BAND), "PNG"))
+    photo = Photo("good.png", (0.0, 7.44))
+    (made,) = make_step(step(settings(location, tmp_path, val_share=0.0), photo))
+    assert (made["reason"], made["tile"], made["shown"]) == ("", "", 0.0)
+
+
+def test_photo_that_changed_or_could_not_be_used_is_looked_at_again(location, tmp_path, mosaic):
+    first, second = places(mosaic, 2)
+    config = settings(location, tmp_path, val_share=0.0)
+    photos = [Photo("one.png", first, 0.0), Photo("two.png", second, 0.0)]
+    put(tmp_path / "photos/one.png", save(pad_to_sphere(BAND), "PNG"))
+    one, two = make_step(step(config, *photos))
+    assert (one["reason"], two["reason"]) == ("", "no such file")
+    band = images.decode(storage.read_bytes(f"{config.output}/{one['panorama']}"))
+    put(tmp_path / "photos/two.png", save(pad_to_sphere(BAND), "PNG"))  # mended
+    brighter = np.clip(BAND.astype(int) + 9, 0, 255).astype(np.uint8)[:, ::-1]
+    put(tmp_path / "photos/one.png", save(pad_to_sphere(brighter), "PNG", optimize=True))
+    one, two = make_step(step(config, *photos))
+    assert (one["reason"], two["reason"]) == ("", "")
+    again = images.decode(storage.read_bytes(f"{config.output}/{one['panorama']}"))
+    assert not np.array_equal(again, band)
+
+
+@pytest.mark.parametrize("name", ["day\\one.jpg", "day/./one.jpg", "day/one"])
+def test_names_of_photos_become_names_of_files_that_are_found(
+    location, tmp_path, mosaic, name, caplog
+):
+    put(tmp_path / "photos/day/one.jpg", save(pad_to_sphere(BAND), "JPEG"))
+    put(tmp_path / "photos/day/one", save(pad_to_sphere(BAND), "JPEG"))
+    config = settings(location, tmp_path, val_share=0.0)
+    (made,) = make_step(step(config, Photo(name, places(mosaic, 1)[0], 0.0)))
+    assert (made["pair_id"], made["reason"]) == ("day-one", "")
+    assert Path(config.output, made["panorama"]).is_file()
+    assert Path(config.output, made["tile"]).is_file()
+
+
+def test_imagery_that_cannot_be_used_is_no_fault_of_the_photos(location, tmp_path, mosaic):
+    put(tmp_path / "photos/one.png", save(pad_to_sphere(BAND), "PNG"))
+    with pytest.raises(ValueError, match="zoom"):
+        pairs.make_pairs(settings(location, tmp_path, zoom=40))
+    gone = settings(str(tmp_path / "gone.pmtiles"), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        make_step(step(gone, Photo("one.png", places(mosaic, 1)[0])))
+    assert not Path(gone.output, "record.json").exists()
+
+
+def test_tables_of_a_person_are_not_replaced(location, tmp_path):
+    put(tmp_path / "photos/one.png", save(pad_to_sphere(BAND), "PNG"))
+    write_table(tmp_path / "pairs/val.csv", [{"panorama": "one.jpg", "tile": "x.png"}])
+    with pytest.raises(ValueError, match=r"no tables that cvmatch pairs.*\['val\.csv'\]"):
+        pairs.make_pairs(settings(location, tmp_path))
+    assert "one.jpg" in (tmp_path / "pairs/val.csv").read_text()
+
+
 def test_photos_are_listed_below_the_directory_and_names_must_differ(location, tmp_path):
-    for name in ("b/two.JPG", "one.png", "._one.png", "notes.txt"):
+    for name in ("b/two.JPG", "one.png", "_DSC1.jpg", "._one.png", "notes.txt"):
         put(tmp_path / "photos" / name, b"")
     config = settings(location, tmp_path)
-    assert [one.file for one in list_photos(config)] == ["b/two.JPG", "one.png"]
+    assert [one.file for one in list_photos(config)] == ["_DSC1.jpg", "b/two.JPG", "one.png"]
     put(tmp_path / "photos/one.jpg", b"")
     with pytest.raises(ValueError, match=r"names that differ.*one\.jpg and one\.png"):
         list_photos(config)
@@ -195,6 +257,11 @@ def test_pairs_are_a_data_set_and_the_same_command_makes_no_others(
     rows.append({**rows[0], "photo": "gone.png"})
     write_table(tmp_path / "where.csv", rows)
     config = settings(location, tmp_path, positions=str(tmp_path / "where.csv"), block_metres=120.0)
+    with pytest.raises(
+        ValueError, match=r"1 of 41 photos cannot be used, at most 0%.*no such file"
+    ):
+        pairs.make_pairs(replace(config, max_rejected=0.0))
+    assert not Path(config.output, "train.csv").exists()
     counts = pairs.make_pairs(config)
     assert sum(counts.values()) == 41
     assert counts["unusable"] + counts["on_border"] == len(
@@ -220,5 +287,25 @@ def test_pairs_are_a_data_set_and_the_same_command_makes_no_others(
     assert Path(config.output, "train.csv").read_bytes() == before
     with pytest.raises(ValueError, match="expected pairs made from these photos"):
         pairs.make_pairs(replace(config, metres=METRES + 1))
+    with pytest.raises(ValueError, match="expected pairs of val, got none"):
+        pairs.make_pairs(replace(config, val_share=1e-9))
+    assert Path(config.output, "train.csv").read_bytes() == before  # of one division, or none
     again = pairs.make_pairs(replace(config, val_share=0.0))  # cuts none again
     assert (again["train"], again["val"], again["unusable"]) == (40, 0, 1)
+    assert PairDataset.open(Ingest(root=config.output, split="train")).count == 40
+
+
+@pytest.mark.ray
+def test_band_that_says_where_it_looks_is_turned_once(ray_session, location, tmp_path, mosaic):
+    (latitude, longitude) = places(mosaic, 1)[0]
+    turned = np.roll(BAND, 30, axis=1)
+    turned[:, 100:120] = 250
+    put(tmp_path / "photos/one.png", save(turned, "PNG", exif=exif_of(direction=90)))
+    row = {"photo": "one.png", "latitude": latitude, "longitude": longitude, "heading": 0}
+    write_table(tmp_path / "where.csv", [row])
+    pairs.make_pairs(
+        settings(location, tmp_path, positions=str(tmp_path / "where.csv"), val_share=0.0)
+    )
+    dataset = PairDataset.open(Ingest(root=str(tmp_path / "pairs"), split="train"))
+    (read,) = dataset.rows().take_all()
+    assert np.array_equal(images.decode(read["ground"]), turned)

@@ -2,13 +2,11 @@
 
 import csv
 import io
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from cvmatch.data import storage
-
-PICTURES = (".jpg", ".png", ".jpeg", ".jpe", ".jfif")
-"""Endings of pictures, in any case."""
+from cvmatch.data.images import is_picture
 
 _DELIMITERS = (",", ";", "\t")
 
@@ -73,6 +71,6 @@ def parse_number(cell: str) -> float:
     return float(cell.replace(",", "."))
 
 
-def is_picture(cell: str) -> bool:
-    """Return whether a cell is the path of a picture."""
-    return cell.lower().endswith(PICTURES)
+def index_columns(cells: Sequence[str]) -> dict[str, int]:
+    """Return where a first line names each column (in small letters), for the first time."""
+    return {name.lower(): place for place, name in reversed([*enumerate(cells)])}

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cvmatch.data import storage
-from cvmatch.data.layouts.csv_table import is_picture, parse_number, read_csv
+from cvmatch.data.images import is_picture
+from cvmatch.data.layouts.csv_table import parse_number, read_csv
 from cvmatch.data.layouts.rows import SPLITS, Position, Row, check_once
 
 _NAME = re.compile(r"(?:input|output)?([0-9]{1,18})", re.IGNORECASE)

@@ -1,8 +1,8 @@
 """Recognise the layout of a directory, or of one a little below it."""
 
 from cvmatch.data import storage
+from cvmatch.data.images import is_picture
 from cvmatch.data.layouts import cvusa, own_pairs
-from cvmatch.data.layouts.csv_table import is_picture
 from cvmatch.data.layouts.rows import Layout
 
 _SEARCHED = 2  # levels below the given root: an archive unpacks to CVUSA_subset/CVUSA_subset

@@ -4,7 +4,7 @@ import posixpath
 import re
 
 from cvmatch.data import storage
-from cvmatch.data.layouts.csv_table import PICTURES
+from cvmatch.data.images import ENDINGS
 from cvmatch.data.layouts.rows import MISSING, Reject, Row
 
 _PREFIX = re.compile("^(input|output)", re.IGNORECASE)
@@ -13,16 +13,17 @@ _PREFIX = re.compile("^(input|output)", re.IGNORECASE)
 class Listing:
     """Finds files below a root by stated path, leniently; lists each directory once."""
 
-    def __init__(self, root: str) -> None:
-        self._root = root
+    def __init__(self, root: str, renamed: bool = False) -> None:
+        """`renamed`: names may differ in extension and prefix, as those of CVUSA's tables do."""
+        self._root, self._renamed = root, renamed
         self._folders: dict[str, str | None] = {"": ""}
         self._names: dict[str, dict[str, list[str]]] = {}  # of a folder: lower case -> names
 
     def find(self, stated: str) -> str | None:
         """Return the file that `stated` means, relative to the root; None where there is none.
 
-        Names may differ in case (`Streetview/`, `.JPG`), in extension and in the prefix `input`. A
-        path may be absolute, where it is one below the root.
+        Names may differ in case (`Streetview/`, `.JPG`), and where files were `renamed` in
+        extension and in the prefix `input`. A path may be absolute, where it is below the root.
 
         Raises:
             ValueError: `stated` leaves the root.
@@ -33,13 +34,18 @@ class Listing:
         folder = self._folder("/".join(parts[:-1]))
         if folder is None:
             return None
-        stem, suffix = posixpath.splitext(parts[-1])
-        bare = _PREFIX.sub("", stem)
-        for name in dict.fromkeys((stem, bare, f"input{bare}")):
-            for ending in (suffix, *PICTURES):
-                if match := self._match(folder, f"{name}{ending}"):
-                    return posixpath.join(folder, match)
+        for name in self._list_candidates(parts[-1]):
+            if match := self._match(folder, name):
+                return posixpath.join(folder, match)
         return None
+
+    def _list_candidates(self, name: str) -> list[str]:
+        if not self._renamed:
+            return [name]
+        stem, suffix = posixpath.splitext(name)
+        bare = _PREFIX.sub("", stem)
+        stems = dict.fromkeys((stem, bare, f"input{bare}"))
+        return [f"{one}{ending}" for one in stems for ending in (suffix, *ENDINGS)]
 
     def _relative(self, stated: str) -> str:
         path = stated.replace("\\", "/")

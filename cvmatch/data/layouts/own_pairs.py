@@ -6,13 +6,17 @@
 Paths start from the directory of the tables. Panoramas are photos of any kind (`data.photos`).
 """
 
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from cvmatch.data import storage
-from cvmatch.data.layouts.csv_table import parse_number, read_csv
+from cvmatch.data.layouts.csv_table import index_columns, parse_number, read_csv
 from cvmatch.data.layouts.rows import SPLITS, Position, Row, check_once
+
+_log = logging.getLogger(__name__)
 
 NEEDED = ("panorama", "tile")
 """Columns of each table."""
@@ -51,8 +55,16 @@ def find_at(root: str) -> OwnPairs | None:
         for split in SPLITS
         if f"{split}.csv" in names
     }
-    known = any(set(NEEDED) <= set(_find_columns(table)) for table in tables.values())
+    known = any(map(_is_table, tables.values()))
     return OwnPairs(root=root, tables=tables) if known else None
+
+
+def _is_table(table: str) -> bool:
+    """Return whether a file that may be anybody's names the columns."""
+    try:
+        return set(NEEDED) <= set(_find_columns(table))
+    except ValueError:  # no text in UTF-8 or UTF-16
+        return False
 
 
 def read_rows(table: str) -> list[Row]:
@@ -72,13 +84,26 @@ def read_rows(table: str) -> list[Row]:
         for line, cells in read_csv(table, NEEDED)
         if any(cells)
     ]
+    _warn_of_tiles(table, [row for _, row in rows[1:]])
     return check_once(table, rows[1:])
+
+
+def _warn_of_tiles(table: str, rows: Sequence[Row]) -> None:
+    """Say where a tile stands in several pairs: it would be in an index as often, with ties."""
+    counts = Counter(row.aerial for row in rows if row.pair_id is not None)
+    if several := [tile for tile, count in counts.items() if count > 1]:
+        _log.warning(
+            "%s: %d tiles stand in several lines, such as %s. Each line is a tile of its own in an "
+            "index, and equal tiles count against a query: keep one panorama of each for a split "
+            "that is evaluated.",
+            table, len(several), several[0],
+        )  # fmt: skip
 
 
 def _find_columns(table: str) -> dict[str, int]:
     """Return where each column stands, by the first line."""
     first = next((cells for _, cells in read_csv(table, NEEDED) if any(cells)), [])
-    return {name.lower(): place for place, name in reversed([*enumerate(first)])}
+    return index_columns(first)
 
 
 def _read_row(line: int, cells: Sequence[str], places: Mapping[str, int]) -> Row:

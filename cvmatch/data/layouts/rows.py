@@ -72,16 +72,26 @@ class Layout(Protocol):
 
 
 def check_disjoint(layout: Layout, split: str, rows: list[Row]) -> None:
-    """Raise ValueError, naming ids and files, where an id stands in another split too."""
-    ids = {row.pair_id for row in rows if row.pair_id}
+    """Raise ValueError, naming them and the tables, where an id or a picture is in another split.
+
+    Names of pictures are compared as the tables state them.
+    """
+    kinds = {
+        "id": lambda row: [row.pair_id],
+        "picture": lambda row: [row.aerial.lower(), row.ground.lower()],
+    }
     for other in sorted(set(layout.tables) - {split}):
-        shared = sorted(row.pair_id for row in layout.read_rows(other) if row.pair_id in ids)
-        if shared:
-            raise ValueError(
-                f"{layout.tables[split]} and {layout.tables[other]}: expected no id in both, got "
-                f"{len(shared)}: {name_first(shared)}. Evaluation would see trained pairs; remove "
-                "them from one file."
-            )
+        others = [row for row in layout.read_rows(other) if row.pair_id is not None]
+        for kind, names_of in kinds.items():
+            known = {name for row in rows if row.pair_id is not None for name in names_of(row)}
+            shared = sorted({name for row in others for name in names_of(row)} & known)
+            if shared:
+                raise ValueError(
+                    f"{layout.tables[split]} and {layout.tables[other]}: expected no {kind} in "
+                    f"both, got {len(shared)}: {name_first(shared)}. Evaluation would see trained "
+                    "pairs: remove them from one file. (If only their names are alike, pairs of "
+                    "your own are told apart by a column pair_id.)"
+                )
 
 
 def check_once(table: str, numbered: Sequence[tuple[int, Row]]) -> list[Row]:
@@ -98,10 +108,11 @@ def check_once(table: str, numbered: Sequence[tuple[int, Row]]) -> list[Row]:
     if twice:
         raise ValueError(
             f"{table}: expected each id once, got {len(twice)} again: {name_first(twice)}. "
-            "Remove the repeated lines."
+            "Remove the repeated lines. (If only their names are alike, pairs of your own are told "
+            "apart by a column pair_id.)"
         )
     if not numbered:
-        raise ValueError(f"{table}: expected rows of aerial and ground paths, got an empty split.")
+        raise ValueError(f"{table}: expected lines of a panorama and a tile, got an empty split.")
     return [row for _, row in numbered]
 
 

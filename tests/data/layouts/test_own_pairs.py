@@ -3,6 +3,7 @@ import pytest
 
 from cvmatch.data import images
 from cvmatch.data.layouts import find, own_pairs
+from cvmatch.data.layouts.rows import check_disjoint
 from cvmatch.data.pairs import PairDataset, check_pictures, plan, read_pictures
 from cvmatch.data.settings import Ingest
 from tests.helpers.cvusa import picture, put, subset_line, write_pair, write_tables
@@ -112,6 +113,44 @@ def test_table_without_the_columns_is_named_with_those_that_lack(tmp_path):
     (tmp_path / "train.csv").unlink()
     with pytest.raises(ValueError, match=r"or train\.csv or val\.csv with the columns panorama"):
         find.find(str(tmp_path))
+
+
+def test_picture_of_a_like_name_is_not_taken_for_another(tmp_path):
+    write_files(tmp_path, "a.jpg", "input_12.png", "A2.PNG")
+    rows = [
+        {"panorama": "a.jpg", "tile": "a.png", "classes": ""},  # its panorama's name
+        {"panorama": "a.jpg", "tile": "input_12.png", "classes": "output_12.png"},
+        {"panorama": "a.jpg", "tile": "a2.png", "classes": ""},
+    ]
+    write_table(tmp_path / "train.csv", rows)
+    pairs, rejects = planned(tmp_path)
+    assert pairs["aerial_file"].to_pylist() == ["A2.PNG"]
+    assert [(one["file"], one["reason"]) for one in rejects] == [
+        ("a.png", "no such file"), ("output_12.png", "no such file"),
+    ]  # fmt: skip
+
+
+def test_picture_in_both_splits_is_refused_whatever_the_ids(tmp_path):
+    write_files(tmp_path, "one.jpg", "x.png")
+    row = {"panorama": "one.jpg", "tile": "x.png", "pair_id": "a"}
+    write_table(tmp_path / "train.csv", [row])
+    write_table(tmp_path / "val.csv", [{**row, "pair_id": "b", "panorama": "two.jpg"}])
+    found = find.find(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no picture in both, got 1: x\.png"):
+        check_disjoint(found, "train", found.read_rows("train"))
+
+
+def test_tile_of_several_pairs_is_told(tmp_path, caplog):
+    rows = [{"panorama": f"{n}.jpg", "tile": "x.png", "pair_id": n} for n in range(2)]
+    write_table(tmp_path / "train.csv", rows)
+    assert len(own_pairs.read_rows(str(tmp_path / "train.csv"))) == 2
+    assert "1 tiles stand in several lines, such as x.png" in caplog.text
+
+
+def test_table_of_somebody_elses_does_not_hide_a_data_set(tmp_path):
+    put(tmp_path / "notes/train.csv", "Straße;Größe\n".encode("latin-1"))
+    write_table(tmp_path / "mine/train.csv", [{"panorama": "one.jpg", "tile": "x.png"}])
+    assert find.find(str(tmp_path)).root.endswith("mine")
 
 
 def test_layout_of_cvusa_goes_first(tmp_path):
