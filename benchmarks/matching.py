@@ -125,9 +125,11 @@ CONTENDERS = {
         "plain", ALONE | {"unknown_heading": True}, {"modalities": ("G",), "unknown_heading": True}
     ),
     "180 degrees": Contender(
-        "plain", ALONE | {"fov": 180.0}, {"modalities": ("G",), "fov": (180.0,)}
+        "plain", ALONE | {"fov": (180.0,)}, {"modalities": ("G",), "fov": (180.0,)}
     ),
-    "90 degrees": Contender("plain", ALONE | {"fov": 90.0}, {"modalities": ("G",), "fov": (90.0,)}),
+    "90 degrees": Contender(
+        "plain", ALONE | {"fov": (90.0,)}, {"modalities": ("G",), "fov": (90.0,)}
+    ),
 }
 
 

@@ -140,6 +140,12 @@ def measure(
     return loop.split_summary(task.summary(means))[0]
 
 
+def has_begun(fit: TrainConfig) -> bool:
+    """Return whether a run of this name and storage has begun."""
+    location = storage.join(storage.absolute(fit.storage), fit.name)
+    return bool(fit.name) and storage.exists(storage.join(location, checkpoints.LEDGER))
+
+
 def _run_epochs(
     job: loop.TrainJob,
     datasets: Mapping[str, LazyRows],

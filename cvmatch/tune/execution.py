@@ -1,5 +1,6 @@
 """What a trial runs, and Ray Tune's part of a search."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from cvmatch.tune import proposals, search_space
 from cvmatch.tune.search_space import Point, Space
 from cvmatch.tune.settings import Stage, Tune
 from cvmatch.tune.trials import TrialState, TrialSummary
+
+_GOES_ON = "goes_on"
+"""Metric of a trial whose training had begun before its process did."""
 
 TEST = "test/"
 """Names of metrics of the rows of `Tune.test` begin with it."""
@@ -146,12 +150,13 @@ def _run_config(location: str) -> ray.tune.RunConfig:
 
 def _run_trial(params: Mapping[str, Any], search: Search) -> None:
     config = _configure(params, search)
+    goes_on = launch.has_begun(config.fit)
     reporter = _TuneReporter()
     listener = TuneReportCallback() if config.fit.workers else reporter
     with tracking.inside(search.parent), launch.report_to(listener):
         result = _load(search).train(config)
-    if not (config.fit.workers or reporter.count):  # it was finished before the search was killed
-        ray.tune.report(dict(result.metrics))
+    if goes_on:  # it may have been finished before the search was killed, and reported nothing
+        ray.tune.report({**result.metrics, _GOES_ON: 1})
 
 
 def _run_repeat(params: Mapping[str, Any], search: Search, points: Sequence[Point]) -> None:
@@ -197,10 +202,15 @@ def describe_trials(grid: ResultGrid, metric: str, epochs: int) -> list[TrialSum
             error=str(result.error) if result.error else "",
             state=_state(result, epochs),
             history=_read_history(result, metric),
-            seconds=float((result.metrics or {}).get("time_total_s", 0.0)),
+            seconds=_count_seconds(result.metrics or {}),
         )
         for result in grid
     ]
+
+
+def _count_seconds(metrics: Mapping[str, Any]) -> float:
+    """Return what a trial took; NaN where it was begun anew, since Tune counts from there."""
+    return math.nan if _GOES_ON in metrics else float(metrics.get("time_total_s", math.nan))
 
 
 def _read_history(result: Any, metric: str) -> list[list[int | float]]:
@@ -208,7 +218,8 @@ def _read_history(result: Any, metric: str) -> list[list[int | float]]:
     if frame is None or proposals.tune_name(metric) not in frame:
         return []
     values = frame[proposals.tune_name(metric)]
-    return [[int(e), float(v)] for e, v in zip(frame["epoch"], values, strict=True)]
+    by_epoch = {int(e): float(v) for e, v in zip(frame["epoch"], values, strict=True)}
+    return [[epoch, value] for epoch, value in by_epoch.items()]
 
 
 def _state(result: Any, epochs: int) -> TrialState:

@@ -12,7 +12,7 @@ from cvmatch.tune.proposals import DEFAULTS
 from cvmatch.tune.repeats import RepeatedTrial, subtract_defaults
 from cvmatch.tune.search_space import Space
 from cvmatch.tune.settings import Tune
-from cvmatch.tune.trials import TrialSummary, value_of
+from cvmatch.tune.trials import SECONDS, TrialSummary, value_of
 
 PAGE = "tune.html"
 """File of a search's output."""
@@ -137,8 +137,10 @@ def _describe_cost(trials: Sequence[TrialSummary]) -> dict[str, str]:
     epochs = [int(trial["metrics"].get("epoch", 0)) for trial in trials]
     whole = max(epochs, default=0) * len(trials)
     states = [trial["state"] for trial in trials]
+    seconds = [one for trial in trials if math.isfinite(one := value_of(trial, SECONDS))]
+    unknown = len(trials) - len(seconds)
     return {
         "Trials": ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)),
         "Epochs": f"{sum(epochs)} of the {whole} that all trials in full would be",
-        "Hours of trials": f"{sum(trial['seconds'] for trial in trials) / 3600:.2f}",
+        "Hours of trials": f"{sum(seconds) / 3600:.2f}" + (f" ({unknown} went on)" * bool(unknown)),
     }

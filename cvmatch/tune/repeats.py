@@ -28,10 +28,17 @@ class RepeatedTrial(TypedDict):
     """The same of the rows of `Tune.test`; empty where there are none."""
 
 
-def list_candidates(config: Tune, trials: Sequence[TrialSummary]) -> dict[str, Point]:
+def list_candidates(
+    config: Tune, trials: Sequence[TrialSummary], defaults: Point | None = None
+) -> dict[str, Point]:
     """Return the searched settings of what is repeated, by name: `defaults`, and the best trials.
 
-    Trials that did not end are no candidates, but for want of others.
+    Trials that did not end are no candidates, but for want of others; of equal settings, one is.
+
+    Args:
+        config: settings of the search.
+        trials: what it tried.
+        defaults: values of the searched fields in `Tune.base`; None: they are outside the space.
     """
     ended = [trial for trial in trials if trial["state"] == "finished"] or trials
     best = [
@@ -40,8 +47,10 @@ def list_candidates(config: Tune, trials: Sequence[TrialSummary]) -> dict[str, P
         if trial["params"] and math.isfinite(value_of(trial, config.goal[0]))
     ]
     found: dict[str, Point] = {DEFAULTS: {}}
-    for trial in best[: config.finalists]:
-        found[trial["trial"]] = dict(trial["params"] or {})
+    for trial in best:
+        params = dict(trial["params"] or {})
+        if len(found) <= config.finalists and params not in (defaults, *found.values()):
+            found[trial["trial"]] = params
     return found
 
 

@@ -17,6 +17,7 @@ from ray.tune import Tuner
 
 from cvmatch import config as configs
 from cvmatch.data import manifest, storage
+from cvmatch.data.settings import Validation
 from cvmatch.nn import metrics
 from cvmatch.runtime import pools, progress, session, tracking
 from cvmatch.training.settings import TrainConfig
@@ -109,7 +110,7 @@ def search(config: Tune, base: Any = None, code: StageCode | None = None) -> Tun
         trials = _run(tuner, config, shared, config.trials, f"trials of {config.stage}")
         result = _choose_best(trials, config)
         if config.repeats:
-            result = _repeat(config, shared, result, location)
+            result = _repeat(config, shared, result, space, location)
         best = _write(result, config, base)
         write_tune_page(config, space, result.trials, best, result.repeated, result.front)
         parent.metrics({f"best/{config.goal[0]}": result.value})
@@ -131,9 +132,12 @@ def _run(tuner: Tuner, config: Tune, search: Search, count: int, what: str) -> l
     return trials
 
 
-def _repeat(config: Tune, search: Search, result: TuneResult, location: str) -> TuneResult:
+def _repeat(
+    config: Tune, search: Search, result: TuneResult, space: Mapping, location: str
+) -> TuneResult:
     """Train the best trials and the defaults with other seeds; choose the best by the mean."""
-    candidates = repeats.list_candidates(config, result.trials)
+    defaults = search_space.select_searched(configs.flat(search.base), space)
+    candidates = repeats.list_candidates(config, result.trials, defaults)
     points = repeats.list_points(config, candidates, search.base.fit.seed)
     # Named by what is repeated, since more repeats of a search may be asked for later.
     place = f"{location}-repeats-{manifest.digest([points, config.test])[:8]}"
@@ -162,11 +166,26 @@ def _check_repeats(config: Tune, base: Any, space: Mapping) -> None:
             f"tune: {repeats.SEED} is searched, and repeats take other seeds. Leave it out of "
             "--space, or pass --repeats 0."
         )
-    if config.test and configs.merge(base, config.test).val in (None, base.val):
+    if not config.test:
+        return
+    unseen = _name_rows(configs.merge(base, config.test).val)
+    if unseen in (None, _name_rows(base.val)):
         raise ValueError(
             f"tune: expected --test {config.test} to name rows by `val`, and others than the "
             f"search is judged by, got {base.val}."
         )
+    if not config.goal[0].startswith("val/"):
+        raise ValueError(
+            f"tune: --test measures val/... on other rows: expected such a --metric first, got "
+            f"{config.goal[0]!r}."
+        )
+
+
+def _name_rows(val: Any) -> object:
+    """Return what rows a stage's `val` names: a location, or a split of a data set."""
+    if isinstance(val, Validation):
+        return storage.absolute(val.root).rstrip("/"), val.split
+    return storage.absolute(val).rstrip("/") if val and isinstance(val, str) else val or None
 
 
 def _check_measured(config: Tune, base: Any) -> None:
@@ -242,9 +261,13 @@ def _write(result: TuneResult, config: Tune, base: Any) -> str:
     """Write the files of the output but for the page; returns the best settings as YAML."""
     best = _dump_settings(base, result.params)
     storage.write_text(storage.join(config.output, BEST), best)
-    storage.write_json(storage.join(config.output, TRIALS), result.trials)
+    trials = storage.replace_non_finite(result.trials)
+    storage.write_json(storage.join(config.output, TRIALS), trials)
+    for old in (REPEATS, FRONT):
+        storage.remove(storage.join(config.output, old))
     if result.repeated:
-        storage.write_json(storage.join(config.output, REPEATS), result.repeated)
+        repeated = storage.replace_non_finite(result.repeated)
+        storage.write_json(storage.join(config.output, REPEATS), repeated)
     for place, trial in enumerate(result.front):
         file = storage.join(config.output, FRONT, f"{place + 1:02}.yaml")
         storage.write_text(file, _dump_settings(base, trial["params"] or {}))

@@ -27,14 +27,14 @@ class TrialSummary(TypedDict):
     state: TrialState
     history: list[list[int | float]]
     """[epoch, the first of the compared metrics] after each of its epochs."""
-    seconds: float
-    """That it ran."""
+    seconds: float | None
+    """That it ran; NaN (in JSON: null) where it was killed and went on."""
 
 
 def value_of(trial: TrialSummary, metric: str) -> float:
     """Return a metric of a trial; NaN where it has none."""
-    known = {SECONDS: trial.get("seconds", math.nan), **trial["metrics"]}
-    return float(known.get(metric, math.nan))
+    value = {SECONDS: trial.get(SECONDS), **trial["metrics"]}.get(metric)
+    return math.nan if value is None else float(value)  # as JSON has it
 
 
 def order_trials(trials: Sequence[TrialSummary], goal: Goal) -> list[TrialSummary]:

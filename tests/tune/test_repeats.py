@@ -35,6 +35,17 @@ def test_candidates_are_the_defaults_and_the_best_that_ended():
     assert found == {"defaults": {}, "b": {"lr": 2.0}, "d": {"lr": 4.0}}
 
 
+def test_candidates_of_equal_settings_are_one():
+    trials = [
+        trial("a", 0.9, {"lr": 1.0}),
+        trial("b", 0.8, {"lr": 2.0}),
+        trial("c", 0.7, {"lr": 2.0}),
+        trial("d", 0.6, {"lr": 4.0}),
+    ]
+    found = repeats.list_candidates(Tune(repeats=3, finalists=2), trials, {"lr": 1.0})
+    assert found == {"defaults": {}, "b": {"lr": 2.0}, "d": {"lr": 4.0}}
+
+
 def test_each_candidate_is_trained_with_seeds_that_the_search_did_not_use():
     points = repeats.list_points(Tune(repeats=2), {"defaults": {}, "b": {"lr": 2.0}}, seed=5)
     assert points == [

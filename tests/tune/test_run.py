@@ -115,6 +115,14 @@ def test_rows_of_the_test_are_others_than_those_of_the_search(tmp_path):
         tune.search(config, TrainLine(val=8))
 
 
+def test_rows_of_the_test_of_another_name_are_the_same_rows(tmp_path):
+    (tmp_path / "test.yaml").write_text("val: {root: data/world/, limit: 3}\n")
+    base = TrainGenerator(val=Validation(root="data/world"))
+    config = Tune(stage="generator", repeats=1, test=str(tmp_path / "test.yaml"))
+    with pytest.raises(ValueError, match="others than the search is judged by"):
+        tune.search(config, base)
+
+
 def test_seeds_cannot_be_searched_and_repeated(tmp_path):
     (tmp_path / "space.yaml").write_text("fit.seed: {choice: [1, 2]}\n")
     config = Tune(space=str(tmp_path / "space.yaml"), repeats=1)
@@ -246,7 +254,7 @@ def test_several_metrics_end_in_a_front_of_settings(ray_session, settings, tmp_p
         config, metric=("val/loss", "seconds"), scheduler="none", epochs=2, trials=4
     )
     result = tune.search(config, base, tiny_stage.CODE)
-    points = [(one["metrics"]["val/loss"], one["seconds"]) for one in result.trials]
+    points = [(one["metrics"]["val/loss"], present(one["seconds"])) for one in result.trials]
     front = [
         one
         for one, (loss, seconds) in zip(result.trials, points, strict=True)
