@@ -366,7 +366,7 @@ def _training_kept(config: Any) -> str:
             f"Its checkpoints are below {fit.storage}; --fit.name and the name of its "
             "directory there go on."
         )
-    return f"The same command goes on after the last whole epoch of {fit.storage}/{fit.name}."
+    return f"The same command goes on from the last checkpoint of {fit.storage}/{fit.name}."
 
 
 def _rows_kept(config: Any) -> str:
@@ -415,7 +415,7 @@ COMMANDS = (
     ),
     Command(
         name="train-matcher",
-        help="train the joint embedding on synthesized pairs",
+        help="train the matcher on synthesized pairs",
         settings="cvmatch.match.settings:TrainMatcher",
         run=_train_matcher,
         kept=_training_kept,

@@ -8,7 +8,7 @@ from cvmatch.data import storage
 
 @dataclass(frozen=True, kw_only=True)
 class Ingest:
-    """A split of a data set in the layout of CVUSA or of its published subset."""
+    """A split of a data set: CVUSA, its published subset, or pairs of one's own."""
 
     root: str = "data/world"
     """Directory, or URI, of the data set, or one at most two levels above it."""

@@ -1,6 +1,6 @@
 """The matcher: pictures of a query (G, A, S) and of tiles (C) -> their vectors.
 
-The towers are here. What makes vectors of their features, and scores them, is in `heads.py` and
+The towers are here. What makes vectors of their features, and scores them, is in `heads/` and
 `joint.py`.
 """
 

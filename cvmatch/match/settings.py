@@ -8,7 +8,7 @@ from cvmatch.training.settings import TrainConfig
 
 Modality = Literal["G", "G+A", "G+A+S", "A"]
 MODALITIES: tuple[Modality, ...] = ("G", "G+A", "G+A+S", "A")
-"""What a query may consist of; learned nulls stand in for the rest."""
+"""What a query may consist of: zeros (or in a joint score learned nulls) stand in for the rest."""
 
 Branch = Literal["direct", "aerial", "layout"]
 """What of a query meets what of a tile: G and C, A and C, A and C at low resolution."""
@@ -96,9 +96,9 @@ class MatcherLossConfig:
     augment: bool = True
     """Quarter turns and mirroring of whole pairs, and colours and blur of each picture."""
     fov: tuple[float, ...] = (360.0,)
-    """Degrees of the panorama that are seen, in (0, 360]; below 360 in the panorama's middle. Two
-    numbers, `360 70`: a part anywhere, in its place, that is between them wide, and down to the
-    second from half of the epochs on (one model for all views, as SinGeo's)."""
+    """Degrees of the panorama that are seen, in (0, 360]; below 360 in the panorama's middle. Of two
+    numbers, `360 70`, each panorama keeps one part, in its place, of random width between them: the
+    least width sinks from the first to the second in the first half of the epochs."""
     unknown_heading: bool = False
     """Turn each panorama by a random angle that the model is not told."""
     chunk: int = 0
@@ -142,7 +142,7 @@ class MatcherLossConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainMatcher(MatcherShape, MatcherLossConfig):
-    """Train the joint embedding on synthesized pairs."""
+    """Train the matcher, which embeds queries and tiles, on synthesized pairs."""
 
     pairs: str = "data/synthesized/train"
     """URI of the rows that cvmatch synthesize wrote."""
@@ -192,6 +192,6 @@ class Embed:
     model: str = "models/matcher"
     """Directory or URI that train-matcher published."""
     modality: Modality = "G+A+S"
-    """What a query consists of; learned nulls stand in for the rest. Tiles do not depend on it."""
+    """What a query consists of. Tiles do not depend on it."""
     pool: Pool = dataclasses.field(default_factory=lambda: Pool(batch=32))
     """Actors."""

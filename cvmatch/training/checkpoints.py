@@ -6,7 +6,8 @@
                                        pictures
 
 Both ways of training (Ray Train, this process) write it alike. An epoch counts once it is in the
-ledger, and it gets there after its checkpoint is whole.
+ledger, and it gets there after its checkpoint is whole. Checkpoints in the midst of an epoch are
+`mid_epoch`'s.
 """
 
 import logging
