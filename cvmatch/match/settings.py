@@ -96,9 +96,9 @@ class MatcherLossConfig:
     augment: bool = True
     """Quarter turns and mirroring of whole pairs, and colours and blur of each picture."""
     fov: tuple[float, ...] = (360.0,)
-    """Degrees of the panorama that are seen, in (0, 360]; below 360 in the panorama's middle. Of two
-    numbers, `360 70`, each panorama keeps one part, in its place, of random width between them: the
-    least width sinks from the first to the second in the first half of the epochs."""
+    """Degrees of the panorama that are seen, in (0, 360]; below 360 in the panorama's middle. Of
+    two numbers, `360 70`, each panorama keeps one part, in its place, of random width between them:
+    the least width sinks from the first to the second in the first half of the epochs."""
     unknown_heading: bool = False
     """Turn each panorama by a random angle that the model is not told."""
     chunk: int = 0
