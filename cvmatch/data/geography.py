@@ -94,3 +94,48 @@ class Box:
         if self.west <= self.east:
             return tall & (longitude >= self.west) & (longitude <= self.east)
         return tall & ((longitude >= self.west) | (longitude <= self.east))
+
+
+def utm_to_degrees(
+    easting: Float[np.ndarray, " place"],
+    northing: Float[np.ndarray, " place"],
+    zone: int,
+    south: bool,
+) -> tuple[Float[np.ndarray, " place"], Float[np.ndarray, " place"]]:
+    """Return latitude and longitude, in degrees, of places of UTM, in metres; to 1 mm.
+
+    The inverse of Krueger's series to the third order of the flattening (Karney 2011, equations 7
+    and 11 to 20), on WGS84.
+
+    Args:
+        easting: with the false easting of 500 km.
+        northing: from the equator, or with the false northing of 10,000 km.
+        zone: 1 to 60.
+        south: whether it is the southern half.
+    """
+    flattening = 1 / 298.257223563
+    n = flattening / (2 - flattening)
+    eccentricity = math.sqrt(flattening * (2 - flattening))
+    radius = 6_378_137.0 / (1 + n) * (1 + n**2 / 4 + n**4 / 64)
+    xi = (northing - 1e7 * south) / (0.9996 * radius)
+    eta = (easting - 5e5) / (0.9996 * radius)
+    beta = (
+        n / 2 - 2 * n**2 / 3 + 37 * n**3 / 96,
+        n**2 / 48 + n**3 / 15,
+        17 * n**3 / 480,
+    )
+    terms = [(2 * (order + 1), one) for order, one in enumerate(beta)]
+    xi_ = xi - sum(one * np.sin(k * xi) * np.cosh(k * eta) for k, one in terms)
+    eta_ = eta - sum(one * np.cos(k * xi) * np.sinh(k * eta) for k, one in terms)
+    conformal = np.sin(xi_) / np.hypot(np.sinh(eta_), np.cos(xi_))
+    tangent = conformal
+    for _ in range(4):  # Newton's steps; two reach the last bit
+        root = np.hypot(1, tangent)
+        sigma = np.sinh(eccentricity * np.arctanh(eccentricity * tangent / root))
+        now = tangent * np.hypot(1, sigma) - sigma * root
+        slope = (1 - eccentricity**2) * root * np.hypot(1, now)
+        slope = slope / (1 + (1 - eccentricity**2) * tangent**2)
+        tangent = tangent + (conformal - now) / slope
+    meridian = 6 * zone - 183
+    longitude = meridian + np.degrees(np.arctan2(np.sinh(eta_), np.cos(xi_)))
+    return np.degrees(np.arctan(tangent)), longitude

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from rasterio import warp
 
 from cvmatch.data import geography
 
@@ -44,3 +45,17 @@ def test_metres_of_known_arcs():
     other = torch.tensor([[60.0, 10.001]], dtype=torch.float64)
     step = 6_371_008.8 * math.radians(0.001) * math.cos(math.radians(60))
     assert geography.haversine_distance(one, other).item() == pytest.approx(step, rel=1e-6)
+
+
+@pytest.mark.parametrize(("zone", "south"), [(55, True), (32, False), (1, False), (60, True)])
+def test_utm_is_that_of_proj(zone, south):
+    draw = np.random.default_rng(zone)
+    east, north = draw.uniform(1.7e5, 8.3e5, 200), draw.uniform(1e5, 9.2e6, 200)
+    if south:
+        north = 1e7 - north
+    code = f"EPSG:{327 if south else 326}{zone:02d}"
+    longitude, latitude = warp.transform(code, "EPSG:4326", east.tolist(), north.tolist())[:2]
+    found = geography.utm_to_degrees(east, north, zone, south)
+    np.testing.assert_allclose(found[0], latitude, atol=1e-8)  # 1 mm
+    off = (found[1] - np.array(longitude) + 180) % 360 - 180
+    assert np.abs(off * np.cos(np.radians(found[0]))).max() < 1e-8

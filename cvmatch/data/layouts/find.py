@@ -2,11 +2,19 @@
 
 from cvmatch.data import storage
 from cvmatch.data.images import is_picture
-from cvmatch.data.layouts import cvusa, own_pairs
+from cvmatch.data.layouts import cvact, cvusa, own_pairs
 from cvmatch.data.layouts.rows import Layout
 
 _SEARCHED = 2  # levels below the given root: an archive unpacks to CVUSA_subset/CVUSA_subset
-_PICTURES = ("bingmap", "polarmap", "segmap", "sky_mask", "streetview")  # big; not searched
+_PICTURES = (
+    "anu_data_small",
+    "anu_data_test",
+    "bingmap",
+    "polarmap",
+    "segmap",
+    "sky_mask",
+    "streetview",
+)  # big; not searched
 
 _TILES_ALONE = (
     " Pictures of tiles alone come into an index as Parquet rows of pair_id and aerial (the bytes "
@@ -36,15 +44,16 @@ def find(root: str) -> Layout:
     alone = any(map(is_picture, names))
     raise ValueError(
         f"{root}: expected train-19zl.csv or val-19zl.csv (CVUSA subset), or the same in splits/ "
-        f"(CVUSA), or train.csv or val.csv with the columns {' and '.join(own_pairs.NEEDED)} (own "
-        f"pairs), there or at most {_SEARCHED} levels below; got {names[:12]}. "
+        "(CVUSA), ACT_data.mat (CVACT), or train.csv or val.csv with the columns "
+        f"{' and '.join(own_pairs.NEEDED)} (own pairs), there or at most {_SEARCHED} levels below; "
+        f"got {names[:12]}. "
         "Pass the directory that holds them as the root (this job's flag that ends in .root)."
         f"{_TILES_ALONE if alone else ''}"
     )
 
 
 def _find_at(root: str) -> Layout | None:
-    return cvusa.find_at(root) or own_pairs.find_at(root)
+    return cvusa.find_at(root) or cvact.find_at(root) or own_pairs.find_at(root)
 
 
 def _directories(location: str) -> list[str]:
