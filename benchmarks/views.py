@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import matching
+import pyarrow as pa
 import torch
 from _harness import Bench, fill_sizes, parse_flags, write_results
 from matching import ALONE, GALLERY, MatchingBench, Rows, make_config, rank_queries
+from pyarrow import parquet
 
-from cvmatch.data import storage
+from cvmatch.data import schema, storage, tables
 from cvmatch.evaluate.queries import QueryView, draw_headings, embed_queries, read_query_ids
 from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.build import build
@@ -35,6 +37,13 @@ MATCHERS: dict[str, tuple[float, ...]] = {
     **{f"{width:g} alone": (width, width) for width in WIDTHS},
 }
 """By name: `fov` of its training."""
+
+SPECIALIST = (
+    "one for it, R@1 %",
+    "one for all minus one for it",
+    "heading error of the one for it",
+)
+"""Columns; empty where the specialist was not trained."""
 
 SIZES = {
     True: {"pairs": 160, "held_out": 48, "epochs": 2, "headings": 8},
@@ -88,10 +97,20 @@ def train_matcher(bench: ViewsBench, rows: Rows, name: str) -> float:
     return minutes
 
 
+def select_queries(rows: Rows) -> str:
+    """Write the rows of the first gallery's queries, in the order of their ids; return where."""
+    place = f"{rows.at}/first"
+    table = pa.concat_tables(tables.batches(f"{rows.plain}/val", schema.SYNTHESIZED.names))
+    os.makedirs(place, exist_ok=True)
+    first = table.sort_by(schema.PAIR_ID).slice(0, GALLERY)
+    parquet.write_table(first, f"{place}/part-0.parquet")
+    return place
+
+
 def find(bench: ViewsBench, rows: Rows, name: str, width: float) -> dict[str, Found]:
     """Rank the first gallery's queries of a width, their headings known (north) and tried."""
     index = Index.open(f"{rows.at}/{name}/index")
-    queries = f"{rows.plain}/val"
+    queries = select_queries(rows)
     config = Evaluate(
         queries=queries,
         modalities=("G",),
@@ -101,17 +120,16 @@ def find(bench: ViewsBench, rows: Rows, name: str, width: float) -> dict[str, Fo
     )
     vectors = embed_queries(config, Matcher.load(index.matcher_dir))
     tiles, ids = index.live_ids.to_pylist(), read_query_ids(queries)
-    order = sorted(range(len(ids)), key=ids.__getitem__)[:GALLERY]
-    own = torch.tensor([tiles.index(ids[row]) for row in order])
-    north = vectors[QueryView(width, False), "G"][order]
+    own = torch.tensor([tiles.index(pair_id) for pair_id in ids])
+    north = vectors[QueryView(width, False), "G"]
     score = torch.cat([*index.iter_scores(north)], dim=1)[:, own]
     found = {"north": Found(rank_queries(score).joined, None)}
-    turned = vectors[QueryView(width, True), "G"][order]
+    turned = vectors[QueryView(width, True), "G"]
     flat = torch.cat([*index.iter_scores(turned.flatten(0, 1))], dim=1)[:, own]
     best = flat.unflatten(0, turned.shape[:2]).max(dim=1)
     first = best.indices.gather(1, best.values.argmax(1, keepdim=True))[:, 0]
     headings = torch.tensor(geometry.tried(bench.headings))[first]
-    true = draw_headings([ids[row] for row in order], config.seed)
+    true = draw_headings(ids, config.seed)
     error = ((headings - true + 180) % 360 - 180).abs().median().item()
     return found | {"unknown": Found(rank_queries(best.values).joined, error)}
 
@@ -154,16 +172,14 @@ def main(bench: ViewsBench) -> None:
                     "its heading error, degrees": found.error,
                 }
                 figures[f"{width:g}.{heading}"] = (found.rank == 0).double().mean().item()
+                row |= dict.fromkeys(SPECIALIST, "")
                 if other:
                     specialist = other[heading]
                     gain = (found.rank == 0).float() - (specialist.rank == 0).float()
                     low, high = metrics.bootstrap(gain)
-                    row |= {
-                        "one for it, R@1 %": describe_recall(specialist.rank),
-                        "one for all minus one for it": f"{100 * gain.mean():+.1f} "
-                        f"[{100 * low:.1f}, {100 * high:.1f}]",
-                        "heading error of the one for it": specialist.error,
-                    }
+                    difference = f"{100 * gain.mean():+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+                    values = (describe_recall(specialist.rank), difference, specialist.error)
+                    row |= dict(zip(SPECIALIST, values, strict=True))
                 table.append(row)
     notes = [
         f"{bench.pairs} pairs, {bench.epochs} epochs each of G alone (CPU minutes: "
