@@ -35,7 +35,7 @@ class Command:
     """A command, and what it needs before anything heavy is imported."""
 
     name: str
-    """As it is typed; `index` has subcommands."""
+    """As it is typed; `index` and `import` have subcommands."""
     help: str
     """One line."""
     settings: str
@@ -157,7 +157,8 @@ def _show_commands(words: list[str]) -> NoReturn:
     rest = words[1:] if begins else words
     title = f"cvmatch {words[0]}" if begins else "cvmatch"
     if rest and rest[0] not in ("-h", "--help"):
-        names = ", ".join(one.name.removeprefix("index ") if begins else one.name for one in shown)
+        first = f"{words[0]} " if begins else ""
+        names = ", ".join(one.name.removeprefix(first) for one in shown)
         _exit(WRONG_INPUT, f"{title}: expected one of {names}; got {rest[0]!r}.")
     width = max(len(one.name) for one in COMMANDS)
     print(f"usage: {title} COMMAND [--config FILE] [flags]\n")
@@ -201,6 +202,12 @@ def _synthesize(config: Any) -> Any:
 
     manifest = synthesize(config)
     return {"output": config.output, "rows": manifest["rows"], "models": manifest["models"]}
+
+
+def _import_sample4geo(config: Any) -> Any:
+    from cvmatch.match.exchange.sample4geo import import_sample4geo
+
+    return import_sample4geo(config)._asdict()
 
 
 def _pairs(config: Any) -> Any:
@@ -419,6 +426,13 @@ COMMANDS = (
         settings="cvmatch.match.settings:TrainMatcher",
         run=_train_matcher,
         kept=_training_kept,
+    ),
+    Command(
+        name="import sample4geo",
+        help="make a matcher of Sample4Geo's published weights",
+        settings="cvmatch.match.exchange.settings:ImportSample4Geo",
+        run=_import_sample4geo,
+        kept=_nothing_kept,
     ),
     Command(
         name="gallery",

@@ -1,7 +1,7 @@
 """Encoded bytes <-> uint8 arrays: the one decoder, resizer and palette decoder of the project.
 
 One decoder, because recall drops when training and search resize with different libraries (issues
-of SAFA and CVFT; `PREPROCESS` names the version that checkpoints and indexes record). A picture is
+of SAFA and CVFT): checkpoints and indexes record which of `PREPROCESSINGS` they need. A picture is
 what a viewer shows: EXIF's orientation is applied, and how a file stores its colours (palette,
 opaque alpha, CMYK, 16-bit grey) does not matter, or the picture is refused with the reason.
 """
@@ -11,13 +11,17 @@ import io
 import warnings
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cvmatch.data.schema import IGNORE, PALETTE
 
 PREPROCESS = "pillow-bicubic-2"
-"""Name of the decoding and resizing below; it changes whenever their pixels change."""
+"""Name of the decoding below and of its resizing; it changes whenever their pixels change."""
+
+LINEAR_EXACT = "pillow-linear-exact-2"
+"""Name of the same decoding with the resizing that Sample4Geo's weights were trained with: OpenCV's
+INTER_LINEAR_EXACT, which reads two pixels a side and so does not smooth what it makes smaller."""
 
 MAX_PIXELS = 64 * 2**20
 """Largest picture of a row that is decoded, in pixels (64 Mi: a 8192 x 8192 tile)."""
@@ -34,6 +38,7 @@ TOLERANCE = 30.0
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _WORD = 257  # 65,535 / 255: what a level of 8 bits is in 16
+_ONE = 256  # a whole weight of `_resize_linear`
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -111,11 +116,13 @@ def read_orientation(image: Image.Image) -> int:
     return orientation if orientation in range(2, 9) else 1
 
 
-def decode(data: bytes, size: tuple[int, int] | None = None) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels of a picture, resized (antialiased bicubic) to `size` = (height, width)."""
+def decode(
+    data: bytes, size: tuple[int, int] | None = None, preprocess: str = PREPROCESS
+) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels of a picture, resized to `size` = (height, width) as `preprocess` names it."""
     image = open_image(data).convert("RGB")
     if size is not None and size != (image.height, image.width):
-        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        return _RESIZERS[preprocess](image, size)
     return np.asarray(image)
 
 
@@ -266,6 +273,40 @@ def _narrow(image: Image.Image) -> Image.Image:
             "65535, at least 16384: in 8 bits nothing would be seen. Scale it, or save it as RGB"
         )
     return Image.fromarray(((levels + _WORD // 2) // _WORD).astype(np.uint8))
+
+
+def _resize_bicubic(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Resize by Pillow's bicubic kernel, which widens (antialiases) where it makes smaller."""
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def _resize_linear(image: Image.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Resize as OpenCV's INTER_LINEAR_EXACT, to the bit: in whole 256ths, first along rows."""
+    pixels = np.asarray(image)
+    top, bottom, down = _linear_taps(pixels.shape[0], size[0])
+    left, right, along = _linear_taps(pixels.shape[1], size[1])
+    along = along.astype(np.uint16)[:, None]
+    rows = pixels.take(left, axis=1).astype(np.uint16) * (_ONE - along)
+    rows += pixels.take(right, axis=1).astype(np.uint16) * along
+    down = down.astype(np.uint32)[:, None, None]
+    mixed = rows.take(top, axis=0) * (_ONE - down) + rows.take(bottom, axis=0) * down
+    return ((mixed + _ONE**2 // 2) // _ONE**2).astype(np.uint8)
+
+
+def _linear_taps(
+    length: int, wanted: int
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """Return the two pixels that each of `wanted` lies between, and the second's 256ths."""
+    at = (np.arange(wanted) + 0.5) * (length / wanted) - 0.5
+    first = np.floor(at).astype(np.int64)
+    second = np.rint((at - first) * _ONE).astype(np.int64)
+    return first.clip(0, length - 1), (first + 1).clip(0, length - 1), second
+
+
+_RESIZERS = {PREPROCESS: _resize_bicubic, LINEAR_EXACT: _resize_linear}
+
+PREPROCESSINGS = tuple(_RESIZERS)
+"""Names of all ways to decode and resize that this version knows."""
 
 
 def _nearest(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:

@@ -60,7 +60,7 @@ def embed_queries(config: Evaluate, model: Matcher) -> dict[tuple[QueryView, Mod
     total = -(-sum(tables.rows(config.queries)) // _BATCH)
     for rows in progress.each("embed batches of queries", total, read_batches(config.queries)):
         _require_pictures(rows, letters)
-        ground = _stack_images(rows[schema.GROUND], model.config.panorama).to(model.device)
+        ground = _stack_images(rows[schema.GROUND], model.config.panorama, model)
         features = _embed_synthetic(rows, letters, model)
         turn = draw_headings(rows[schema.PAIR_ID], config.seed)
         for view in views:
@@ -121,7 +121,7 @@ def _embed_synthetic(rows: dict[str, list], letters: set[str], model: Matcher) -
     side = (model.config.tile_size, model.config.tile_size)
     synthetic = mask = None
     if "A" in letters:
-        synthetic = _stack_images(rows[schema.SYNTHETIC], side).to(model.device)
+        synthetic = _stack_images(rows[schema.SYNTHETIC], side, model)
     if "S" in letters:
         maps = [images.decode_ids(data, side) for data in rows[schema.SYNTHETIC_CLASSES]]
         mask = torch.from_numpy(np.stack(maps)).to(model.device)
@@ -138,6 +138,8 @@ def _require_pictures(rows: dict[str, list], letters: set[str]) -> None:
         )
 
 
-def _stack_images(pictures: list[bytes], size: tuple[int, int]) -> Float[Tensor, "n 3 h w"]:
-    pixels = np.stack([images.decode(data, size) for data in pictures])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+def _stack_images(
+    pictures: list[bytes], size: tuple[int, int], model: Matcher
+) -> Float[Tensor, "n 3 h w"]:
+    pixels = np.stack([images.decode(data, size, model.config.preprocess) for data in pictures])
+    return torch.from_numpy(pixels).to(model.device).permute(0, 3, 1, 2).float() / 255

@@ -36,7 +36,7 @@ from cvmatch.evaluate.settings import Evaluate
 from cvmatch.index.reader import Index
 from cvmatch.match.model import Matcher
 from cvmatch.match.settings import Modality
-from cvmatch.match.task import IDS, read_training_ids
+from cvmatch.match.task import IDS, read_training, read_training_ids
 from cvmatch.runtime import hardware, progress, tracking
 
 QUERIES_FILE = "queries.parquet"
@@ -122,7 +122,12 @@ def check_unseen(ids: list[str], model: str) -> None:
         ValueError: names some of them and how many there are.
     """
     if not os.path.exists(os.path.join(model, IDS)):
-        _log.warning("%s has no %s: it is not known what it was trained on", model, IDS)
+        _log.warning(
+            "%s has no %s (trained on: %s): queries that it was trained on cannot be refused",
+            model,
+            IDS,
+            read_training(model).get("data", "not known"),
+        )
         return
     seen = sorted(read_training_ids(model) & set(ids))
     if seen:

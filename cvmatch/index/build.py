@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cvmatch import config as configs
 from cvmatch.data import manifest, schema, storage, tables
-from cvmatch.data.images import PREPROCESS
 from cvmatch.data.tables import Reject
 from cvmatch.index import shard, verify, versions
 from cvmatch.index.embedding import (
@@ -172,7 +171,7 @@ def publish(
         info = IndexManifest(
             rows=rows,
             width=shape.width,
-            preprocess=PREPROCESS,
+            preprocess=shape.preprocess,
             model=model,
             model_parts=model_parts,
             config=configs.plain(config),
@@ -308,7 +307,7 @@ def _add_shortlist(
 def _tile_origin(config: BuildIndex, shard_rows: int) -> TileOrigin:
     return TileOrigin(
         tower=fingerprint_parts(config.model)["tile"],
-        preprocess=PREPROCESS,
+        preprocess=read_config(config.model).preprocess,
         shard_rows=shard_rows,
         batch=config.pool.batch,
         tiles=fingerprint_gallery(config),

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Float16, Float32, Int64
 from torch import Tensor
 
 from cvmatch.data import geography, schema
-from cvmatch.data.images import PREPROCESS
+from cvmatch.data.images import PREPROCESSINGS
 from cvmatch.index import shard, versions
 from cvmatch.index.manifest import AnnPartInfo, IndexManifest
 from cvmatch.index.settings import Mode
@@ -384,10 +384,10 @@ def _open_part(root: str, info: AnnPartInfo, nprobe: int) -> AnnPart:
 
 
 def _check_model(uri: str, manifest: IndexManifest, model: str) -> None:
-    if manifest.preprocess != PREPROCESS:
+    if manifest.preprocess not in PREPROCESSINGS:
         raise ValueError(
             f"index {uri}: expected preprocessing {manifest.preprocess}, but this version of "
-            f"cvmatch has {PREPROCESS}. Build it again: cvmatch build-index --output {uri}"
+            f"cvmatch has {PREPROCESSINGS}. Build it again: cvmatch build-index --output {uri}"
         )
     if model and (tower := fingerprint_parts(model)["tile"]) != manifest.tower:
         raise ValueError(

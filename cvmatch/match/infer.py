@@ -48,7 +48,7 @@ class EmbedTile:
         """Embed one batch; failed rows keep the reason in `error`."""
         config = self.model.config
         side = (config.tile_size, config.tile_size)
-        decoders = {schema.AERIAL: lambda data: images.decode(data, side)}
+        decoders = {schema.AERIAL: lambda data: images.decode(data, side, config.preprocess)}
         good, errors, (aerial,) = _decode(batch, decoders, "embed tile")
         vectors = np.zeros((len(errors), config.width), dtype=np.float16)
         for row, vector in zip(good, self.tiles(aerial), strict=True):
@@ -81,8 +81,8 @@ class EmbedQuery:
         config = self.model.config
         side = (config.tile_size, config.tile_size)
         every = {
-            "G": lambda data: images.decode(data, config.panorama),
-            "A": lambda data: images.decode(data, side),
+            "G": lambda data: images.decode(data, config.panorama, config.preprocess),
+            "A": lambda data: images.decode(data, side, config.preprocess),
             "S": lambda data: images.decode_ids(data, side),
         }
         letters = self.modality.split("+")
@@ -107,8 +107,9 @@ class EmbedQuery:
         Raises:
             BadImage: it cannot be decoded.
         """
-        ground = _planes([images.decode(panorama, self.model.config.panorama)], self.device)
-        turned = geometry.try_headings(ground, count)[0]
+        config = self.model.config
+        pixels = images.decode(panorama, config.panorama, config.preprocess)
+        turned = geometry.try_headings(_planes([pixels], self.device), count)[0]
         vectors = [self.model.embed_queries(part) for part in turned.split(_TURNS)]
         return torch.cat(vectors).cpu().numpy()
 

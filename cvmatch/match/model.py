@@ -27,7 +27,7 @@ from cvmatch.match.heads.branches import (
     embed_layout,
 )
 from cvmatch.match.heads.joint import JointHeads, JointScorer
-from cvmatch.match.settings import MatcherShape
+from cvmatch.match.settings import Head, MatcherShape
 from cvmatch.nn import geometry
 from cvmatch.nn.backbones import Tower, TowerSpec
 
@@ -50,7 +50,7 @@ _TILE = (
     "heads.null_synthetic",
 )
 _TILE_CONFIG = ("score", "branches", "hidden", "aerial", "projection", "panorama", "tile_size")
-_TILE_CONFIG += ("preprocess", "format")
+_TILE_CONFIG += ("preprocess", "format")  # and `head`, which shows in the names of the tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,13 +63,27 @@ class MatcherConfig(MatcherShape):
     """Tower of both A and C; of G too where it is `shared`."""
     mask: TowerSpec = dataclasses.field(default_factory=TowerSpec)
     """Tower of S, which sees the class map in the palette's colours; only of a joint score."""
+    head: Head = "residual"
+    """What makes an embedding of a tower's features. none: nothing, they are scaled to unit norm,
+    as Sample4Geo's are; `hidden` is the tower's width then, and the branch is direct alone."""
     preprocess: str = images.PREPROCESS
     """Version of decoding and resizing that the weights were trained with."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head == "none" and (self.score, self.branches) != ("sum", ("direct",)):
+            raise ValueError(
+                "matcher: expected the branch direct alone where there are no heads, got score "
+                f"{self.score!r} and branches {self.branches}."
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
+        fields = json.loads(json.dumps(dataclasses.asdict(self)))
+        if self.head == "residual":  # unnamed, so that the fingerprints of such models stay
+            del fields["head"]
         towers = {name: getattr(self, name).to_json() for name in _TOWERS}
-        return json.loads(json.dumps(dataclasses.asdict(self))) | towers | {"format": _FORMAT}
+        return fields | towers | {"format": _FORMAT}
 
     @property
     def parts(self) -> dict[str, int]:
@@ -107,10 +121,10 @@ class MatcherConfig(MatcherShape):
         for name in ("panorama", "branches"):
             fields[name] = tuple(fields[name])
         config = cls(**fields)
-        if config.preprocess != images.PREPROCESS:
+        if config.preprocess not in images.PREPROCESSINGS:
             raise ValueError(
                 f"matcher: trained with pictures prepared by {config.preprocess!r}, but this "
-                f"version prepares them by {images.PREPROCESS!r}. "
+                f"version prepares them by one of {images.PREPROCESSINGS}. "
                 "Train it again, or use the older version."
             )
         return config
@@ -137,7 +151,9 @@ class Matcher(nn.Module):
         if config.score == "joint":
             self.heads = JointHeads(ground_dim, aerial.dim, mask.dim, config.hidden)
         else:
-            self.heads = BranchHeads(config.branches, ground_dim, aerial.dim, config.hidden)
+            self.heads = BranchHeads(
+                config.branches, ground_dim, aerial.dim, config.hidden, config.head
+            )
         self.palette: Tensor
         palette = torch.zeros(256, 3)  # ignored pixels stay black
         palette[: len(PALETTE)] = torch.tensor(PALETTE) / 255
@@ -155,11 +171,11 @@ class Matcher(nn.Module):
 
     def ground_features(self, ground: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n g"]:
         """Return g of panoramas in [0, 1]."""
-        return _features(self.ground_tower or self.aerial_tower, ground)
+        return self._features(self.ground_tower or self.aerial_tower, ground)
 
     def aerial_features(self, tile: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n a"]:
         """Return a or c of tiles in [0, 1]."""
-        return _features(self.aerial_tower, self._project(tile, "bilinear"))
+        return self._features(self.aerial_tower, self._project(tile, "bilinear"))
 
     def mask_features(self, ids: UInt8[Tensor, "n s s"]) -> Float[Tensor, "n c"]:
         """Return s of maps of class ids, seen in the palette's colours.
@@ -170,7 +186,7 @@ class Matcher(nn.Module):
         if self.mask_tower is None:
             raise ValueError("matcher: S is looked at by a joint score alone. Leave it out.")
         colours = self.palette[ids.int()].permute(0, 3, 1, 2)
-        return _features(self.mask_tower, self._project(colours, "nearest"))
+        return self._features(self.mask_tower, self._project(colours, "nearest"))
 
     def tile_features(self, aerial: Float[Tensor, "tile 3 s s"]) -> Features:
         """Return what the heads see of tiles in [0, 1]."""
@@ -242,6 +258,14 @@ class Matcher(nn.Module):
         if isinstance(model.heads, BranchHeads):
             model.heads.weights = FusionWeights.load(directory)
         return model.to(device).eval()
+
+    def _features(self, tower: Tower, image: Tensor) -> Tensor:
+        feature = tower(tower.normalise(image)).float()
+        if self.config.head == "none":
+            return feature
+        # Backbones differ by orders of magnitude in scale; without this the nulls (zero, the mean)
+        # and the learning rate of the heads would have to be tuned for each.
+        return nn.functional.layer_norm(feature, feature.shape[-1:])
 
     def _layout(self, tile: Tensor) -> Tensor | None:
         return embed_layout(tile) if "layout" in self.config.parts else None
@@ -315,11 +339,7 @@ def fingerprint_parts(directory: str) -> dict[str, str]:
 
 
 def _build_towers(config: MatcherConfig) -> tuple[Tower, Tower, Tower]:
+    if config.shared and config.score == "sum":  # timm's would take a second each
+        tower = Tower(config.aerial)
+        return tower, tower, tower
     return Tower(config.ground), Tower(config.aerial), Tower(config.mask)
-
-
-def _features(tower: Tower, image: Tensor) -> Tensor:
-    feature = tower(tower.normalise(image))
-    # Backbones differ by orders of magnitude in scale; without this the nulls (zero, the mean) and
-    # the learning rate of the heads would have to be tuned for each.
-    return nn.functional.layer_norm(feature.float(), feature.shape[-1:])

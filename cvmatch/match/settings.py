@@ -23,6 +23,7 @@ BRANCHES_OF: dict[Modality, tuple[Branch, ...]] = {
 
 Projection = Literal["polar", "square"]
 Loss = Literal["infonce", "triplet"]
+Head = Literal["residual", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The matcher's training step: a batch of pairs -> losses of all its queries and tiles."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -139,10 +140,7 @@ class MatcherTask(nn.Module):
         if isinstance(self.model.heads, BranchHeads):
             self.model.heads.weights = self.fusion_weights()
         self.model.save(directory)
-        text = "".join(f"{pair_id}\n" for pair_id in self.ids)
-        storage.write_text(storage.join(directory, IDS), text)
-        about = {"pairs": len(self.ids), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        storage.write_json(storage.join(directory, _TRAINING), about)
+        write_training_ids(directory, self.ids)
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Return the ranks' numbers in the gallery of all rows (`validation.rank`), and the loss.
@@ -262,6 +260,28 @@ class MatcherTask(nn.Module):
         if self.config.loss == "triplet":
             return losses.triplet(score, self.config.margin)
         return losses.info_nce(score, self._scale(name), SMOOTHING)
+
+
+def write_training_ids(directory: str, ids: Sequence[str], data: str = "") -> None:
+    """Write the ids of the pairs that a model was trained on, which an evaluation refuses.
+
+    `data`: name of the data set and its split; empty: there is none.
+    """
+    text = "".join(f"{pair_id}\n" for pair_id in ids)
+    storage.write_text(storage.join(directory, IDS), text)
+    about = {"pairs": len(ids), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    storage.write_json(storage.join(directory, _TRAINING), about | ({"data": data} if data else {}))
+
+
+def write_training_data(directory: str, data: str) -> None:
+    """Write the name of what a model was trained on, where the ids of its pairs are not known."""
+    storage.write_json(storage.join(directory, _TRAINING), {"data": data})
+
+
+def read_training(directory: str) -> dict[str, Any]:
+    """Read what is known of a model's training: `data`, `pairs` and `sha256` of their ids."""
+    location = storage.join(directory, _TRAINING)
+    return storage.read_json(location) if storage.exists(location) else {}
 
 
 def read_training_ids(directory: str) -> frozenset[str]:

@@ -4,11 +4,13 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from cvmatch.data.images import (
+    LINEAR_EXACT,
     MAX_PIXELS,
     TOLERANCE,
     BadImage,
@@ -110,6 +112,28 @@ def test_decode_size_is_height_then_width_and_antialiased():
     small = decode(encode(stripes), (8, 16))
     assert small.shape == (8, 16, 3)
     assert 100 < small[:, 2:-2].min() <= small[:, 2:-2].max() < 155
+
+
+def test_decode_linear_exact_gives_the_pixels_of_opencv():
+    # By cv2.resize(..., (3, 3), interpolation=cv2.INTER_LINEAR_EXACT) of opencv-python 5.0.0.
+    pixels = (np.arange(24).reshape(2, 4, 3) * 37 % 256).astype(np.uint8)
+    expected = [
+        [[19, 56, 93], [167, 76, 113], [101, 95, 132]],
+        [[91, 128, 59], [133, 106, 143], [67, 83, 120]],
+        [[164, 201, 25], [99, 136, 173], [33, 70, 107]],
+    ]
+    assert decode(encode(pixels), (3, 3), LINEAR_EXACT).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [(3, 4), (9, 4), (20, 21), (40, 64)])
+def test_decode_linear_exact_is_linear_between_pixel_centres(size):
+    pixels = noise(20, 33, 3)
+    resized = decode(encode(pixels), size, LINEAR_EXACT).astype(np.int64)
+    planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].double()
+    linear = torch.nn.functional.interpolate(planes, size, mode="bilinear", align_corners=False)
+    assert np.abs(resized - linear[0].permute(1, 2, 0).numpy()).max() < 2  # it counts in 256ths
+    flat = np.full((20, 33, 3), 255, np.uint8)
+    assert (decode(encode(flat), size, LINEAR_EXACT) == 255).all()
 
 
 def test_decode_grey_picture_has_three_equal_channels():

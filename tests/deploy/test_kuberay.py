@@ -25,7 +25,7 @@ DIRECTORIES = ["cluster", *(f"jobs/{name}" for name in JOBS)]
 SCHEMA = yaml.safe_load(Path(__file__).with_name("kuberay_schema.yaml").read_text("utf-8"))
 SETTINGS = {command.name: cli.settings_of(command) for command in cli.COMMANDS}
 
-SHORT = {"demo", "index", "locate", "search"}
+SHORT = {"demo", "import", "index", "locate", "search"}
 """Jobs of minutes, which a person sends to a cluster that is there."""
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cvmatch.data import storage
-from cvmatch.match.settings import BRANCHES_OF, MODALITIES, Branch, Modality
+from cvmatch.match.settings import BRANCHES_OF, MODALITIES, Branch, Head, Modality
 from cvmatch.nn import metrics
 from cvmatch.runtime import hardware
 
@@ -131,6 +131,14 @@ class ResidualMLP(nn.Module):
         return nn.functional.normalize(x + self.last(self.middle(x.relu()).relu()), dim=-1)
 
 
+class UnitNorm(nn.Module):
+    """Scale features to unit norm: the embedding of a model without heads."""
+
+    def forward(self, x: Float[Tensor, "*row hidden"]) -> Float[Tensor, "*row hidden"]:
+        """Return the embedding, of unit norm."""
+        return nn.functional.normalize(x, dim=-1)
+
+
 class BranchHeads(nn.Module):
     """Embeddings of each branch, and the weighted sum of their cosines.
 
@@ -139,15 +147,31 @@ class BranchHeads(nn.Module):
         ground: Width of g.
         aerial: Width of a, and of c.
         hidden: Width of each learned embedding.
+        head: What makes them; none: they are the features, scaled to unit norm.
+
+    Raises:
+        ValueError: features are not as wide as the embeddings that they are to be.
     """
 
-    def __init__(self, branches: tuple[Branch, ...], ground: int, aerial: int, hidden: int) -> None:
+    def __init__(
+        self,
+        branches: tuple[Branch, ...],
+        ground: int,
+        aerial: int,
+        hidden: int,
+        head: Head = "residual",
+    ) -> None:
         super().__init__()
+        if head == "none" and (ground, aerial) != (hidden, hidden):
+            raise ValueError(
+                "matcher: without heads, embeddings are the towers' features: expected hidden "
+                f"{hidden} of both, got {ground} of G and {aerial} of C. Set hidden to their width."
+            )
         self.branches, self.hidden = branches, hidden
         inputs = {"direct": ground, "aerial": aerial}
         learned = [branch for branch in branches if branch in inputs]
-        self.query = nn.ModuleDict({name: _head(inputs[name], hidden) for name in learned})
-        self.tile = nn.ModuleDict({name: _head(aerial, hidden) for name in learned})
+        self.query = nn.ModuleDict({name: _head(inputs[name], hidden, head) for name in learned})
+        self.tile = nn.ModuleDict({name: _head(aerial, hidden, head) for name in learned})
         self.weights = FusionWeights.equal(branches)
 
     @property
@@ -318,5 +342,7 @@ def embed_layout(tile: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n layout"]:
     return torch.cat([luminance * shares[0], chroma * shares[1]], dim=1)
 
 
-def _head(inputs: int, hidden: int) -> nn.Sequential:
+def _head(inputs: int, hidden: int, head: Head) -> nn.Module:
+    if head == "none":
+        return UnitNorm()
     return nn.Sequential(nn.Linear(inputs, hidden), ResidualMLP(hidden))

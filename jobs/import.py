@@ -1,0 +1,5 @@
+"""Run `cvmatch import`: `ray job submit ... -- python jobs/import.py`."""
+
+from cvmatch.cli import main
+
+main("import")
