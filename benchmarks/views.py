@@ -191,7 +191,7 @@ def main(bench: ViewsBench) -> None:
         "of a view that looks anywhere, and the best counts. Points of R@1 with 95 % bootstrap "
         "intervals, differences paired by query; ties against the query.",
     ]
-    write_results("Views", bench, table, figures, notes)
+    write_results(bench, "Views", table, figures, notes)
 
 
 def describe_recall(rank: torch.Tensor) -> str:

@@ -174,7 +174,7 @@ def test_relative_output_of_a_job_in_rays_copy_is_refused(
     ("words", "kept"),
     [
         (["train-matcher"], "below runs"),
-        (["train-matcher", "--fit.name", "one"], "after the last whole epoch of runs/one"),
+        (["train-matcher", "--fit.name", "one"], "from the last checkpoint of runs/one"),
         (["synthesize", "--output", "rows"], "Finished rows are in rows; the same command goes on"),
         (["tune", "--name", "two"], "runs/two"),
     ],

@@ -15,7 +15,7 @@ SAMPLE4GEO_DATA = "CVUSA train"
 class ImportSample4Geo:
     """Make a matcher of Sample4Geo's published weights (Deuser, Habel and Oswald 2023)."""
 
-    weights: tyro.conf.Positional[str]
+    weights: tyro.conf.Positional[str] = ""
     """State dict as Sample4Geo saves it (.pth), such as its weights_e40_98.6830.pth of CVUSA."""
     tower: str = SAMPLE4GEO_TOWER
     """Backbone that was trained, as timm:NAME."""
